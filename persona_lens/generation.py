@@ -1,0 +1,189 @@
+"""The one decode loop, for both model classes: batched, cached, and with every row's randomness its own.
+
+A row's token at a step is drawn by one uniform number keyed by (seed, row key, step), through the inverse of the
+cumulative distribution softmax(logits / temperature) after top-p; so its text depends neither on the batch it ran in
+nor on a resume. Prompts that repeat are run once, and rows that have ended leave the batch.
+Knows nothing about traits: prompts as token ids come in, completions go out.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from persona_lens.chat import stop_tokens
+from persona_lens.models import Model, Past, forward, model_device
+from persona_lens.prefix import prompt_batch
+
+FinishReason = Literal["stop", "length"]
+
+
+class Completion(NamedTuple):
+    """Sampled token ids, without the token that ended the turn, and why sampling ended."""
+
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+def plan_batches(n_rows: int, batch_rows: int = 100) -> list[list[int]]:
+    """Row indices in batches of at most `batch_rows`, as even as can be, cut from the whole plan in its order.
+
+    A resume that cuts the same plan forms the same batches.
+    """
+    if n_rows < 1:
+        return []
+    count = -(-n_rows // batch_rows)
+    edges = np.linspace(0, n_rows, count + 1).round().astype(int)
+    return [list(range(start, stop)) for start, stop in zip(edges, edges[1:], strict=False)]
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    keys: Sequence[str] | None = None,
+    batch_rows: int = 100,
+    progress: bool = False,
+) -> list[Completion]:
+    """Sample a completion of every prompt (token ids), `batch_rows` rows at a time.
+
+    Temperature 0 is greedy. `keys` name the rows for their randomness (default: their index), so two rows with one
+    prompt need different keys to differ. Interventions that are attached to the model act.
+    Raises ValueError for an empty prompt, repeated keys, or a prompt that leaves no room in the context.
+    """
+    keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
+    _check(model, prompts, keys, max_new_tokens, temperature, top_p)
+    completions: list[Completion] = []
+    with tqdm(total=len(prompts) * max_new_tokens, unit="tok", desc="generate", disable=not progress) as bar:
+        for batch in plan_batches(len(prompts), batch_rows):
+            decoder = _Decoder(
+                model,
+                [tuple(prompts[row]) for row in batch],
+                row_uniforms(seed, [keys[row] for row in batch], max_new_tokens),
+                temperature,
+                top_p,
+            )
+            for _ in decoder.steps():
+                bar.update(len(batch))
+            completions.extend(decoder.completions())
+            bar.update(len(completions) * max_new_tokens - bar.n)
+    return completions
+
+
+def _check(
+    model: Model, prompts: Sequence[Sequence[int]], keys: list[str], steps: int, temperature: float, top_p: float
+) -> None:
+    if steps < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"Sampling needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
+            f"got {steps}, {temperature} and {top_p}."
+        )
+    if len(set(keys)) != len(prompts):
+        raise ValueError(f"Sampling needs one distinct key a row, got {len(set(keys))} keys for {len(prompts)} rows.")
+    room = int(model.cfg.n_ctx) - steps
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= room:
+            raise ValueError(
+                f"Prompt {index} has {len(prompt)} tokens; with {steps} new ones the context allows 1 to {room}. "
+                "Shorten the prompt or lower max_new_tokens."
+            )
+
+
+class _Decoder:
+    """One batch in flight: the rows that still speak, their past, and what each has said."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[tuple[int, ...]],
+        uniforms: Float[Tensor, "row step"],
+        temperature: float,
+        top_p: float,
+    ):
+        self.model, self.prompts, self.uniforms = model, prompts, uniforms
+        self.temperature, self.top_p = temperature, top_p
+        self.stops = stop_tokens(model.tokenizer)
+        self.said: list[list[int]] = [[] for _ in prompts]
+        self.stopped = [False] * len(prompts)
+
+    def steps(self) -> Iterator[None]:
+        """Run the batch, pausing after each sampled token."""
+        active, past, logits = self._prefill()
+        for step in range(self.uniforms.shape[1]):
+            tokens = sample(logits, self.uniforms[active, step], temperature=self.temperature, top_p=self.top_p)
+            for row, token in zip(active.tolist(), tokens.tolist(), strict=True):
+                if token in self.stops:
+                    self.stopped[row] = True
+                elif not self.stopped[row]:
+                    self.said[row].append(token)
+            yield
+            alive = torch.tensor([not self.stopped[row] for row in active.tolist()])
+            if step + 1 == self.uniforms.shape[1] or not bool(alive.any()):
+                return
+            # Dropping rows copies the cache, which pays once a quarter of the batch has ended.
+            if alive.float().mean() <= 0.75:
+                past, active, tokens = past.select(alive.nonzero()[:, 0]), active[alive], tokens.cpu()[alive]
+            logits, past = self._advance(tokens, past)
+
+    def _prefill(self) -> tuple[Int[Tensor, " row"], Past, Float[Tensor, "row d_vocab"]]:
+        unique = list(dict.fromkeys(self.prompts))
+        batch = prompt_batch(self.model, unique, list(range(len(unique))))
+        logits = batch.run(last_logits=1)
+        assert logits is not None and batch.grown is not None
+        place = {prompt: index for index, prompt in enumerate(unique)}
+        origins = torch.tensor([place[prompt] for prompt in self.prompts])
+        return torch.arange(len(self.prompts)), batch.grown.select(origins), logits[origins.to(logits.device), -1]
+
+    def _advance(self, tokens: Int[Tensor, " row"], past: Past) -> tuple[Float[Tensor, "row d_vocab"], Past]:
+        column = tokens.to(model_device(self.model))[:, None]
+        logits, past_after = forward(self.model, column, torch.ones_like(column).bool(), past=past, last_logits=1)
+        assert logits is not None and past_after is not None
+        return logits[:, -1], past_after
+
+    def completions(self) -> list[Completion]:
+        return [
+            Completion(tuple(said), "stop" if stopped else "length")
+            for said, stopped in zip(self.said, self.stopped, strict=True)
+        ]
+
+
+def row_uniforms(seed: int, keys: Sequence[str], steps: int) -> Float[Tensor, "row step"]:
+    """Uniform numbers in [0, 1), one a row and step, that depend on (seed, key, step) alone."""
+    rows = []
+    for key in keys:
+        digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
+        rows.append(np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(steps))
+    return torch.from_numpy(np.stack(rows))
+
+
+def sample(
+    logits: Float[Tensor, "row d_vocab"],
+    uniforms: Float[Tensor, " row"],
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+) -> Int[Tensor, " row"]:
+    """Draw a token a row from softmax(logits / temperature), cut to the most likely `top_p` of its mass.
+
+    The draw is the first token at which the cumulative distribution passes the row's uniform number.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p
+        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(outside, 0))
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    # right=True steps over tokens of zero probability where the threshold falls exactly on their boundary
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

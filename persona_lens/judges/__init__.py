@@ -1,0 +1,27 @@
+"""Judges: how strongly a response shows a trait, and how coherent it is, both from 0 to 100; and the keep rule.
+
+A judge runs with every intervention suspended and adapters off, so a measure never measures itself
+(arXiv:2507.21509, sections 2.2 and B). A missing score is None, never 0.
+"""
+
+from persona_lens.judges.coherence import CoherenceScale
+from persona_lens.judges.keep import KeepReport, keep_pairs, pair_rollouts
+from persona_lens.judges.likelihood import mean_log_likelihoods
+from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge, plan_calibration
+from persona_lens.judges.scores import Judge, Score, ScoredRollout, read_scores, score_rollouts
+
+__all__ = [
+    "Calibration",
+    "CoherenceScale",
+    "Judge",
+    "KeepReport",
+    "LikelihoodRatioJudge",
+    "Score",
+    "ScoredRollout",
+    "keep_pairs",
+    "mean_log_likelihoods",
+    "pair_rollouts",
+    "plan_calibration",
+    "read_scores",
+    "score_rollouts",
+]

@@ -1,0 +1,233 @@
+"""The likelihood-ratio judge: no key, no network, no second model.
+
+For a response y to question x, sampled under instruction pair i, it asks how much likelier the text is under the other
+pairs' positive system prompts than under their negative ones:
+s = mean over pairs j != i of (1/|y|) * sum_t [log p(y_t | positive_j, x) - log p(y_t | negative_j, x)].
+The own pair is left out because for it the expectation is a KL divergence, positive by construction. The score is
+100 * sigmoid(a s + b), with a and b from a logistic regression of polarity on s over questions that are never scored.
+Its limit, to be stated wherever it is reported: it is not independent of the model.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
+from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, loop_words, shuffle_words
+from persona_lens.judges.likelihood import mean_log_likelihoods
+from persona_lens.judges.scores import Score
+from persona_lens.models import Model, identify
+from persona_lens.prefix import TokenCount, count_tokens
+from persona_lens.rollouts import Prompt, Rollout, plan_rollouts
+from persona_lens.statistics import auc, spearman
+from persona_lens.traits import Trait
+
+MIN_COHERENCE = 50.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The judge's fitted constants for one trait, and how good it was on the questions they were fitted on."""
+
+    trait: str
+    slope: float
+    intercept: float
+    coherence: CoherenceScale
+    questions: tuple[str, ...]
+    diagnostics: Mapping[str, float | int | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
+        """From `to_dict`."""
+        scale = CoherenceScale(**values["coherence"])
+        return cls(**{**values, "coherence": scale, "questions": tuple(values["questions"])})
+
+
+def plan_calibration(trait: Trait, *, n_questions: int = 10, neutral_samples: int = 4) -> list[Prompt]:
+    """The rollouts a calibration needs, on evaluation questions: one a pair and polarity, and some neutral ones."""
+    if not trait.evaluation_questions:
+        raise ValueError(f"{trait.name} has no evaluation questions to calibrate the judge on; add some to the trait.")
+    questions = trait.evaluation_questions[:n_questions]
+    contrastive = plan_rollouts(trait, questions=questions, per_question=1)
+    return contrastive + plan_rollouts(
+        trait, polarities=["neutral"], questions=questions, per_question=neutral_samples
+    )
+
+
+class LikelihoodRatioJudge:
+    """Judges with the model itself, unsteered and unadapted; calibrate it once a trait before scoring."""
+
+    def __init__(self, model: Model, *, batch_rows: int = 100):
+        self.model = model
+        self.batch_rows = batch_rows
+        self.calibrations: dict[str, Calibration] = {}
+        self._identity = identify(model)
+
+    def name(self, trait: Trait) -> str:
+        """The judge, its model and its calibration."""
+        fitted = self.calibration(trait)
+        return (
+            f"likelihood ratio by {self._identity.name} (weights {self._identity.weights_hash}), "
+            f"slope {fitted.slope:.6g}, intercept {fitted.intercept:.6g}, coherence centre "
+            f"{fitted.coherence.centre:.6g}, width {fitted.coherence.width:.6g}"
+        )
+
+    def calibration(self, trait: Trait) -> Calibration:
+        """The trait's calibration; raises ValueError where there is none yet."""
+        if trait.name not in self.calibrations:
+            raise ValueError(
+                f"The judge is not calibrated for {trait.name!r}: sample rollouts of `plan_calibration(trait)` and "
+                "pass them to `judge.calibrate(trait, rollouts)`, or use `extract_persona_vectors`, which does both."
+            )
+        return self.calibrations[trait.name]
+
+    def calibrate(self, trait: Trait, rollouts: Sequence[Rollout], *, seed: int = 0) -> Calibration:
+        """Fit the judge to rollouts of `plan_calibration` and remember it; their questions can then not be scored.
+
+        Diagnostics: AUC of s for polarity with the own pair left out and with all pairs, Spearman correlation of s
+        with response length within each polarity, and AUC of coherence for clean against shuffled and looping text,
+        each text scored with constants fitted on the other half of the questions.
+        """
+        contrastive = [row for row in rollouts if row.polarity != "neutral" and not row.is_empty]
+        neutral = [row for row in rollouts if row.polarity == "neutral" and not row.is_empty]
+        if len({row.polarity for row in contrastive}) < 2 or len({row.question for row in neutral}) < 2:
+            raise ValueError(
+                f"Calibration for {trait.name} needs responses of both polarities and neutral ones to two questions at "
+                f"least, got {len(contrastive)} and {len(neutral)} that are not empty."
+            )
+        ratios = self._pair_ratios(trait, contrastive, own_pair=True)
+        left_out = np.array([_mean_without(row, ratio) for row, ratio in zip(contrastive, ratios, strict=True)])
+        positive = np.array([row.polarity == "positive" for row in contrastive])
+        spread = max(float(left_out.std()), 1e-9)  # the regression's penalty is meant for a feature of unit scale
+        regression = LogisticRegression().fit(left_out[:, None] / spread, positive)
+        coherence, coherence_diagnostics = self._calibrate_coherence(neutral, seed)
+        lengths = np.array([len(row.response) for row in contrastive])
+        diagnostics = {
+            "rows": len(contrastive),
+            "auc_without_own_pair": auc(left_out[positive], left_out[~positive]),
+            "auc_with_own_pair": auc(ratios.mean(axis=1)[positive], ratios.mean(axis=1)[~positive]),
+            "spearman_length_positive": spearman(left_out[positive], lengths[positive]),
+            "spearman_length_negative": spearman(left_out[~positive], lengths[~positive]),
+            **coherence_diagnostics,
+        }
+        fitted = Calibration(
+            trait=trait.name,
+            slope=float(regression.coef_[0, 0]) / spread,
+            intercept=float(cast(Any, regression.intercept_)[0]),
+            coherence=coherence,
+            questions=tuple(dict.fromkeys(row.question for row in rollouts)),
+            diagnostics=diagnostics,
+        )
+        self.calibrations[trait.name] = fitted
+        return fitted
+
+    def score(self, trait: Trait, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Score rollouts; a response below coherence 50 and an empty one have no trait score.
+
+        Raises ValueError for questions that the judge was calibrated on.
+        """
+        fitted = self.calibration(trait)
+        if shared := {row.question for row in rollouts} & set(fitted.questions):
+            raise ValueError(f"The judge was calibrated on {sorted(shared)[0]!r}; score other questions with it.")
+        ratios = self._pair_ratios(trait, rollouts, own_pair=False)
+        nlls = -self._neutral_log_likelihoods([(row.question, self._tokens(row)) for row in rollouts])
+        scores: list[Score] = []
+        for row, row_ratios, nll in zip(rollouts, ratios, nlls.tolist(), strict=True):
+            if row.is_empty or math.isnan(nll):
+                scores.append(Score(None, None))
+                continue
+            distinct = distinct_four_grams(self._tokens(row))
+            coherence = fitted.coherence.score(nll, distinct)
+            ratio = _mean_without(row, row_ratios)
+            shown = 100 / (1 + math.exp(min(700.0, -(fitted.slope * ratio + fitted.intercept))))
+            evidence = {"log_likelihood_ratio": ratio, "nll": nll, "distinct_four_grams": distinct}
+            scores.append(Score(shown if coherence >= MIN_COHERENCE else None, coherence, evidence))
+        return scores
+
+    def token_count(self, trait: Trait, rollouts: Sequence[Rollout]) -> TokenCount:
+        """Tokens that scoring these rollouts runs, with prompts shared (as it is done) and without."""
+        contrast, _ = self._contrast_rows(trait, rollouts, own_pair=False)
+        neutral = self._neutral_rows([(row.question, self._tokens(row)) for row in rollouts])
+        shared, unshared = zip(count_tokens(contrast), count_tokens(neutral), strict=True)
+        unfed = sum(bool(row.response) for row in contrast + neutral)  # the last token of a response is never run
+        return TokenCount(sum(shared) - unfed, sum(unshared))
+
+    def _tokens(self, rollout: Rollout) -> tuple[int, ...]:
+        return rollout.tokenize(self.model.tokenizer).response
+
+    def _contrast_rows(
+        self, trait: Trait, rollouts: Sequence[Rollout], *, own_pair: bool
+    ) -> tuple[list[ChatTokens], list[tuple[int, int, int]]]:
+        """Every rollout under every instruction of both polarities, and its place (rollout, pair, side)."""
+        if len(trait.instructions) < 2:
+            raise ValueError(f"{trait.name} has one instruction pair; leaving out the own pair needs two at least.")
+        rows, places = [], []
+        for index, rollout in enumerate(rollouts):
+            for pair in range(len(trait.instructions)):
+                if pair == rollout.instruction and not own_pair:
+                    continue
+                for side, polarity in enumerate(("positive", "negative")):
+                    system = trait.system_prompt(polarity, pair)
+                    rows.append(rollout.tokenize(self.model.tokenizer, system_prompt=system))
+                    places.append((index, pair, side))
+        return rows, places
+
+    def _pair_ratios(self, trait: Trait, rollouts: Sequence[Rollout], *, own_pair: bool) -> np.ndarray:
+        """Log-likelihood ratio per token of every rollout under every pair [rollout pair]; NaN where not computed."""
+        rows, places = self._contrast_rows(trait, rollouts, own_pair=own_pair)
+        table = np.full((len(rollouts), len(trait.instructions), 2), np.nan)
+        for place, value in zip(places, mean_log_likelihoods(self.model, rows).tolist(), strict=True):
+            table[place] = value
+        return table[..., 0] - table[..., 1]
+
+    def _neutral_rows(self, responses: Sequence[tuple[str, Sequence[int]]]) -> list[ChatTokens]:
+        tokenizer = self.model.tokenizer
+        return [
+            tokenize_chat(tokenizer, chat_messages("You are a helpful assistant.", question), tokens)
+            for question, tokens in responses
+        ]
+
+    def _neutral_log_likelihoods(self, responses: Sequence[tuple[str, Sequence[int]]]) -> np.ndarray:
+        return mean_log_likelihoods(self.model, self._neutral_rows(responses)).numpy()
+
+    def _calibrate_coherence(
+        self, neutral: Sequence[Rollout], seed: int
+    ) -> tuple[CoherenceScale, dict[str, float | int | None]]:
+        encode = self.model.tokenizer
+        texts = {
+            "clean": [self._tokens(row) for row in neutral],
+            "shuffled": [
+                tuple(encode(shuffle_words(row.response, seed + index), add_special_tokens=False).input_ids)
+                for index, row in enumerate(neutral)
+            ],
+            "looping": [tuple(encode(loop_words(row.response), add_special_tokens=False).input_ids) for row in neutral],
+        }
+        questions = [row.question for row in neutral]
+        nll = {kind: -self._neutral_log_likelihoods(list(zip(questions, rows, strict=True))) for kind, rows in texts.items()}
+        distinct = {kind: np.array([distinct_four_grams(row) for row in rows]) for kind, rows in texts.items()}
+        order = {question: place for place, question in enumerate(dict.fromkeys(questions))}
+        half = np.array([order[question] % 2 for question in questions])
+        crossed: dict[str, list[float]] = {kind: [] for kind in texts}
+        for fold in (0, 1):
+            fit, held = half != fold, half == fold
+            scale = CoherenceScale.fit(nll["clean"][fit], nll["shuffled"][fit], distinct["clean"][fit])
+            for kind in texts:
+                crossed[kind] += map(scale.score, nll[kind][held], distinct[kind][held])
+        diagnostics: dict[str, float | int | None] = {"neutral_rows": len(neutral)}
+        for kind in ("shuffled", "looping"):
+            diagnostics[f"coherence_auc_{kind}"] = auc(crossed["clean"], crossed[kind])
+        return CoherenceScale.fit(nll["clean"], nll["shuffled"], distinct["clean"]), diagnostics
+
+
+def _mean_without(rollout: Rollout, ratios: np.ndarray) -> float:
+    """The mean ratio over the other pairs; over all of them for a neutral rollout."""
+    kept = ratios if rollout.instruction is None else np.delete(ratios, rollout.instruction)
+    return float(kept.mean())

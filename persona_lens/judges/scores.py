@@ -1,0 +1,128 @@
+"""Scores of rollouts: what a judge returns, and the append-only file they are kept in beside the rollouts.
+
+Knows nothing about how a judge arrives at a number.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from tqdm.auto import tqdm
+
+from persona_lens.generation import plan_batches
+from persona_lens.records import JsonLines, ensure_writable
+from persona_lens.rollouts import Rollout
+from persona_lens.traits import Trait
+
+
+@dataclass(frozen=True)
+class Score:
+    """A judgement: trait and coherence from 0 to 100, or None where the judge gave no number; and what it rests on."""
+
+    trait_score: float | None
+    coherence: float | None
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("trait_score", self.trait_score), ("coherence", self.coherence)):
+            if value is not None and not 0 <= value <= 100:
+                raise ValueError(f"{name} is from 0 to 100, or None where the judge gave no number; got {value}.")
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with what a judge made of it."""
+
+    rollout: Rollout
+    trait_score: float | None
+    coherence: float | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the rollout has no response."""
+        return self.rollout.is_empty
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Whatever scores rollouts. `name` identifies judge and settings, and a resume must match it."""
+
+    batch_rows: int
+
+    def name(self, trait: Trait) -> str:
+        """The judge and every setting that shapes its scores of this trait."""
+        ...
+
+    def score(self, trait: Trait, rollouts: Sequence[Rollout]) -> list[Score]:
+        """One score a rollout, in order."""
+        ...
+
+
+def score_rollouts(
+    judge: Judge,
+    trait: Trait,
+    rollouts: Sequence[Rollout],
+    *,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> list[ScoredRollout]:
+    """Judge rollouts, taking from `output` what is scored there already and appending the rest batch by batch.
+
+    An interrupted batch is judged again whole, so a resumed run has the scores that an uninterrupted one has.
+    Raises ValueError where `output` holds scores of these rollouts by another judge.
+    """
+    file = None if output is None else JsonLines(output)
+    if file is not None:
+        ensure_writable(file.path)
+    name = judge.name(trait)
+    done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name)
+    with tqdm(total=len(rollouts), desc="judge", unit="row", disable=not progress) as bar:
+        for batch in plan_batches(len(rollouts), judge.batch_rows):
+            members = [rollouts[row] for row in batch]
+            missing = {rollout.key for rollout in members} - done.keys()
+            if missing:
+                scores = dict(zip([member.key for member in members], judge.score(trait, members), strict=True))
+                fresh = {key: score for key, score in scores.items() if key in missing}
+                if file is not None:
+                    file.append(_row(key, score, name) for key, score in fresh.items())
+                done.update(fresh)
+            bar.update(len(members))
+    return [
+        ScoredRollout(rollout, done[rollout.key].trait_score, done[rollout.key].coherence) for rollout in rollouts
+    ]
+
+
+def _row(key: str, score: Score, judge: str) -> dict[str, Any]:
+    values = {"trait_score": score.trait_score, "coherence": score.coherence, "evidence": dict(score.evidence)}
+    return {"key": key, **values, "judge": judge}
+
+
+def _resume(file: JsonLines, keys: set[str], judge: str) -> dict[str, Score]:
+    done: dict[str, Score] = {}
+    for number, row in enumerate(file.resume(), start=1):
+        if row.get("key") not in keys:
+            continue
+        if row.get("judge") != judge:
+            raise ValueError(
+                f"{file.path}, line {number}, was scored by another judge ({row.get('judge')!r}, now {judge!r}). "
+                "Choose another output, or move that file away."
+            )
+        done[row["key"]] = Score(row["trait_score"], row["coherence"], row.get("evidence", {}))
+    return done
+
+
+def read_scores(path: str | Path, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    """Scores of the given rollouts from a file that `score_rollouts` wrote, by one judge, in the rollouts' order.
+
+    Raises ValueError where a rollout has no line of its own (a None score is a line).
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"No scores at {path}: make them with `persona-lens judge`.")
+    rows = {row["key"]: row for row in JsonLines(path).read()}
+    missing = [rollout.key for rollout in rollouts if rollout.key not in rows]
+    if missing:
+        raise ValueError(f"{path} has no line for {len(missing)} of {len(rollouts)} rollouts, such as {missing[0]!r}.")
+    return [
+        ScoredRollout(rollout, rows[rollout.key]["trait_score"], rows[rollout.key]["coherence"]) for rollout in rollouts
+    ]

@@ -1,0 +1,43 @@
+"""The only place that knows TransformerLens: loading, hook points, and forward passes without what is not needed.
+
+`HookedTransformer` (transformer-lens 3.9) and `TransformerBridge` (3.9 and 4.x) stand behind the same functions.
+Knows nothing about traits, vectors or chats.
+"""
+
+from persona_lens.models.embedded import EMBEDDED_MODEL
+from persona_lens.models.forward import Past, forward
+from persona_lens.models.loading import ModelClass, bridge_from_transformers, hooked_from_transformers, load_model
+from persona_lens.models.structure import (
+    Model,
+    ModelIdentity,
+    ResidualBasis,
+    from_paper_layer,
+    identify,
+    is_bridge,
+    model_device,
+    resid_post_name,
+    residual_basis,
+    residual_points,
+    suspended,
+)
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Model",
+    "ModelClass",
+    "ModelIdentity",
+    "Past",
+    "ResidualBasis",
+    "bridge_from_transformers",
+    "forward",
+    "from_paper_layer",
+    "hooked_from_transformers",
+    "identify",
+    "is_bridge",
+    "load_model",
+    "model_device",
+    "resid_post_name",
+    "residual_basis",
+    "residual_points",
+    "suspended",
+]

@@ -1,0 +1,101 @@
+"""Forward passes that compute what is asked for and no more: no autograd, and the unembedding only on request.
+
+Positions are counted over the mask and keys and values can be kept, selected and continued, alike on both classes.
+Knows nothing about traits, vectors or chats: token ids and masks come in.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from persona_lens.models.structure import Model, is_bridge, model_device
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of tokens that were already run, with their mask; what `forward` hands on."""
+
+    cache: Any
+    mask: Bool[Tensor, "batch past"]
+
+    def select(self, rows: Int[Tensor, " chosen"]) -> "Past":
+        """A copy that holds the given rows, in their order; a row may stand in it many times."""
+        rows = rows.to(self.mask.device)
+        chosen = copy.deepcopy(self.cache)
+        if hasattr(chosen, "batch_select_indices"):
+            chosen.batch_select_indices(rows)
+        else:
+            for entry in chosen.entries:
+                entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
+            chosen.previous_attention_mask = chosen.previous_attention_mask[rows]
+        return Past(chosen, self.mask[rows])
+
+
+@torch.no_grad()
+def forward(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    *,
+    past: Past | None = None,
+    keep_past: bool = False,
+    last_logits: int | None = 0,
+) -> tuple[Float[Tensor, "batch kept d_vocab"] | None, Past | None]:
+    """Run the blocks, and the unembedding only where it is asked for.
+
+    `mask` is False on padding, which may stand on either side; positions are counted over the mask, so padding never
+    shifts a token. `last_logits` is how many trailing positions get logits: 0 skips the unembedding altogether, None
+    means all. `past` is consumed: its cache grows in place, so select a copy to run it twice. Returns the logits (None
+    for 0) and the new `Past` (None unless `keep_past` or `past`).
+    """
+    device = model_device(model)
+    tokens, mask = tokens.to(device), mask.to(device)
+    seen = mask if past is None else torch.cat([past.mask, mask], dim=1)
+    run = _forward_bridge if is_bridge(model) else _forward_hooked
+    cache = None if past is None else past.cache
+    logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
+    return logits, None if cache is None else Past(cache, seen)
+
+
+def _forward_bridge(model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None):
+    hf_model = model.original_model
+    if cache is None and keep:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=hf_model.config)
+    target = hf_model.get_decoder() if last == 0 else hf_model
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": seen.long(), "use_cache": cache is not None}
+    accepted = inspect.signature(target.forward).parameters
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    if last == 0:
+        target(**inputs)
+        return None, cache
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = last or 0
+    logits = target(**inputs).logits
+    return logits if last is None else logits[:, -last:], cache
+
+
+def _forward_hooked(model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None):
+    if cache is None and keep:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, tokens.shape[0])
+    resid = model(tokens, attention_mask=mask.long(), past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
+    if last == 0:
+        return None, cache
+    resid = resid if last is None else resid[:, -last:]
+    if model.cfg.normalization_type is not None:
+        resid = model.ln_final(resid)
+    logits = model.unembed(resid)
+    if (cap := getattr(model.cfg, "output_logits_soft_cap", 0.0)) and cap > 0:
+        logits = cap * torch.tanh(logits / cap)
+    return logits, cache

@@ -1,0 +1,146 @@
+"""A model's hook points and identity: where the residual stream is, and whose it is.
+
+Layer `l` is the output of block `l`, counted from 0 (`blocks.{l}.hook_resid_post`), on both model classes.
+Knows nothing about traits, vectors or chats.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+ResidualBasis = Literal["raw", "centred"]
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What persona_lens uses of a `HookedTransformer` or a `TransformerBridge`."""
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        ...
+
+    def parameters(self) -> Any:
+        """Iterate over the weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a saved vector remembers of its model, to be refused on another one (`identify`).
+
+    `embedding_sample` is read from the token embedding, which finetuning hardly moves: two models of one base have
+    nearly the same sample, unrelated models do not.
+    """
+
+    name: str
+    model_class: str
+    n_layers: int
+    d_model: int
+    residual_basis: ResidualBasis
+    weights_hash: str
+    embedding_sample: tuple[float, ...]
+
+
+def is_bridge(model: Model) -> bool:
+    """Whether the model is a `TransformerBridge` (else a `HookedTransformer`)."""
+    return hasattr(model, "original_model")
+
+
+def from_paper_layer(layer: int) -> int:
+    """The layer that the paper and its reference code call `layer` (counted from 1), counted from 0 as here.
+
+    The paper's layer 20 is the output of the twentieth block, `blocks.19.hook_resid_post`.
+    """
+    if layer < 1:
+        raise ValueError(f"The paper counts layers from 1, got {layer}.")
+    return layer - 1
+
+
+def resid_post_name(layer: int) -> str:
+    """TransformerLens's name of the hook point at the output of block `layer`."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def residual_points(model: Model) -> list[nn.Module]:
+    """The hook points of the residual stream: what enters block 0, then the output of every block.
+
+    Row 0 is the embedding (Hugging Face's `hidden_states[0]`), row `l + 1` is layer `l`.
+    """
+    entry = model.blocks[0].hook_in if is_bridge(model) else model.blocks[0].hook_resid_pre
+    exits = [block.hook_out if is_bridge(model) else block.hook_resid_post for block in model.blocks]
+    return [entry, *exits]
+
+
+@contextmanager
+def suspended(model: Model) -> Iterator[None]:
+    """The model as it is without interventions: no hook acts and adapters are off; both come back on leaving.
+
+    Judges run inside it, so that what is measured never measures itself.
+    """
+    modules = list(cast(nn.Module, model).modules())
+    hooks = [(point, list(point._forward_hooks.items())) for point in modules if type(point).__name__ == "HookPoint"]
+    adapters = [module for module in modules if hasattr(module, "enable_adapters") and hasattr(module, "active_adapter")]
+    switched_on = [module for module in adapters if not getattr(module, "disable_adapters", False)]
+    try:
+        for point, _ in hooks:
+            point._forward_hooks.clear()
+        for module in switched_on:
+            cast(Any, module).enable_adapters(False)
+        yield
+    finally:
+        for module in switched_on:
+            cast(Any, module).enable_adapters(True)
+        for point, held in hooks:
+            point._forward_hooks.update(held)
+
+
+def model_device(model: Model) -> torch.device:
+    """The device that token ids are moved to."""
+    return next(iter(model.parameters())).device
+
+
+def residual_basis(model: Model) -> ResidualBasis:
+    """Whether weight processing has centred the residual stream; only LayerNorm models can be."""
+    if "RMS" in str(getattr(model.cfg, "normalization_type", "")) or getattr(model.cfg, "uses_rms_norm", False):
+        return "raw"
+    embedding = _embedding(model)[:256].float()
+    return "centred" if embedding.mean(dim=-1).abs().max() < 1e-4 * embedding.abs().mean() else "raw"
+
+
+def identify(model: Model) -> ModelIdentity:
+    """The model's identity: its name, shape, residual basis and fingerprints of its weights."""
+    embedding = _embedding(model)
+    rows = torch.linspace(0, embedding.shape[0] - 1, 256).long().to(embedding.device)
+    columns = torch.linspace(0, embedding.shape[1] - 1, 256).long().to(embedding.device)
+    digest = hashlib.sha256()
+    # A bridge nests the original modules in wrappers, and how differs between TransformerLens releases.
+    weights = cast(Any, model).original_model if is_bridge(model) else model
+    names = {name.replace("_original_component.", ""): value for name, value in weights.named_parameters()}
+    for name, parameter in sorted(names.items()):
+        flat = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+    return ModelIdentity(
+        name=str(getattr(model.cfg, "model_name", "unnamed")),
+        model_class=type(model).__name__,
+        n_layers=int(model.cfg.n_layers),
+        d_model=int(model.cfg.d_model),
+        residual_basis=residual_basis(model),
+        weights_hash=digest.hexdigest()[:16],
+        embedding_sample=tuple(embedding[rows, columns].float().tolist()),
+    )
+
+
+def _embedding(model: Model) -> Tensor:
+    if is_bridge(model):
+        return cast(Any, model).original_model.get_input_embeddings().weight.detach()
+    return cast(Any, model).W_E.detach()

@@ -1,0 +1,70 @@
+"""Append-only JSON-lines files: one row a line, safe to interrupt, resumable by key.
+
+A line that a killed process left unfinished is cut off on the next opening, so every line that is read was whole.
+Knows nothing about what the rows mean.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """A file of JSON rows that only grows."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def resume(self) -> list[dict[str, Any]]:
+        """All whole rows of a file that will be appended to; cuts off a last line that was left unfinished."""
+        if self.path.exists():
+            content = self.path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(self.path, whole)
+        return self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, changing nothing; none where there is no file.
+
+        Raises ValueError that names the line where one is not a JSON object.
+        """
+        if not self.path.exists():
+            return []
+        whole = self.path.read_bytes()
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {line[:60]!r}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+            rows.append(row)
+        return rows
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows and put them on the disk before returning."""
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def ensure_writable(path: Path) -> None:
+    """Raise OSError in one sentence, before any long work, where `path` could not be written."""
+    folder = next(parent for parent in [path.parent, *path.parent.parents] if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise OSError(f"Cannot write {path}: {folder if not path.is_dir() else path} is not a folder that allows it.")

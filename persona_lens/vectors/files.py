@@ -1,0 +1,100 @@
+"""The vector file: one safetensors file, whose tensors are the vectors' and whose metadata is a JSON header.
+
+The header has a format version and all that is no tensor; a file is written whole or not at all, and never pickled.
+Knows nothing about the algebra of vectors: their parts go in and come out by field name.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from persona_lens.vectors.layer_statistics import LayerStatistics
+from persona_lens.vectors.provenance import Provenance
+
+FORMAT_VERSION = 1
+_HEADER = "persona_lens"
+_STATISTIC = "statistics."
+
+
+def write_vector_file(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
+    """Write one `.safetensors` file; an older file of that name stays until the new one is whole.
+
+    Raises:
+        ValueError: The name does not end in `.safetensors`.
+        OSError: The folder is missing or cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Vectors are saved as .safetensors, got {path.name!r}: change the ending of the name.")
+    tensors, header = _disassemble(parts)
+    contents = safetensors.torch.save(tensors, metadata={_HEADER: json.dumps(header, allow_nan=False)})
+    # Beside the target, so that the move stays on one file system; not by tempfile, whose files only their owner reads.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(contents)
+        os.replace(unfinished, path)
+    except OSError as error:
+        remedy = "name a file in an existing folder that you may write to"
+        raise OSError(f"Cannot write {path} ({error.strerror}): {remedy}.") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def read_vector_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parts that `write_vector_file` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is cut short, foreign, or of another format version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it cannot be iterated over)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it or save it again.") from error
+    if _HEADER not in metadata:
+        raise ValueError(
+            f"{path} was not saved by persona_lens: read its tensors with safetensors "
+            "and hand them to PersonaVectors.from_directions."
+        )
+    try:
+        header = json.loads(metadata[_HEADER])
+        found = header.pop("format_version")
+        if found == FORMAT_VERSION:
+            return _assemble(tensors, header)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a damaged header ({error!r}): copy it or save it again.") from error
+    raise ValueError(
+        f"{path} has format version {found}, and this persona_lens reads {FORMAT_VERSION}: "
+        "install the persona_lens that wrote it, or a newer one."
+    )
+
+
+def _disassemble(parts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+    header = {"format_version": FORMAT_VERSION} | {name: part for name, part in parts.items() if name not in tensors}
+    if (provenance := parts["provenance"]) is not None:
+        header["provenance"] = provenance.header()
+    if (statistics := parts["statistics"]) is not None:
+        header["statistics"] = statistics.header()
+        tensors |= {_STATISTIC + name: values for name, values in statistics.by_layer.items()}
+    return tensors, header
+
+
+def _assemble(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Any]:
+    by_layer = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_STATISTIC)}
+    if header["provenance"] is not None:
+        header["provenance"] = Provenance.from_header(header["provenance"])
+    if header["statistics"] is not None:
+        by_layer = {name.removeprefix(_STATISTIC): values for name, values in by_layer.items()}
+        header["statistics"] = LayerStatistics.from_header(header["statistics"], by_layer)
+    return header | tensors

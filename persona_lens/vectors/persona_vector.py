@@ -1,0 +1,126 @@
+"""The direction of one trait at one layer.
+
+Its projection of an activation a is the scalar a . v / |v| (arXiv:2507.21509, section 3.3).
+Knows nothing about the other layers: `PersonaVectors.at` hands them out one by one.
+"""
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, replace
+from statistics import fmean
+from typing import Literal
+
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.models import Model, identify
+from persona_lens.vectors.algebra import VectorAlgebra, joint_provenance, refuse_unlike
+from persona_lens.vectors.directions import norms, owned, refuse_non_finite, units
+from persona_lens.vectors.provenance import Provenance, Relation, check_model
+
+Position = Literal["response_mean", "prompt_mean", "prompt_last"]
+
+
+@dataclass(frozen=True, eq=False)
+class PersonaVector(VectorAlgebra):
+    """The direction of one trait at the output of one block; `-v`, `2 * v`, `v / 2`, `v + w`, `v - w` are vectors too.
+
+    Attributes:
+        trait: The trait it points to; an operator writes down what it did (`-evil`, `evil + optimistic`).
+        layer: The block, counted from 0.
+        direction: From responses without the trait to responses with it; not normalised.
+        residual_norm: Mean norm of the residual stream at this layer; None where it was not measured.
+        position: The tokens whose activations were averaged.
+        provenance: Where it came from; None where that is unknown.
+    """
+
+    trait: str
+    layer: int
+    direction: Float[Tensor, " d_model"]
+    _: KW_ONLY
+    residual_norm: float | None = None
+    position: Position = "response_mean"
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        if self.direction.ndim != 1:
+            shape = list(self.direction.shape)
+            raise ValueError(f"{self.trait}: one layer's direction has shape [d_model], got {shape}: pass one row.")
+        object.__setattr__(self, "direction", owned(self.direction))
+        refuse_non_finite(self._as_row(), self.trait, first_layer=self.layer)
+
+    def __repr__(self) -> str:
+        model = f", model={self.provenance.model.name!r}" if self.provenance else ""
+        return f"PersonaVector({self.trait!r}, layer={self.layer}, d_model={self.d_model}, norm={self.norm:.4g}{model})"
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.direction.shape[0]
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the direction."""
+        return float(norms(self.direction))
+
+    @property
+    def unit(self) -> "PersonaVector":
+        """The same direction with norm 1; a zero direction has none and raises a ValueError."""
+        row = units(self._as_row(), self.trait, first_layer=self.layer)
+        return replace(self, direction=rearrange(row, "1 d_model -> d_model"))
+
+    def project(self, activations: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+        """Scalar projection a . v / |v| of each activation, in float32, on the activations' device."""
+        width = activations.shape[-1]
+        if width != self.d_model:
+            raise ValueError(
+                f"{self.trait}: the vector is {self.d_model} wide and the activations are {width}: "
+                "take them from the model that the vector came from."
+            )
+        unit = self.unit.direction.to(activations.device)
+        return einsum(activations.float(), unit, "... d_model, d_model -> ...")
+
+    def cosine_similarity(self, other: "PersonaVector") -> float:
+        """Cosine of the angle to another vector, at the same layer or another."""
+        refuse_unlike(self, other, "d_model")
+        return float(einsum(self.unit.direction, other.unit.direction, "d_model, d_model ->").clamp(-1, 1))
+
+    def check(self, model: Model, *, allow_other_model: bool = False) -> Relation:
+        """Refuse a model that the vector does not belong to, by the rules of `PersonaVectors.check`."""
+        found = identify(model)
+        relation = check_model(
+            found,
+            self.trait,
+            self.provenance,
+            d_model=self.d_model,
+            n_layers=self.provenance.model.n_layers if self.provenance else None,
+            allow_other_model=allow_other_model,
+        )
+        refuse_absent_layer(self.trait, self.layer, found.n_layers)
+        return relation
+
+    def _as_row(self) -> Float[Tensor, "1 d_model"]:
+        return rearrange(self.direction, "d_model -> 1 d_model")
+
+    def _map(self, function: Callable[[Tensor], Tensor], trait: str) -> "PersonaVector":
+        return replace(self, trait=trait, direction=function(self.direction))
+
+    def _zip(self, other: "PersonaVector", function: Callable[[Tensor, Tensor], Tensor], trait: str) -> "PersonaVector":
+        refuse_unlike(self, other, "d_model", "layer", "position")
+        measured = [each.residual_norm for each in (self, other) if each.residual_norm is not None]
+        return replace(
+            self,
+            trait=trait,
+            direction=function(self.direction, other.direction),
+            residual_norm=fmean(measured) if measured else None,
+            provenance=joint_provenance(self, other),
+        )
+
+
+def refuse_absent_layer(trait: str, layer: int, n_layers: int) -> None:
+    """Raise a ValueError unless `layer` is one of `n_layers`, counted from 0."""
+    if not 0 <= layer < n_layers:
+        raise ValueError(
+            f"{trait}: layer {layer} is outside 0 to {n_layers - 1}; "
+            "layers count from 0 here, so the paper's layer 20 is 19 (from_paper_layer)."
+        )

@@ -1,0 +1,285 @@
+"""The direction of one trait at every layer, with what is known about it.
+
+Row l is the output of block l, counted from 0: the paper's layer l + 1 (arXiv:2507.21509, section 2.2).
+Knows nothing about how activations are made or how a vector is applied.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from math import isnan, nan
+from typing import TYPE_CHECKING, Protocol, get_args, runtime_checkable
+
+import torch
+from einops import einsum, pack
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.models import Model, identify, resid_post_name
+from persona_lens.vectors.algebra import VectorAlgebra, joint_provenance, refuse_unlike
+from persona_lens.vectors.directions import norms, owned, refuse_non_finite, units
+from persona_lens.vectors.files import read_vector_file, write_vector_file
+from persona_lens.vectors.layer_statistics import LayerStatistics
+from persona_lens.vectors.persona_vector import PersonaVector, Position, refuse_absent_layer
+from persona_lens.vectors.provenance import Provenance, Relation, check_model
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Activations by hook name: TransformerLens's `ActivationCache`, or a dict."""
+
+    def keys(self) -> Iterable[str]:
+        """The hook names."""
+        ...
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class PersonaVectors(VectorAlgebra):
+    """The direction of one trait at every layer; `-v`, `2 * v`, `v / 2`, `v + w`, `v - w` are persona vectors too.
+
+    Operators keep what still holds: the embedding row and the provenance where every operand has one, and the counts
+    of a single operand. Statistics were measured on one extraction and are dropped.
+
+    Attributes:
+        trait: The trait they point to; an operator writes down what it did (`-evil`, `evil + optimistic`).
+        directions: From responses without the trait to responses with it, at each block's output; not normalised.
+        residual_norm: Mean norm of the residual stream at each layer; NaN where it was not measured.
+        position: The tokens whose activations were averaged.
+        embedding: The same difference where the stream enters block 0 (the lexical control).
+        counts: How many responses, questions and so on are behind the directions.
+        provenance: Where they came from; None where that is unknown.
+        statistics: How good they are; None where that was not measured.
+        increments: Whether row l is v_l - v_(l-1), as `incremental` makes them.
+    """
+
+    trait: str
+    directions: Float[Tensor, "layer d_model"]
+    residual_norm: Float[Tensor, " layer"]
+    _: KW_ONLY
+    position: Position = "response_mean"
+    embedding: Float[Tensor, " d_model"] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    provenance: Provenance | None = None
+    statistics: LayerStatistics | None = None
+    increments: bool = False
+
+    def __post_init__(self) -> None:
+        if self.directions.ndim != 2 or self.directions.numel() == 0:
+            shape = list(self.directions.shape)
+            raise ValueError(
+                f"{self.trait}: directions have shape [layer, d_model], got {shape}: pass one row a layer."
+            )
+        if self.position not in get_args(Position):
+            raise ValueError(f"{self.trait}: position is one of {get_args(Position)}, got {self.position!r}.")
+        self._refuse_unfitting()
+        object.__setattr__(self, "directions", owned(self.directions))
+        object.__setattr__(self, "residual_norm", owned(self.residual_norm))
+        object.__setattr__(self, "counts", {name: int(count) for name, count in self.counts.items()})
+        refuse_non_finite(self.directions, self.trait)
+        if (self.residual_norm <= 0).any() or self.residual_norm.isinf().any():
+            raise ValueError(f"{self.trait}: a residual norm is positive, or NaN where it was not measured.")
+        if self.embedding is not None:
+            object.__setattr__(self, "embedding", owned(self.embedding))
+            if not self.embedding.isfinite().all():
+                raise ValueError(f"{self.trait}: the embedding row holds NaN or infinite values.")
+
+    def _refuse_unfitting(self) -> None:
+        """Refuse parts that belong to directions of another shape."""
+        model = self.provenance and self.provenance.model
+        for part, got, expected in (
+            ("residual_norm", self.residual_norm.shape, [self.n_layers]),
+            ("embedding", None if self.embedding is None else self.embedding.shape, [self.d_model]),
+            ("statistics", self.statistics and self.statistics.held_out_auc.shape, [self.n_layers]),
+            ("a provenance with a model", model and (model.n_layers, model.d_model), [self.n_layers, self.d_model]),
+        ):
+            if got is not None and list(got) != expected:
+                raise ValueError(f"{self.trait}: the directions need {part} of shape {expected}, got {list(got)}.")
+
+    def __repr__(self) -> str:
+        parts = [f"{self.trait!r}, n_layers={self.n_layers}, d_model={self.d_model}, position={self.position!r}"]
+        parts += ["increments=True"] if self.increments else []
+        parts += [f"counts={dict(self.counts)}"] if self.counts else []
+        parts += [f"model={self.provenance.model.name!r}"] if self.provenance else []
+        return f"PersonaVectors({', '.join(parts)})"
+
+    @classmethod
+    def from_directions(
+        cls,
+        directions: Float[Tensor, "layer d_model"],
+        *,
+        trait: str,
+        model: Model | None = None,
+        residual_norm: Float[Tensor, " layer"] | None = None,
+        embedding: Float[Tensor, " d_model"] | None = None,
+        position: Position = "response_mean",
+    ) -> "PersonaVectors":
+        """Persona vectors from directions that you made yourself, row l for the output of block l.
+
+        With `model` they remember whose they are, and are refused where they do not belong.
+        """
+        if residual_norm is None:
+            residual_norm = torch.full(directions.shape[:1], nan)
+        provenance = None if model is None else Provenance.of(model, settings={"source": "from_directions"})
+        return cls(trait, directions, residual_norm, position=position, embedding=embedding, provenance=provenance)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.directions.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.directions.shape[1]
+
+    @property
+    def hook_names(self) -> list[str]:
+        """TransformerLens's names of the hook points, row by row: a `names_filter` for `run_with_cache`."""
+        return [resid_post_name(layer) for layer in range(self.n_layers)]
+
+    @property
+    def norms(self) -> Float[Tensor, " layer"]:
+        """Euclidean norm |v_l| of each direction."""
+        return norms(self.directions).float()
+
+    @property
+    def relative_norms(self) -> Float[Tensor, " layer"]:
+        """|v_l| over the mean norm of the residual stream there; NaN where that was not measured."""
+        return self.norms / self.residual_norm
+
+    def at(self, layer: int) -> PersonaVector:
+        """The direction at the output of block `layer`, counted from 0."""
+        refuse_absent_layer(self.trait, layer, self.n_layers)
+        residual_norm = float(self.residual_norm[layer])
+        return PersonaVector(
+            self.trait,
+            layer,
+            self.directions[layer],
+            residual_norm=None if isnan(residual_norm) else residual_norm,
+            position=self.position,
+            provenance=self.provenance,
+        )
+
+    def incremental(self) -> "PersonaVectors":
+        """v_l - v_(l-1) at every layer, where v_(-1) is the embedding row: what to add to steer at all layers at once.
+
+        Added up to layer l they give v_l minus the embedding row. Source: arXiv:2507.21509, section 3.2 and J.3.
+        """
+        if self.increments:
+            raise ValueError(f"{self.trait}: these vectors are increments already: use them as they are.")
+        if self.embedding is None:
+            raise ValueError(f"{self.trait}: increments begin at the embedding row: construct the vectors with one.")
+        previous, _ = pack([self.embedding, self.directions[:-1]], "* d_model")
+        return replace(self, directions=self.directions - previous, statistics=None, increments=True)
+
+    def project(self, means: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
+        """Scalar projection a_l . v_l / |v_l| at every layer, in float32, on the device of the means."""
+        if means.shape[-2:] != self.directions.shape:
+            raise ValueError(
+                f"{self.trait}: the vectors are {list(self.directions.shape)} and the means "
+                f"{list(means.shape[-2:])} in [layer, d_model]: take them from the model that the vectors came from."
+            )
+        unit = units(self.directions, self.trait).to(means.device)
+        return einsum(means.float(), unit, "... layer d_model, layer d_model -> ... layer")
+
+    def project_cache(self, cache: Cache) -> Float[Tensor, "layer *batch pos"]:
+        """Scalar projection of every token in a TransformerLens cache (or any mapping by hook name), at every layer."""
+        kept = set(cache.keys())
+        missing = [name for name in self.hook_names if name not in kept]
+        if missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise ValueError(
+                f"{self.trait}: the cache lacks {shown}: "
+                "run_with_cache(tokens, names_filter=vectors.hook_names) keeps what is needed."
+            )
+        return torch.stack([self.at(layer).project(cache[name]) for layer, name in enumerate(self.hook_names)])
+
+    def cosine_similarity(self, other: "PersonaVectors") -> Float[Tensor, " layer"]:
+        """Cosine of the angle to another trait's, or another position's, direction at every layer."""
+        refuse_unlike(self, other, "n_layers", "d_model")
+        ours, theirs = units(self.directions, self.trait), units(other.directions, other.trait)
+        return einsum(ours, theirs, "layer d_model, layer d_model -> layer").clamp(-1, 1)
+
+    def table(self) -> "pandas.DataFrame":
+        """Norms and statistics, one row for each layer; first the row `embedding` where there is one."""
+        import pandas
+
+        columns = {"norm": self.norms, "relative_norm": self.relative_norms}
+        columns |= self.statistics.by_layer if self.statistics else {}
+        table = pandas.DataFrame({name: values.numpy() for name, values in columns.items()})
+        if self.embedding is not None:
+            control = (self.statistics and self.statistics.embedding) or {}
+            row = {"norm": float(norms(self.embedding)), **control}
+            table = pandas.concat([pandas.DataFrame([row], index=["embedding"], columns=table.columns), table])
+        return table.rename_axis("layer")
+
+    def check(self, model: Model, *, allow_other_model: bool = False) -> Relation:
+        """Refuse a model that the vectors do not belong to; say how the accepted one relates to theirs.
+
+        Returns:
+            `same` for equal weights, `adapted` for a finetuned or adapted model of the same base, `other` for an
+            unrelated one that `allow_other_model` let through, `unknown` without a provenance.
+
+        Raises:
+            ValueError: The model has another d_model, n_layers, hook point or residual basis, or is unrelated.
+        """
+        return check_model(
+            identify(model),
+            self.trait,
+            self.provenance,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            allow_other_model=allow_other_model,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one `.safetensors` file, whole or not at all; `load` gives back the same bits."""
+        write_vector_file(path, {each.name: getattr(self, each.name) for each in fields(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PersonaVectors":
+        """Read what `save` wrote; a file that is cut short, foreign or of another version raises a ValueError."""
+        parts = read_vector_file(path)
+        try:
+            return cls(**parts)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold whole persona vectors: {error}") from error
+
+    def _map(self, function: Callable[[Tensor], Tensor], trait: str) -> "PersonaVectors":
+        embedding = None if self.embedding is None else function(self.embedding)
+        return replace(self, trait=trait, directions=function(self.directions), embedding=embedding, statistics=None)
+
+    def _zip(
+        self, other: "PersonaVectors", function: Callable[[Tensor, Tensor], Tensor], trait: str
+    ) -> "PersonaVectors":
+        refuse_unlike(self, other, "n_layers", "d_model", "position", "increments")
+        ours, theirs = self.embedding, other.embedding
+        return replace(
+            self,
+            trait=trait,
+            directions=function(self.directions, other.directions),
+            residual_norm=torch.stack([self.residual_norm, other.residual_norm]).nanmean(dim=0),
+            embedding=None if ours is None or theirs is None else function(ours, theirs),
+            counts={},
+            provenance=joint_provenance(self, other),
+            statistics=None,
+        )
+
+
+def cosine_matrix(vectors: Sequence[PersonaVectors], layer: int) -> "pandas.DataFrame":
+    """Cosines between traits at one layer, with their names on both axes."""
+    import pandas
+
+    if not vectors:
+        raise ValueError("There are no vectors to compare: pass at least one.")
+    for other in vectors:
+        refuse_unlike(vectors[0], other, "n_layers", "d_model")
+    rows = torch.stack([each.at(layer).unit.direction for each in vectors])
+    cosines = einsum(rows, rows, "row d_model, column d_model -> row column").clamp(-1, 1)
+    names = [each.trait for each in vectors]
+    return pandas.DataFrame(cosines.numpy(), index=names, columns=names)
