@@ -1,0 +1,105 @@
+"""Persona vectors for TransformerLens: find, measure and use the directions of character traits (arXiv:2507.21509).
+
+The pipeline, each step a function of its own:
+
+    model   = load_model()                              # or any HookedTransformer or TransformerBridge
+    trait   = load_trait("optimistic")                  # prompts, questions and a rubric
+    vectors = extract_persona_vectors(model, trait, output="runs/optimistic")
+              #  sample_rollouts -> LikelihoodRatioJudge -> keep_pairs -> extract_from_responses
+    vector  = vectors.at(19)                            # layers count from 0: the paper's layer 20
+    vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "persona_lens.activations": ["mean_activations"],
+    "persona_lens.chat": ["ChatBatch", "Conversation", "chat_batch", "show_tokens"],
+    "persona_lens.extraction": ["extract_from_responses"],
+    "persona_lens.generation": ["generate"],
+    "persona_lens.judges": ["Judge", "LikelihoodRatioJudge", "Score", "ScoredRollout", "keep_pairs", "score_rollouts"],
+    "persona_lens.models": ["from_paper_layer", "load_model"],
+    "persona_lens.pipeline": ["extract_persona_vectors"],
+    "persona_lens.responses": ["read_messages", "read_reference_csv"],
+    "persona_lens.rollouts": ["Rollout", "read_rollouts", "sample_rollouts"],
+    "persona_lens.traits": [
+        "InstructionPair",
+        "Trait",
+        "bundled_traits",
+        "load_trait",
+        "read_reference_trait",
+        "write_reference_trait",
+    ],
+    "persona_lens.vectors": ["PersonaVector", "PersonaVectors", "cosine_matrix", "difference_in_means"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from persona_lens.activations import mean_activations
+    from persona_lens.chat import ChatBatch, Conversation, chat_batch, show_tokens
+    from persona_lens.extraction import extract_from_responses
+    from persona_lens.generation import generate
+    from persona_lens.judges import Judge, LikelihoodRatioJudge, Score, ScoredRollout, keep_pairs, score_rollouts
+    from persona_lens.models import from_paper_layer, load_model
+    from persona_lens.pipeline import extract_persona_vectors
+    from persona_lens.responses import read_messages, read_reference_csv
+    from persona_lens.rollouts import Rollout, read_rollouts, sample_rollouts
+    from persona_lens.traits import (
+        InstructionPair,
+        Trait,
+        bundled_traits,
+        load_trait,
+        read_reference_trait,
+        write_reference_trait,
+    )
+    from persona_lens.vectors import PersonaVector, PersonaVectors, cosine_matrix, difference_in_means
+
+__all__ = [
+    "ChatBatch",
+    "Conversation",
+    "InstructionPair",
+    "Judge",
+    "LikelihoodRatioJudge",
+    "PersonaVector",
+    "PersonaVectors",
+    "Rollout",
+    "Score",
+    "ScoredRollout",
+    "Trait",
+    "bundled_traits",
+    "chat_batch",
+    "cosine_matrix",
+    "difference_in_means",
+    "extract_from_responses",
+    "extract_persona_vectors",
+    "from_paper_layer",
+    "generate",
+    "keep_pairs",
+    "load_model",
+    "load_trait",
+    "mean_activations",
+    "read_messages",
+    "read_reference_csv",
+    "read_reference_trait",
+    "read_rollouts",
+    "sample_rollouts",
+    "score_rollouts",
+    "show_tokens",
+    "write_reference_trait",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home on first use: torch alone takes seconds to import."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'persona_lens' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -17,6 +17,10 @@ from torch import Tensor
 Message = Mapping[str, str]
 
 
+class UnclosedBlock(ValueError):
+    """A response that never closes the block whose end averaging was to start `after`."""
+
+
 class RenderedPrompt(NamedTuple):
     """A prompt as the model sees it, up to where it would speak."""
 
@@ -81,7 +85,7 @@ class Conversation:
 
     @classmethod
     def from_messages(cls, messages: Sequence[Message]) -> "Conversation":
-        """Messages whose last is the assistant's; the question is the last user turn, the instruction the system turn."""
+        """Messages ending with the assistant's; the question is the last user turn, the instruction the system turn."""
         if not messages or messages[-1].get("role") != "assistant":
             raise ValueError("Messages must end with the assistant's response (role 'assistant').")
         turns = tuple(messages[:-1])
@@ -157,7 +161,7 @@ def tokenize_chat(
     """A prompt (messages, or text that is rendered already and used verbatim) and its response as token ids.
 
     A response given as ids is taken as it is. With `after` (such as `"</think>"`) only what follows that text is
-    averaged; a response without it raises ValueError, since the block never closed.
+    averaged; a response without it raises `UnclosedBlock`.
     """
     text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt).text
     ids = encode(tokenizer, response) if isinstance(response, str) else tuple(response)
@@ -168,7 +172,7 @@ def tokenize_chat(
 def _tokens_up_to(tokenizer: Any, ids: Sequence[int], marker: str) -> int:
     """How many leading tokens it takes until their text holds `marker`."""
     if marker not in tokenizer.decode(ids):
-        raise ValueError(f"The response never says {marker!r} (an unclosed block): drop the row, or leave out `after`.")
+        raise UnclosedBlock(f"A response never says {marker!r} (an unclosed block): drop it, or leave out `after`.")
     low, high = 0, len(ids)
     while high - low > 1:
         middle = (low + high) // 2
@@ -193,6 +197,11 @@ def collate(
         prompt[index, start : start + len(row.prompt)] = True
         response[index, start + len(row.prompt) + row.skip : stop] = True
     return ChatBatch(tokens, attention, response, prompt)
+
+
+def chat_batch(tokenizer: Any, conversations: Sequence[Conversation], *, after: str | None = None) -> ChatBatch:
+    """Conversations as one padded batch with their masks, ready for `mean_activations`; see `tokenize_chat`."""
+    return collate([conversation.tokenize(tokenizer, after=after) for conversation in conversations])
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int = 4096) -> Iterator[list[int]]:
@@ -246,7 +255,7 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def show_tokens(tokenizer: Any, batch: ChatBatch, row: int = 0) -> str:
-    """The row's text with every averaged token between bars: `<|im_start|>assistant\\n|Sure|,| here|`."""
+    r"""The row's text with every averaged token between bars: `<|im_start|>assistant\n|Sure|,| here|`."""
     pieces: list[str] = []
     inside = False
     for token, attended, averaged in zip(

@@ -141,12 +141,12 @@ def direction_metrics(
         "held_out_auc": _auc(projections, positive),
         "held_out_auc_low": _percentile(resampled, 2.5),
         "held_out_auc_high": _percentile(resampled, 97.5),
-        "placebo_auc_95": _percentile(placebo_auc, 95),
+        "placebo_auc_95": _percentile(placebo_auc, 95.0),
         "split_half": float(np.nanmean(halves)) if np.isfinite(halves).any() else float("nan"),
         "split_half_low": _percentile(halves, 2.5),
         "split_half_high": _percentile(halves, 97.5),
         "bootstrap_cosine_low": _percentile(bootstrap, 2.5),
-        "placebo_norm_95": _percentile(placebo_norm / _norms(gram, full), 95),
+        "placebo_norm_95": _percentile(placebo_norm / _norms(gram, full), 95.0),
     }
 
 
@@ -165,12 +165,12 @@ def cosines(gram: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Cosines [...] of directions that are given by their cells' weights [..., cell]."""
     product = einsum(one @ gram, np.broadcast_to(other, one.shape), "... cell, ... cell -> ...")
     with np.errstate(invalid="ignore", divide="ignore"):
-        return product / (_norms(gram, one) * _norms(gram, other))
+        return np.asarray(product / (_norms(gram, one) * _norms(gram, other)))
 
 
 def _norms(gram: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
     squared = einsum(coefficients @ gram, coefficients, "... cell, ... cell -> ...")
-    return np.sqrt(np.maximum(squared, 0))
+    return np.asarray(np.sqrt(np.maximum(squared, 0)))
 
 
 def _placebo(

@@ -8,14 +8,14 @@ Knows nothing about who made or judged the responses.
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from persona_lens.activations import stream_means
-from persona_lens.chat import Conversation, fit_context, template_hash
+from persona_lens.chat import ChatTokens, Conversation, UnclosedBlock, fit_context, template_hash
 from persona_lens.direction_statistics import METRICS, Design, direction_metrics
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable
@@ -30,6 +30,7 @@ def extract_from_responses(
     trait: str,
     position: Position = "response_mean",
     after: str | None = None,
+    unclosed: Literal["error", "drop"] = "error",
     too_long: Literal["error", "truncate"] = "error",
     token_budget: int = 4096,
     spool: str | Path | None = None,
@@ -42,58 +43,47 @@ def extract_from_responses(
 
     All positive rows and all negative rows are averaged: the keep rule, where it applies, comes before. Empty responses
     are never averaged and are counted (`counts["positive_empty"]`). With `after="</think>"` only what follows that text
-    is averaged. Row means [row, stream, d_model] are spooled to `spool` (a `.npy` file), so memory stays flat in the
-    number of rows; without it a temporary file serves. Statistics resample questions (`n_resamples`, `n_placebo`).
+    is averaged, and a response that never closes its block is an error, or with `unclosed="drop"` left out and counted
+    (`counts["positive_unclosed"]`). Row means [row, stream, d_model] are spooled to `spool` (a `.npy` file), so memory
+    stays flat in the number of rows; without it a temporary file serves. Statistics resample questions.
 
     Raises ValueError where a side is left without rows, a row is too long (unless `too_long="truncate"`, which is
     counted), or activations are not finite. Source: arXiv:2507.21509, section 2.2.
     """
-    kept = {"positive": [row for row in positive if not row.is_empty]}
-    kept["negative"] = [row for row in negative if not row.is_empty]
+    sides = {
+        "positive": _tokenize(model.tokenizer, positive, after, unclosed),
+        "negative": _tokenize(model.tokenizer, negative, after, unclosed),
+    }
+    counts: dict[str, int] = {}
     for side, given in (("positive", positive), ("negative", negative)):
-        if not kept[side]:
+        empty = sum(row.is_empty for row in given)
+        lost = len(given) - empty - len(sides[side])
+        if not sides[side]:
             raise ValueError(
-                f"{trait}: no {side} responses to average ({len(given)} given, {len(given) - len(kept[side])} empty)."
+                f"{trait}: no {side} responses to average ({len(given)} given, {empty} empty, {lost} never closed)."
             )
-    conversations = [*kept["positive"], *kept["negative"]]
-    tokens = [row.tokenize(model.tokenizer, after=after) for row in conversations]
-    tokens, truncated = fit_context(tokens, int(model.cfg.n_ctx), too_long=too_long)
-    if position == "response_mean" and (idle := [place for place, row in enumerate(tokens) if row.n_averaged < 1]):
-        raise ValueError(f"{trait}: {len(idle)} responses have no tokens left to average (after={after!r}): drop them.")
+        counts |= {side: len(sides[side]), f"{side}_empty": empty, f"{side}_unclosed": lost}
+    conversations, tokens = zip(*sides["positive"], *sides["negative"], strict=True)
+    tokens, counts["truncated"] = fit_context(tokens, int(model.cfg.n_ctx), too_long=too_long)
+    if position == "response_mean" and (idle := sum(row.n_averaged < 1 for row in tokens)):
+        raise ValueError(f"{trait}: {idle} responses have no tokens left to average (after={after!r}): drop them.")
     design = Design(
         tuple(row.question or str(row.prompt) for row in conversations),
         tuple(row.instruction for row in conversations),
-        tuple([True] * len(kept["positive"]) + [False] * len(kept["negative"])),
+        tuple([True] * len(sides["positive"]) + [False] * len(sides["negative"])),
     )
-    counts = {
-        "positive": len(kept["positive"]),
-        "negative": len(kept["negative"]),
-        "positive_empty": len(positive) - len(kept["positive"]),
-        "negative_empty": len(negative) - len(kept["negative"]),
-        "truncated": truncated,
-    }
     settings = {"position": position, "after": after, "too_long": too_long, "seed": seed}
     with tempfile.TemporaryDirectory(prefix="persona_lens-") as scratch:
         path = Path(scratch) / "row_means.npy" if spool is None else Path(spool)
-        ensure_writable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (len(tokens), int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
-        rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        norms = np.zeros(shape[1], dtype=np.float64)
-        with tqdm(total=len(tokens), desc="extract", unit="row", disable=not progress) as bar:
-            for batch in stream_means(model, tokens, position=position, token_budget=token_budget):
-                rows[batch.rows] = batch.means.numpy()
-                norms += batch.norms.double().sum(dim=0).numpy()
-                bar.update(len(batch.rows))
+        rows, norms = _spool_means(model, tokens, path, position, token_budget, progress)
         directions = _difference_in_means(rows, np.array(design.positive))
         statistics = _statistics(rows, design, n_resamples, n_placebo, seed, progress)
-        rows.flush()
         del rows
     return PersonaVectors(
         trait=trait,
         directions=directions[1:],
         embedding=directions[0],
-        residual_norm=torch.from_numpy(norms[1:] / len(tokens)).float(),
+        residual_norm=torch.from_numpy(norms[1:]).float(),
         position=position,
         counts=counts,
         provenance=Provenance.of(model, settings=settings, template_hash=template_hash(model.tokenizer)),
@@ -101,11 +91,46 @@ def extract_from_responses(
     )
 
 
+def _tokenize(
+    tokenizer: Any, given: Sequence[Conversation], after: str | None, unclosed: Literal["error", "drop"]
+) -> list[tuple[Conversation, ChatTokens]]:
+    """The rows that have something to average, as token ids."""
+    rows: list[tuple[Conversation, ChatTokens]] = []
+    for row in given:
+        if row.is_empty:
+            continue
+        try:
+            rows.append((row, row.tokenize(tokenizer, after=after)))
+        except UnclosedBlock as error:
+            if unclosed == "error":
+                raise ValueError(f"{error} With unclosed='drop' such rows are left out and counted.") from error
+    return rows
+
+
+def _spool_means(
+    model: Model, tokens: Sequence[ChatTokens], path: Path, position: Position, token_budget: int, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row means [row stream d_model] in a memory-mapped file, and the mean residual norm [stream]."""
+    ensure_writable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (len(tokens), int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    norms = np.zeros(shape[1])
+    with tqdm(total=len(tokens), desc="extract", unit="row", disable=not progress) as bar:
+        for batch in stream_means(model, tokens, position=position, token_budget=token_budget):
+            rows[batch.rows] = batch.means.numpy()
+            norms += batch.norms.double().sum(dim=0).numpy() / len(tokens)
+            bar.update(len(batch.rows))
+    rows.flush()
+    return rows, norms
+
+
 def _difference_in_means(rows: np.ndarray, positive: np.ndarray) -> torch.Tensor:
     """[stream d_model]; layer by layer in float64, since float32 sums of many rows lose what the sides differ by."""
     difference = np.stack(
         [
-            rows[positive, stream].mean(axis=0, dtype=np.float64) - rows[~positive, stream].mean(axis=0, dtype=np.float64)
+            rows[positive, stream].mean(axis=0, dtype=np.float64)
+            - rows[~positive, stream].mean(axis=0, dtype=np.float64)
             for stream in range(rows.shape[1])
         ]
     )

@@ -8,6 +8,7 @@ Knows nothing about traits: prompts as token ids come in, completions go out.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ def plan_batches(n_rows: int, batch_rows: int = 100) -> list[list[int]]:
         return []
     count = -(-n_rows // batch_rows)
     edges = np.linspace(0, n_rows, count + 1).round().astype(int)
-    return [list(range(start, stop)) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [list(range(start, stop)) for start, stop in pairwise(edges)]
 
 
 def generate(
@@ -138,7 +139,8 @@ class _Decoder:
         unique = list(dict.fromkeys(self.prompts))
         batch = prompt_batch(self.model, unique, list(range(len(unique))))
         logits = batch.run(last_logits=1)
-        assert logits is not None and batch.grown is not None
+        assert logits is not None
+        assert batch.grown is not None
         place = {prompt: index for index, prompt in enumerate(unique)}
         origins = torch.tensor([place[prompt] for prompt in self.prompts])
         return torch.arange(len(self.prompts)), batch.grown.select(origins), logits[origins.to(logits.device), -1]
@@ -146,7 +148,8 @@ class _Decoder:
     def _advance(self, tokens: Int[Tensor, " row"], past: Past) -> tuple[Float[Tensor, "row d_vocab"], Past]:
         column = tokens.to(model_device(self.model))[:, None]
         logits, past_after = forward(self.model, column, torch.ones_like(column).bool(), past=past, last_logits=1)
-        assert logits is not None and past_after is not None
+        assert logits is not None
+        assert past_after is not None
         return logits[:, -1], past_after
 
     def completions(self) -> list[Completion]:

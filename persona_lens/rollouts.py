@@ -8,7 +8,7 @@ Knows nothing about scores or activations.
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm.auto import tqdm
 
@@ -83,6 +83,7 @@ class Rollout:
         return Conversation(messages, response, self.question, str(self.instruction))
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """A source of rollouts: a model in this process, or a server."""
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 
 def auc(positive: Any, negative: Any) -> float | None:
-    """Area under the ROC curve: how often a positive exceeds a negative, ties counting half. None where a side is empty.
+    """Area under the ROC curve: how often a positive exceeds a negative, ties counting half; None without both sides.
 
     Inputs are array-like, 1-D.
     """
@@ -41,7 +41,7 @@ def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    return float(stats.spearmanr(x, y).statistic)
+    return float(np.asarray(stats.spearmanr(x, y))[0])
 
 
 def question_resamples(n_questions: int, n_resamples: int, seed: int) -> np.ndarray:

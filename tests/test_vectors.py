@@ -170,6 +170,10 @@ def test_increments_up_to_a_layer_sum_to_its_direction_minus_the_embedding_row(p
     torch.testing.assert_close(sums.float(), v.directions - v.embedding, rtol=1e-5, atol=1e-5)
 
 
+def test_increments_have_no_statistics_of_the_outputs(pv):
+    assert make_vectors(pv, statistics=make_statistics(pv)).incremental().statistics is None
+
+
 def test_increments_of_a_one_layer_model_begin_at_the_embedding_row(pv):
     v = pv.PersonaVectors.from_directions(torch.ones(1, 3), trait="evil", embedding=torch.full((3,), 0.25))
     torch.testing.assert_close(v.incremental().directions, torch.full((1, 3), 0.75))
@@ -292,6 +296,12 @@ def test_vectors_at_different_layers_are_not_added(pv):
     v = make_vectors(pv)
     with pytest.raises(ValueError, match=r"differ in layer \(1 and 2\)"):
         _ = v.at(1) - v.at(2)
+
+
+def test_single_vectors_of_different_positions_are_not_added(pv):
+    v = make_vectors(pv)
+    with pytest.raises(ValueError, match=r"differ in position \(response_mean and prompt_last\)"):
+        _ = v.at(1) + replace(v, position="prompt_last").at(1)
 
 
 def test_vectors_in_different_residual_bases_are_not_added(pv):
@@ -611,6 +621,12 @@ def test_the_cosine_matrix_holds_the_cosine_of_each_pair_of_traits(pv):
             assert matrix.loc[row.trait, column.trait] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_cosine_matrix_of_unlike_vectors_is_refused(pv):
+    deeper = pv.PersonaVectors.from_directions(torch.ones(9, D_MODEL), trait="optimistic")
+    with pytest.raises(ValueError, match=r"evil and optimistic differ in n_layers \(4 and 9\)"):
+        pv.cosine_matrix([make_vectors(pv), deeper], layer=1)
+
+
 def test_a_cosine_matrix_of_nothing_is_refused(pv):
     with pytest.raises(ValueError, match="There are no vectors to compare"):
         pv.cosine_matrix([], layer=0)
@@ -808,6 +824,12 @@ def test_a_finetuned_model_of_the_same_base_is_adapted(pv):
     v = make_vectors(pv, provenance=make_provenance(pv))
     assert v.check(ToyModel().finetuned()) == "adapted"
     assert v.at(0).check(ToyModel().finetuned()) == "adapted"
+
+
+def test_an_adapter_that_leaves_the_embeddings_alone_makes_the_model_adapted(pv):
+    model = ToyModel()
+    torch.nn.init.constant_(model.blocks.get_parameter("0.weight"), 1.5)
+    assert make_vectors(pv, provenance=make_provenance(pv)).check(model) == "adapted"
 
 
 def test_an_unrelated_model_of_equal_shape_needs_permission(pv):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Numbers = Sequence[float] | np.ndarray
 LOGIT_90 = math.log(9.0)
 
 
@@ -31,7 +32,7 @@ class CoherenceScale:
         return 100 * fluent * min(1.0, distinct / self.distinct_floor)
 
     @classmethod
-    def fit(cls, clean: Sequence[float], shuffled: Sequence[float], distinct: Sequence[float]) -> "CoherenceScale":
+    def fit(cls, clean: Numbers, shuffled: Numbers, distinct: Numbers) -> "CoherenceScale":
         """Constants from the NLLs of neutral responses, of their word-shuffles, and the responses' distinct shares.
 
         Raises ValueError where shuffling does not raise the median NLL: then NLL cannot measure coherence.

@@ -8,7 +8,7 @@ Knows nothing about how scores were made.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from persona_lens.judges.scores import ScoredRollout
 
@@ -36,6 +36,7 @@ class KeepReport:
         return f"{self.kept} of {self.pairs} pairs kept" + (f" (dropped: {reasons})" if reasons else "")
 
 
+@runtime_checkable
 class Judged(Protocol):
     """A side of a pair: anything with the two scores that knows whether it is empty."""
 

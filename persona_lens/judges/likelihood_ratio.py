@@ -57,9 +57,7 @@ def plan_calibration(trait: Trait, *, n_questions: int = 10, neutral_samples: in
         raise ValueError(f"{trait.name} has no evaluation questions to calibrate the judge on; add some to the trait.")
     questions = trait.evaluation_questions[:n_questions]
     contrastive = plan_rollouts(trait, questions=questions, per_question=1)
-    return contrastive + plan_rollouts(
-        trait, polarities=["neutral"], questions=questions, per_question=neutral_samples
-    )
+    return contrastive + plan_rollouts(trait, polarities=["neutral"], questions=questions, per_question=neutral_samples)
 
 
 class LikelihoodRatioJudge:
@@ -211,7 +209,10 @@ class LikelihoodRatioJudge:
             "looping": [tuple(encode(loop_words(row.response), add_special_tokens=False).input_ids) for row in neutral],
         }
         questions = [row.question for row in neutral]
-        nll = {kind: -self._neutral_log_likelihoods(list(zip(questions, rows, strict=True))) for kind, rows in texts.items()}
+        nll = {
+            kind: -self._neutral_log_likelihoods(list(zip(questions, rows, strict=True)))
+            for kind, rows in texts.items()
+        }
         distinct = {kind: np.array([distinct_four_grams(row) for row in rows]) for kind, rows in texts.items()}
         order = {question: place for place, question in enumerate(dict.fromkeys(questions))}
         half = np.array([order[question] % 2 for question in questions])

@@ -88,9 +88,7 @@ def score_rollouts(
                     file.append(_row(key, score, name) for key, score in fresh.items())
                 done.update(fresh)
             bar.update(len(members))
-    return [
-        ScoredRollout(rollout, done[rollout.key].trait_score, done[rollout.key].coherence) for rollout in rollouts
-    ]
+    return [ScoredRollout(rollout, done[rollout.key].trait_score, done[rollout.key].coherence) for rollout in rollouts]
 
 
 def _row(key: str, score: Score, judge: str) -> dict[str, Any]:

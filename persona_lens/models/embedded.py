@@ -66,7 +66,7 @@ def _unpack(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers refuses to save a model that it read from a GGUF file; the same weights in a fresh model can be saved.
+    # transformers refuses to save a model that it read from a GGUF file; a fresh model with its weights can be saved.
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(target)

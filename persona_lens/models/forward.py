@@ -26,10 +26,13 @@ class Past:
     def select(self, rows: Int[Tensor, " chosen"]) -> "Past":
         """A copy that holds the given rows, in their order; a row may stand in it many times."""
         rows = rows.to(self.mask.device)
-        chosen = copy.deepcopy(self.cache)
+        # Selecting replaces a layer's tensors, so copies of the containers are enough: the originals stay untouched.
+        chosen = copy.copy(self.cache)
         if hasattr(chosen, "batch_select_indices"):
+            chosen.layers = [copy.copy(layer) for layer in chosen.layers]
             chosen.batch_select_indices(rows)
         else:
+            chosen.entries = [copy.copy(entry) for entry in chosen.entries]
             for entry in chosen.entries:
                 entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
             chosen.previous_attention_mask = chosen.previous_attention_mask[rows]
@@ -62,7 +65,9 @@ def forward(
     return logits, None if cache is None else Past(cache, seen)
 
 
-def _forward_bridge(model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None):
+def _forward_bridge(
+    model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None
+) -> tuple[Tensor | None, Any]:
     hf_model = model.original_model
     if cache is None and keep:
         from transformers import DynamicCache
@@ -84,7 +89,9 @@ def _forward_bridge(model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cach
     return logits if last is None else logits[:, -last:], cache
 
 
-def _forward_hooked(model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None):
+def _forward_hooked(
+    model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None
+) -> tuple[Tensor | None, Any]:
     if cache is None and keep:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 

@@ -4,6 +4,7 @@ Weights are never folded or centred on the way, so a model has one residual stre
 Knows nothing about traits, vectors or chats.
 """
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -73,7 +74,11 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
     # TransformerLens refuses names that are not on its list, but reads any local folder whose architecture it knows;
     # the folder's own name is neutral because it guesses the architecture from words such as "llama" in the path.
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
-        hf_model.config.save_pretrained(folder)
+        settings = copy.deepcopy(hf_model.config)
+        settings.architectures = settings.architectures or [
+            type(hf_model).__name__
+        ]  # a model made in memory does not name its own
+        settings.save_pretrained(folder)
         try:
             config = loading.get_pretrained_model_config(
                 folder, hf_cfg=hf_model.config.to_dict(), device=parameter.device, dtype=parameter.dtype
@@ -116,4 +121,4 @@ def _load_transformers(source: str, name: str, dtype: torch.dtype, device: torch
             else (f"Give a hub name that can be reached, a local directory, or {EMBEDDED_MODEL!r}.")
         )
         raise ValueError(f"No model {name!r}: {str(error).splitlines()[0]} {hint}") from error
-    return model.to(device), tokenizer
+    return cast(Any, model).to(device), tokenizer

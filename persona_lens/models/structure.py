@@ -88,8 +88,12 @@ def suspended(model: Model) -> Iterator[None]:
     """
     modules = list(cast(nn.Module, model).modules())
     hooks = [(point, list(point._forward_hooks.items())) for point in modules if type(point).__name__ == "HookPoint"]
-    adapters = [module for module in modules if hasattr(module, "enable_adapters") and hasattr(module, "active_adapter")]
+    adapters = [
+        module for module in modules if hasattr(module, "enable_adapters") and hasattr(module, "active_adapter")
+    ]
     switched_on = [module for module in adapters if not getattr(module, "disable_adapters", False)]
+    # PEFT makes every adapter that it switches on trainable, frozen ones too.
+    trainable = [(weight, weight.requires_grad) for module in switched_on for weight in module.parameters()]
     try:
         for point, _ in hooks:
             point._forward_hooks.clear()
@@ -99,6 +103,8 @@ def suspended(model: Model) -> Iterator[None]:
     finally:
         for module in switched_on:
             cast(Any, module).enable_adapters(True)
+        for weight, wanted in trainable:
+            weight.requires_grad_(wanted)
         for point, held in hooks:
             point._forward_hooks.update(held)
 
@@ -123,7 +129,7 @@ def identify(model: Model) -> ModelIdentity:
     columns = torch.linspace(0, embedding.shape[1] - 1, 256).long().to(embedding.device)
     digest = hashlib.sha256()
     # A bridge nests the original modules in wrappers, and how differs between TransformerLens releases.
-    weights = cast(Any, model).original_model if is_bridge(model) else model
+    weights = cast(Any, model).original_model if is_bridge(model) else cast(Any, model)
     names = {name.replace("_original_component.", ""): value for name, value in weights.named_parameters()}
     for name, parameter in sorted(names.items()):
         flat = parameter.detach().flatten()

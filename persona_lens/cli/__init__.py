@@ -1,0 +1,19 @@
+"""`persona-lens`: the library's functions from the command line.
+
+Results go to standard output (a table, or JSON with `--json`), progress to standard error. Exit code 0 is success, 1 is
+bad input with one sentence that says what to do, 2 is bad usage.
+"""
+
+import sys
+
+from persona_lens.cli.commands import app
+from persona_lens.cli.output import say
+
+
+def main() -> None:
+    """Run the command line; bad input becomes one sentence and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        say(f"persona-lens: {' '.join(str(error).split())}")
+        sys.exit(1)

@@ -1,0 +1,244 @@
+"""The commands, each a few lines over one of the library's functions."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from persona_lens.cli.inputs import KeepChoices, ModelClass, checked_position, load, read_sides
+from persona_lens.cli.output import judge_findings, print_table, say, show_vectors
+
+app = typer.Typer(
+    help="Persona vectors for TransformerLens (arXiv:2507.21509).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class QuestionSet(StrEnum):
+    """A trait's two disjoint sets of questions."""
+
+    EXTRACTION = "extraction"
+    EVALUATION = "evaluation"
+
+
+class Polarity(StrEnum):
+    """Which system prompts."""
+
+    POSITIVE = "positive"
+    NEGATIVE = "negative"
+    NEUTRAL = "neutral"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Hub name, local directory, or smollm2-135m-instruct (embedded).")
+]
+TraitOption = Annotated[str, typer.Option("--trait", help="Bundled trait, or path of a trait's JSON.")]
+ClassOption = Annotated[ModelClass, typer.Option("--model-class", help="TransformerLens class.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the run; a second call resumes it.")] = Path("runs/demo"),
+    model_class: ClassOption = ModelClass.BRIDGE,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """The whole pipeline on the embedded model: rollouts, judge, vectors of `optimistic`, a table.
+
+    Example: persona-lens demo --output runs/demo
+    """
+    from persona_lens.pipeline import extract_persona_vectors
+
+    model = load(DEFAULT_MODEL, model_class, threads)
+    vectors = extract_persona_vectors(model, "optimistic", per_question=1, max_new_tokens=36, output=output, seed=seed)
+    show_vectors(vectors, as_json=as_json)
+    if not as_json:
+        say(judge_findings(output))
+        say(f"Everything is in {output}: rollouts, scores, vectors.safetensors, summary.json.")
+
+
+@app.command()
+def traits(
+    name: Annotated[str | None, typer.Argument(help="A trait to show whole; all in a line each by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the bundled traits, or show one whole.
+
+    Example: persona-lens traits evil
+    """
+    from persona_lens.traits import bundled_traits, load_trait
+
+    if name is not None:
+        print(load_trait(name).to_json())
+        return
+    loaded = [load_trait(each) for each in bundled_traits()]
+    if as_json:
+        print(json.dumps([{"name": each.name, "description": each.description} for each in loaded], indent=2))
+    else:
+        print_table(["trait", "description"], [[each.name, each.description] for each in loaded])
+
+
+@app.command()
+def rollouts(
+    trait: TraitOption,
+    output: Annotated[Path, typer.Option(help="JSON-lines file to append to; a second call resumes it.")],
+    model: ModelOption = DEFAULT_MODEL,
+    polarity: Annotated[
+        list[Polarity] | None, typer.Option(help="Repeatable; positive and negative by default.")
+    ] = None,
+    question_set: Annotated[QuestionSet, typer.Option("--questions", help="Which questions.")] = QuestionSet.EXTRACTION,
+    n_questions: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    per_question: Annotated[int, typer.Option(min=1, help="Samples a question and instruction.")] = 10,
+    max_new_tokens: TokensOption = 1000,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 100,
+    model_class: ClassOption = ModelClass.BRIDGE,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Sample responses under the trait's system prompts.
+
+    Example: persona-lens rollouts --trait evil --per-question 2 --max-new-tokens 64 --output runs/evil/rollouts.jsonl
+    """
+    from persona_lens.records import ensure_writable
+    from persona_lens.rollouts import sample_rollouts
+    from persona_lens.traits import load_trait
+
+    loaded = load_trait(trait)
+    ensure_writable(output)
+    asked = loaded.extraction_questions if question_set is QuestionSet.EXTRACTION else loaded.evaluation_questions
+    rows = sample_rollouts(
+        load(model, model_class, threads),
+        loaded,
+        polarities=[each.value for each in polarity or (Polarity.POSITIVE, Polarity.NEGATIVE)],
+        questions=asked[:n_questions],
+        per_question=per_question,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        output=output,
+        batch_rows=batch_rows,
+    )
+    say(f"{len(rows)} rollouts in {output} ({sum(row.is_empty for row in rows)} empty).")
+
+
+@app.command()
+def judge(
+    trait: TraitOption,
+    rollouts: Annotated[Path, typer.Option(help="JSON-lines file of `persona-lens rollouts`.")],
+    output: Annotated[Path, typer.Option(help="JSON-lines file of scores; a second call resumes it.")],
+    model: ModelOption = DEFAULT_MODEL,
+    model_class: ClassOption = ModelClass.BRIDGE,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Score rollouts by likelihood ratio on the model itself; its calibration is kept beside the scores.
+
+    Example: persona-lens judge --trait evil --rollouts runs/evil/rollouts.jsonl --output runs/evil/scores.jsonl
+    """
+    from persona_lens.judges import LikelihoodRatioJudge, keep_pairs, pair_rollouts, score_rollouts
+    from persona_lens.pipeline import calibrate
+    from persona_lens.records import ensure_writable
+    from persona_lens.rollouts import ModelEngine, read_rollouts
+    from persona_lens.traits import load_trait
+
+    loaded, rows = load_trait(trait), read_rollouts(rollouts)
+    ensure_writable(output)
+    ready = load(model, model_class, threads)
+    referee = LikelihoodRatioJudge(ready)
+    # Calibration responses as long as the judged ones: likelihood per token depends on length.
+    longest = max((len(row.response_tokens or ()) for row in rows), default=1)
+    calibrate(referee, loaded, ModelEngine(ready, max_new_tokens=max(longest, 1)), folder=output.parent, seed=seed)
+    scored = score_rollouts(referee, loaded, rows, output=output)
+    missing = sum(row.trait_score is None for row in scored)
+    _, report = keep_pairs(pair_rollouts(scored), trait=loaded.name, min_pairs=0)
+    say(f"{len(scored)} scores in {output} ({missing} without a trait score). {report}.")
+
+
+@app.command()
+def extract(
+    trait: TraitOption,
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write; without inputs, the run's folder.")],
+    model: ModelOption = DEFAULT_MODEL,
+    positive: Annotated[Path | None, typer.Option(help="Responses with the trait: .csv or .jsonl of messages.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="Responses without it, in the same form.")] = None,
+    rollouts: Annotated[Path | None, typer.Option(help="Rollouts, with --scores.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Their scores.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs that are kept.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=100, help="Trait score that divides the sides.")] = 50.0,
+    min_coherence: Annotated[float, typer.Option(min=0, max=100, help="Coherence that both sides need.")] = 50.0,
+    min_pairs: Annotated[int, typer.Option(min=1, help="Fewer kept pairs are an error.")] = 10,
+    position: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
+    after: Annotated[str | None, typer.Option(help="Average only what follows this text, such as '</think>'.")] = None,
+    drop_unclosed: Annotated[bool, typer.Option(help="Drop responses that never say --after.")] = False,
+    truncate: Annotated[bool, typer.Option(help="Cut responses that exceed the context, and count them.")] = False,
+    per_question: Annotated[int, typer.Option(min=1, help="Samples a question, where rollouts are made.")] = 10,
+    max_new_tokens: TokensOption = 1000,
+    model_class: ClassOption = ModelClass.BRIDGE,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Persona vectors from responses that are given, from judged rollouts, or from the model in one go.
+
+    Example: persona-lens extract --trait evil --positive evil_pos.csv --negative evil_neg.csv --output evil.safetensors
+    """
+    from persona_lens.extraction import extract_from_responses
+    from persona_lens.pipeline import extract_persona_vectors
+
+    choices = KeepChoices(threshold, min_coherence, min_pairs)
+    where = checked_position(position)
+    sides = read_sides(trait, positive, negative, rollouts, scores, choices, limit, output)
+    ready = load(model, model_class, threads)
+    if sides is None:
+        vectors = extract_persona_vectors(
+            ready,
+            trait,
+            per_question=per_question,
+            max_new_tokens=max_new_tokens,
+            position=where,
+            after=after,
+            output=output,
+            seed=seed,
+            **choices._asdict(),
+        )
+    else:
+        vectors = extract_from_responses(
+            ready,
+            *sides,
+            trait=trait,
+            position=where,
+            after=after,
+            unclosed="drop" if drop_unclosed else "error",
+            too_long="truncate" if truncate else "error",
+            seed=seed,
+        )
+        vectors.save(output)
+    show_vectors(vectors, as_json=as_json)
+
+
+@app.command()
+def show(
+    vectors: Annotated[Path, typer.Argument(help="A vectors file, or a run's folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """A vectors file by layer: norms, split-half cosine, placebo, held-out AUC with its interval.
+
+    Example: persona-lens show runs/demo
+    """
+    from persona_lens.vectors import PersonaVectors
+
+    show_vectors(PersonaVectors.load(vectors / "vectors.safetensors" if vectors.is_dir() else vectors), as_json=as_json)

@@ -1,0 +1,113 @@
+"""What the commands read: models, and pairs of responses from files.
+
+Knows nothing about what is done with them.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from persona_lens.cli.output import say
+
+if TYPE_CHECKING:
+    from persona_lens.chat import Conversation
+    from persona_lens.models import Model
+
+
+class ModelClass(StrEnum):
+    """TransformerLens's two model classes."""
+
+    BRIDGE = "TransformerBridge"
+    HOOKED = "HookedTransformer"
+
+
+class KeepChoices(NamedTuple):
+    """The keep rule's settings."""
+
+    threshold: float
+    min_coherence: float
+    min_pairs: int
+
+
+class Sides(NamedTuple):
+    """What extraction contrasts."""
+
+    positive: "list[Conversation]"
+    negative: "list[Conversation]"
+
+
+def read_sides(
+    trait: str,
+    positive: Path | None,
+    negative: Path | None,
+    rollouts: Path | None,
+    scores: Path | None,
+    choices: KeepChoices,
+    limit: int | None,
+    output: Path,
+) -> Sides | None:
+    """The responses that the options name, after the keep rule where they are judged; None where they name none."""
+    from persona_lens.records import ensure_writable
+
+    paths = (positive, negative, rollouts, scores)
+    if not any(paths):
+        return None
+    if output.suffix != ".safetensors":
+        raise typer.BadParameter(f"--output must end in .safetensors, got {output}")
+    ensure_writable(output)
+    if positive and negative and not (rollouts or scores):
+        return _given(trait, positive, negative, choices, limit)
+    if rollouts and scores and not (positive or negative):
+        return _judged(trait, rollouts, scores, choices, limit)
+    raise typer.BadParameter("give --positive and --negative, or --rollouts and --scores, or none of the four")
+
+
+def _given(trait: str, positive: Path, negative: Path, choices: KeepChoices, limit: int | None) -> Sides:
+    from persona_lens.judges import keep_pairs
+    from persona_lens.responses import pair_by_row, read_messages, read_reference_csv
+
+    if positive.suffix != negative.suffix or positive.suffix not in (".csv", ".jsonl"):
+        raise typer.BadParameter("--positive and --negative must both be .csv or both .jsonl")
+    if positive.suffix == ".jsonl":
+        return Sides(read_messages(positive)[:limit], read_messages(negative)[:limit])
+    pairs = pair_by_row(read_reference_csv(positive, trait), read_reference_csv(negative, trait))
+    kept, report = keep_pairs(pairs, trait=trait, **choices._asdict())
+    say(f"{report}.")
+    return Sides([one.conversation for one, _ in kept[:limit]], [other.conversation for _, other in kept[:limit]])
+
+
+def _judged(trait: str, rollouts: Path, scores: Path, choices: KeepChoices, limit: int | None) -> Sides:
+    from persona_lens.judges import keep_pairs, pair_rollouts, read_scores
+    from persona_lens.rollouts import read_rollouts
+
+    pairs = pair_rollouts(read_scores(scores, read_rollouts(rollouts)))
+    kept, report = keep_pairs(pairs, trait=trait, **choices._asdict())
+    say(f"{report}.")
+    return Sides(
+        [one.rollout.conversation() for one, _ in kept[:limit]],
+        [other.rollout.conversation() for _, other in kept[:limit]],
+    )
+
+
+def checked_position(text: str) -> Any:
+    """A position's name, or bad usage."""
+    allowed = ("response_mean", "prompt_mean", "prompt_last")
+    if text not in allowed:
+        raise typer.BadParameter(f"--position is one of {', '.join(allowed)}; got {text}")
+    return text
+
+
+def load(name: str, model_class: ModelClass, threads: int | None) -> "Model":
+    """Load the model of a command, quietly, on so many threads."""
+    import torch
+    from transformers.utils import logging
+
+    from persona_lens.models import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    say(f"Loading {name} as {model_class.value} ...")
+    return load_model(name, model_class=model_class.value)

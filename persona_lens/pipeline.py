@@ -1,0 +1,193 @@
+"""From a model and a trait to persona vectors: the paper's section 2 as one call.
+
+Rollouts under contrasting system prompts, judged; the pairs that show the contrast kept; the difference in means of
+their residual streams at every layer. Every stage writes what it made to the run's folder and resumes from it.
+Knows nothing of its own: each line is a function that can be called alone.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from persona_lens.extraction import extract_from_responses
+from persona_lens.judges import (
+    Calibration,
+    Judge,
+    KeepReport,
+    LikelihoodRatioJudge,
+    keep_pairs,
+    pair_rollouts,
+    plan_calibration,
+    score_rollouts,
+)
+from persona_lens.models import Model
+from persona_lens.records import ensure_writable, write_json
+from persona_lens.rollouts import ModelEngine, Prompt, RolloutEngine, collect_rollouts, plan_rollouts
+from persona_lens.traits import Trait, load_trait
+from persona_lens.vectors import PersonaVectors, Position
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """What a run will do, so that it can be read before anything is spent."""
+
+    trait: str
+    engine: str
+    rollouts: int
+    calibration_rollouts: int
+    max_new_tokens: int | None
+
+    def __str__(self) -> str:
+        sampled = self.rollouts + self.calibration_rollouts
+        tokens = "" if self.max_new_tokens is None else f", at most {sampled * self.max_new_tokens:,} sampled tokens"
+        calibration = f" and {self.calibration_rollouts} to calibrate the judge" * bool(self.calibration_rollouts)
+        return (
+            f"{self.trait}: {self.rollouts} rollouts{calibration}{tokens}; {self.rollouts} judgements; "
+            f"one pass over the kept responses.\nRollouts by {self.engine}."
+        )
+
+
+def extract_persona_vectors(
+    model: Model,
+    trait: Trait | str,
+    *,
+    judge: Judge | None = None,
+    engine: RolloutEngine | None = None,
+    questions: Sequence[str] | None = None,
+    per_question: int = 10,
+    max_new_tokens: int = 1000,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    threshold: float = 50.0,
+    min_coherence: float = 50.0,
+    min_pairs: int = 10,
+    position: Position = "response_mean",
+    after: str | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> PersonaVectors:
+    """Persona vectors of a model for a trait, from the model's own judged responses.
+
+    Each extraction question is answered `per_question` times under every positive and every negative instruction;
+    a pair of answers stays if the judge scores them at least `threshold` and below it, both with at least
+    `min_coherence`. `judge` defaults to the likelihood-ratio judge on the same model, which is calibrated first, on
+    evaluation questions; `engine` to sampling from the model. With `output`, a folder, everything is written there as
+    it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...), and a second call goes on where
+    the first one stopped. The plan is printed first, unless `progress` is False.
+
+    Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings.
+    Source: arXiv:2507.21509, section 2.
+    """
+    trait = load_trait(trait) if isinstance(trait, str) else trait
+    judge = LikelihoodRatioJudge(model) if judge is None else judge
+    engine = ModelEngine(model, max_new_tokens, temperature, top_p) if engine is None else engine
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        ensure_writable(folder / "summary.json")
+        write_json(folder / "trait.json", json.loads(trait.to_json()))
+
+    prompts = plan_rollouts(trait, questions=questions, per_question=per_question)
+    calibration = calibration_prompts(judge, trait)
+    plan = ExtractionPlan(trait.name, engine.name, len(prompts), len(calibration), max_new_tokens)
+    if progress:
+        tqdm.write(str(plan))
+
+    rollouts = collect_rollouts(engine, prompts, seed=seed, output=_in(folder, "rollouts.jsonl"), progress=progress)
+    calibrate(judge, trait, engine, folder=folder, seed=seed, progress=progress)
+    scored = score_rollouts(judge, trait, rollouts, output=_in(folder, "scores.jsonl"), progress=progress)
+    kept, report = keep_pairs(
+        pair_rollouts(scored),
+        trait=trait.name,
+        threshold=threshold,
+        min_coherence=min_coherence,
+        min_pairs=min_pairs,
+    )
+    if progress:
+        tqdm.write(str(report))
+    vectors = extract_from_responses(
+        model,
+        [positive.rollout.conversation() for positive, _ in kept],
+        [negative.rollout.conversation() for _, negative in kept],
+        trait=trait.name,
+        position=position,
+        after=after,
+        spool=_in(folder, "row_means.npy"),
+        seed=seed,
+        progress=progress,
+    )
+    if folder is not None:
+        vectors.save(folder / "vectors.safetensors")
+        write_json(folder / "summary.json", summarize(vectors, plan, report, judge, trait))
+    return vectors
+
+
+def calibration_prompts(judge: Judge, trait: Trait) -> list[Prompt]:
+    """The rollouts that the judge needs before it can score this trait; none for most judges."""
+    wants = isinstance(judge, LikelihoodRatioJudge) and trait.name not in judge.calibrations
+    return plan_calibration(trait) if wants else []
+
+
+def calibrate(
+    judge: Judge,
+    trait: Trait,
+    engine: RolloutEngine,
+    *,
+    folder: Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """Calibrate a judge that needs it, from the folder's calibration.json where that was made with the same engine."""
+    prompts = calibration_prompts(judge, trait)
+    if not prompts or not isinstance(judge, LikelihoodRatioJudge):
+        return
+    made_with = {"engine": engine.name, "seed": seed, "questions": list(dict.fromkeys(row.question for row in prompts))}
+    file = _in(folder, "calibration.json")
+    if file is not None and file.exists():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if saved["made_with"] != made_with:
+            raise ValueError(f"{file} was made with other settings. Choose another output, or move that file away.")
+        judge.calibrations[trait.name] = Calibration.from_dict(saved["calibration"])
+        return
+    output = _in(folder, "calibration_rollouts.jsonl")
+    rollouts = collect_rollouts(engine, prompts, seed=seed, output=output, progress=progress)
+    fitted = judge.calibrate(trait, rollouts, seed=seed)
+    if file is not None:
+        write_json(file, {"made_with": made_with, "calibration": fitted.to_dict()})
+
+
+def summarize(
+    vectors: PersonaVectors, plan: ExtractionPlan, report: KeepReport, judge: Judge, trait: Trait
+) -> dict[str, Any]:
+    """What a run found, as JSON: what was kept, how good the judge and the directions are, and the best layer."""
+    summary: dict[str, Any] = {
+        "format_version": 1,
+        "plan": asdict(plan),
+        "pairs": asdict(report),
+        "counts": dict(vectors.counts),
+        "judge": judge.name(trait),
+        "best_layer": best_layer(vectors),
+        "layers": [
+            {"layer": layer, **{name: None if math.isnan(value) else value for name, value in row.items()}}
+            for layer, row in vectors.table().to_dict("index").items()
+        ],
+    }
+    if isinstance(judge, LikelihoodRatioJudge):
+        summary["judge_calibration"] = judge.calibration(trait).to_dict()
+    return summary
+
+
+def best_layer(vectors: PersonaVectors) -> int | None:
+    """The layer with the highest held-out AUC (the first of equals), which the steering sweep may overrule."""
+    if vectors.statistics is None or bool(vectors.statistics.held_out_auc.isnan().all()):
+        return None
+    return int(vectors.statistics.held_out_auc.nan_to_num(nan=-1.0).argmax())
+
+
+def _in(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name

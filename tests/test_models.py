@@ -1,0 +1,267 @@
+"""The two model classes behind one contract: residual stream, padding, cached past, suspension, identity, errors."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tests import naive, tiny
+
+RELATIVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The module under test, imported late so that the jaxtyping hook instruments it."""
+    import persona_lens.models
+
+    return persona_lens.models
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_tokenizer):
+    """Whole texts as token ids, of many lengths."""
+    return [[*prompt, *response] for prompt, response in tiny.chat_rows(tiny_tokenizer)]
+
+
+@contextmanager
+def captured(models, model):
+    """The `[batch, pos, d_model]` output of every residual point, as the next forward pass leaves it."""
+    stream = []
+    handles = [
+        point.register_forward_hook(lambda _module, _inputs, resid: stream.append(resid.detach().clone()))
+        for point in models.residual_points(model)
+    ]
+    try:
+        yield stream
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_alone(models, model, ids):
+    """The `[stream, pos, d_model]` residuals and the `[pos, d_vocab]` logits of one unpadded row."""
+    tokens = torch.tensor([ids])
+    with captured(models, model) as stream:
+        logits, _ = models.forward(model, tokens, torch.ones_like(tokens).bool(), last_logits=None)
+    return torch.stack(stream)[:, 0], logits[0]
+
+
+def padded(rows, left):
+    width = max(map(len, rows))
+    tokens = torch.full((len(rows), width), 7)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), None) if left else slice(len(row))
+        tokens[index, place], mask[index, place] = torch.tensor(row), True
+    return tokens, mask
+
+
+def add_steering(model, vector, layer=1):
+    """Attach a user's own hook through TransformerLens; `model.reset_hooks()` takes it off."""
+    model.add_hook(f"blocks.{layer}.hook_resid_post", lambda resid, hook: resid + vector.to(resid))
+
+
+# --- the residual stream -------------------------------------------------------------------------------------------
+
+
+def test_layer_l_is_hidden_state_l_plus_one_except_at_the_last_layer(models, tiny_model, tiny_hf_model, rows):
+    stream, _ = run_alone(models, tiny_model, rows[0])
+    with torch.no_grad():
+        hidden = tiny_hf_model(torch.tensor([rows[0]]), output_hidden_states=True).hidden_states
+        assert naive.relative_error(stream[:-1], torch.cat(hidden[:-1])) < RELATIVE
+        assert naive.relative_error(stream[-1:], hidden[-1]) > 0.1  # Hugging Face has put its final norm on it
+        assert naive.relative_error(tiny_hf_model.get_decoder().norm(stream[-1:]), hidden[-1]) < RELATIVE
+
+
+def test_row_zero_of_the_residual_points_is_the_embedding(models, tiny_model, tiny_hf_model, rows):
+    stream, _ = run_alone(models, tiny_model, rows[0])
+    embedded = tiny_hf_model.get_input_embeddings()(torch.tensor(rows[0]))
+    torch.testing.assert_close(stream[0], embedded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2"])
+def test_stream_and_logits_are_those_of_hugging_face(models, rows, name, request):
+    model, hf_model = request.getfixturevalue(name), request.getfixturevalue(name.replace("tiny_", "tiny_hf_"))
+    stream, logits = run_alone(models, model, rows[1])
+    assert naive.relative_error(stream, naive.residual_stream(hf_model, rows[1])) < RELATIVE
+    torch.testing.assert_close(logits, naive.logits(hf_model, rows[1]), rtol=RELATIVE, atol=RELATIVE)
+
+
+def test_both_classes_give_the_same_stream_and_logits_on_the_embedded_model(both_classes, models, load_embedded_model):
+    text = "<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\nWhat is the sea?<|im_end|>\n"
+    ids = load_embedded_model("TransformerBridge").tokenizer(text, add_special_tokens=False).input_ids
+    of_bridge, bridge_logits = run_alone(models, load_embedded_model("TransformerBridge"), ids)
+    of_hooked, hooked_logits = run_alone(models, load_embedded_model("HookedTransformer"), ids)
+    assert naive.relative_error(of_hooked.transpose(0, 1), of_bridge.transpose(0, 1)) < 1e-4
+    assert (hooked_logits - bridge_logits).norm() / bridge_logits.norm() < 1e-4
+
+
+def test_resid_post_name_is_the_hook_point_of_the_layer(models, tiny_model, rows):
+    stream, _ = run_alone(models, tiny_model, rows[0])
+    seen = []
+    tokens = torch.tensor([rows[0]])
+    hook = (models.resid_post_name(2), lambda resid, hook: seen.append(resid.clone()))
+    with tiny_model.hooks(fwd_hooks=[hook]):
+        models.forward(tiny_model, tokens, torch.ones_like(tokens).bool())
+    torch.testing.assert_close(seen[0][0], stream[3])
+
+
+def test_the_unembedding_never_runs_when_no_logits_are_asked_for(models, tiny_model, rows):
+    fired = []
+    inside = list(tiny_model.unembed.modules())
+    handles = [module.register_forward_hook(lambda *_: fired.append(1)) for module in inside]
+    try:
+        tokens = torch.tensor([rows[0]])
+        logits, _ = models.forward(tiny_model, tokens, torch.ones_like(tokens).bool(), keep_past=True)
+        assert logits is None
+        assert fired == []
+        models.forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=1)
+        assert fired
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_last_logits_are_the_last_of_all(models, tiny_model, rows):
+    tokens = torch.tensor([rows[0]])
+    _, every = run_alone(models, tiny_model, rows[0])
+    last, _ = models.forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=3)
+    torch.testing.assert_close(last[0], every[-3:])
+
+
+def test_no_gradient_is_kept(models, tiny_model, rows):
+    tokens = torch.tensor([rows[0]])
+    logits, _ = models.forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=1)
+    assert not logits.requires_grad
+
+
+# --- padding and the cached past -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2"])
+def test_padded_rows_equal_unpadded_ones(models, rows, name, left, request):
+    model = request.getfixturevalue(name)
+    tokens, mask = padded(rows, left)
+    with captured(models, model) as stream:
+        logits, _ = models.forward(model, tokens, mask, last_logits=None)
+    for index, ids in enumerate(rows):
+        alone, alone_logits = run_alone(models, model, ids)
+        assert naive.relative_error(torch.stack(stream)[:, index, mask[index]], alone) < RELATIVE
+        torch.testing.assert_close(logits[index, mask[index]], alone_logits, rtol=RELATIVE, atol=RELATIVE)
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2"])
+def test_continuing_selected_rows_of_a_past_equals_whole_runs(models, tiny_tokenizer, name, request):
+    model = request.getfixturevalue(name)
+    texts = tiny.chat_rows(tiny_tokenizer)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in texts))
+    _, past = models.forward(model, *padded(prompts, left=True), keep_past=True)
+    origins = torch.tensor([prompts.index(prompt) for prompt, _ in texts])  # out of order, some twice
+    tokens, mask = padded([response for _, response in texts], left=False)
+    for _ in range(2):  # a selection is a copy: the past that it came from can be selected again
+        with captured(models, model) as stream:
+            models.forward(model, tokens, mask, past=past.select(origins))
+        for index, (prompt, response) in enumerate(texts):
+            alone, _ = run_alone(models, model, [*prompt, *response])
+            error = naive.relative_error(torch.stack(stream)[:, index, mask[index]], alone[:, len(prompt) :])
+            assert error < RELATIVE
+
+
+def test_a_past_can_be_continued_many_times(models, tiny_model, rows):
+    _, every = run_alone(models, tiny_model, rows[0])
+    tokens = torch.tensor([rows[0]])
+    one = torch.ones(1, 1, dtype=torch.bool)
+    _, past = models.forward(tiny_model, tokens[:, :4], one.expand(1, 4), keep_past=True)
+    for place in range(4, tokens.shape[1]):
+        logits, past = models.forward(tiny_model, tokens[:, place : place + 1], one, past=past, last_logits=1)
+        torch.testing.assert_close(logits[0, -1], every[place], rtol=RELATIVE, atol=RELATIVE)
+
+
+# --- suspended -----------------------------------------------------------------------------------------------------
+
+
+def test_suspended_silences_hooks_and_brings_them_back(models, tiny_model, rows):
+    _, plain = run_alone(models, tiny_model, rows[0])
+    add_steering(tiny_model, torch.ones(32))
+    try:
+        _, steered = run_alone(models, tiny_model, rows[0])
+        with models.suspended(tiny_model):
+            _, inside = run_alone(models, tiny_model, rows[0])
+        _, after = run_alone(models, tiny_model, rows[0])
+    finally:
+        tiny_model.reset_hooks()
+    assert not torch.allclose(steered, plain)
+    torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+    torch.testing.assert_close(after, steered, rtol=0, atol=0)
+
+
+def test_suspended_brings_hooks_back_after_an_exception(models, tiny_model, rows):
+    add_steering(tiny_model, torch.ones(32))
+    try:
+        _, steered = run_alone(models, tiny_model, rows[0])
+        with pytest.raises(KeyError), models.suspended(tiny_model):
+            raise KeyError
+        _, after = run_alone(models, tiny_model, rows[0])
+    finally:
+        tiny_model.reset_hooks()
+    torch.testing.assert_close(after, steered, rtol=0, atol=0)
+
+
+def test_suspended_turns_adapters_off_and_on_again_as_they_were(models, tiny_tokenizer, rows):
+    peft = pytest.importorskip("peft")
+    base = tiny.llama(tiny_tokenizer)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config)
+    for parameter in adapted.parameters():
+        parameter.requires_grad_(False)  # an adapter that was loaded to be used, not trained
+    bridge = models.bridge_from_transformers(adapted.base_model.model, tiny_tokenizer)
+    _, with_adapter = run_alone(models, bridge, rows[0])
+    with models.suspended(bridge):
+        _, without = run_alone(models, bridge, rows[0])
+    _, after = run_alone(models, bridge, rows[0])
+    torch.testing.assert_close(without, naive.logits(tiny.llama(tiny_tokenizer), rows[0]), rtol=RELATIVE, atol=RELATIVE)
+    torch.testing.assert_close(after, with_adapter, rtol=0, atol=0)
+    assert not torch.allclose(with_adapter, without)
+    assert not any(parameter.requires_grad for parameter in adapted.parameters())
+
+
+# --- identity ------------------------------------------------------------------------------------------------------
+
+
+def test_two_loads_of_one_model_have_one_identity(models, model_class, tiny_model, make_tiny_model):
+    assert models.identify(make_tiny_model(model_class)) == models.identify(tiny_model)
+
+
+def test_other_weights_give_another_hash(models, fresh_tiny_model):
+    before = models.identify(fresh_tiny_model)
+    with torch.no_grad():
+        next(p for name, p in fresh_tiny_model.named_parameters() if "embed" not in name.lower()).mul_(1.01)
+    assert models.identify(fresh_tiny_model).weights_hash != before.weights_hash
+
+
+def test_both_classes_have_one_embedding_sample(both_classes, models, make_tiny_model):
+    bridge, hooked = (models.identify(make_tiny_model(name)) for name in ("TransformerBridge", "HookedTransformer"))
+    assert bridge.embedding_sample == hooked.embedding_sample
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2"])
+def test_unprocessed_weights_leave_the_stream_raw(models, name, request):
+    assert models.residual_basis(request.getfixturevalue(name)) == "raw"
+
+
+def test_centred_weights_are_recognised(models, make_tiny_model, tiny_hf_gpt2, model_class):
+    model = make_tiny_model(model_class, tiny_hf_gpt2)
+    if model_class == "HookedTransformer":
+        model.center_writing_weights(model.state_dict())
+    else:
+        model.enable_compatibility_mode(disable_warnings=True)
+    assert models.residual_basis(model) == "centred"
+
+
+def test_the_papers_layer_twenty_is_layer_nineteen(models):
+    assert models.from_paper_layer(20) == 19
+    with pytest.raises(ValueError, match="counts layers from 1, got 0"):
+        models.from_paper_layer(0)

@@ -1,0 +1,323 @@
+"""Rollouts: what is asked, that a file holds what was answered, and that an interrupted run ends as a whole one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from textwrap import dedent
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persona_lens.records import JsonLines
+from persona_lens.rollouts import ModelEngine, Rollout, collect_rollouts, plan_rollouts, read_rollouts, sample_rollouts
+from persona_lens.traits import InstructionPair, Trait, load_trait
+
+TRAIT = Trait(
+    name="grumpy",
+    description="Finds fault with everything.",
+    positive_adjective="grumpy",
+    instructions=(InstructionPair("Grumble.", "Praise."), InstructionPair("Sigh.", "Smile.")),
+    extraction_questions=("How is the soup?", "How was the film?"),
+    evaluation_questions=("How is the tea?",),
+    rubric="How grumpy is {answer} to {question}?",
+)
+SHORT = {"max_new_tokens": 6, "batch_rows": 3, "progress": False}
+
+
+class EchoEngine:
+    """Answers from the prompt's key alone, and writes down what it was asked."""
+
+    def __init__(self, name="echo", batch_rows=3, answer=lambda key: f"You said {key}."):
+        self.name, self.batch_rows, self.text = name, batch_rows, answer
+        self.asked = []
+
+    def answer(self, prompts, *, seed):
+        self.asked.append([prompt.key for prompt in prompts])
+        return [
+            Rollout(
+                prompt.trait,
+                prompt.polarity,
+                prompt.instruction,
+                prompt.system_prompt,
+                prompt.question,
+                prompt.sample,
+                self.text(prompt.key),
+                None,
+                "stop",
+                self.name,
+                seed,
+            )
+            for prompt in prompts
+        ]
+
+
+def collect(output, *, engine=None, trait=TRAIT, seed=0, per_question=1):
+    prompts = plan_rollouts(trait, per_question=per_question)
+    return collect_rollouts(engine or EchoEngine(), prompts, seed=seed, output=output, progress=False)
+
+
+@pytest.mark.parametrize("per_question", [1, 10])
+def test_each_side_has_every_question_under_every_instruction(per_question):
+    prompts = plan_rollouts(load_trait("evil"), per_question=per_question)
+    for polarity in ("positive", "negative"):
+        assert sum(prompt.polarity == polarity for prompt in prompts) == 20 * 5 * per_question
+    assert len({prompt.key for prompt in prompts}) == len(prompts)
+
+
+def test_neutral_rollouts_have_one_system_prompt():
+    prompts = plan_rollouts(load_trait("evil"), polarities=["neutral"], per_question=3)
+    assert len(prompts) == 20 * 3
+    assert {(prompt.instruction, prompt.system_prompt) for prompt in prompts} == {(None, "You are a helpful assistant.")}
+
+
+def test_each_prompt_has_the_system_prompt_of_its_side_and_instruction():
+    for prompt in plan_rollouts(TRAIT, polarities=["positive", "negative", "neutral"]):
+        assert prompt.system_prompt == TRAIT.system_prompt(prompt.polarity, prompt.instruction)
+
+
+def test_less_than_one_sample_a_question_is_refused():
+    with pytest.raises(ValueError, match="per_question must be at least 1, got 0"):
+        plan_rollouts(TRAIT, per_question=0)
+
+
+def test_the_rows_in_the_file_are_those_returned(tiny_model, tmp_path):
+    rows = sample_rollouts(tiny_model, TRAIT, per_question=2, output=tmp_path / "rollouts.jsonl", **SHORT)
+    assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
+    assert [row.prompt for row in rows] == plan_rollouts(TRAIT, per_question=2)
+
+
+def test_without_an_output_the_rows_are_the_same(tiny_model, tmp_path):
+    written = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    assert sample_rollouts(tiny_model, TRAIT, **SHORT) == written
+
+
+def test_a_rollout_does_not_depend_on_what_else_is_asked(tiny_model):
+    alone = sample_rollouts(tiny_model, TRAIT, questions=[TRAIT.extraction_questions[1]], **SHORT)
+    rows = {row.key: row for row in sample_rollouts(tiny_model, TRAIT, per_question=2, **SHORT)}
+    assert alone == [rows[row.key] for row in alone]
+
+
+def test_the_response_is_the_text_of_its_tokens(tiny_model):
+    for row in sample_rollouts(tiny_model, TRAIT, **SHORT):
+        assert row.response == tiny_model.tokenizer.decode(row.response_tokens, skip_special_tokens=True)
+        assert row.tokenize(tiny_model.tokenizer).response == row.response_tokens
+
+
+def test_an_empty_response_is_kept_as_a_row(tiny_model, tmp_path, monkeypatch):
+    everything = frozenset(range(len(tiny_model.tokenizer)))
+    monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _tokenizer: everything)
+    rows = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    assert [(row.response, row.response_tokens, row.finish_reason) for row in rows] == [("", (), "stop")] * 8
+    assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
+    assert all(row.is_empty and row.conversation().is_empty for row in rows)
+
+
+def test_a_response_of_white_space_is_empty():
+    (row,) = EchoEngine(answer=lambda _key: " \n").answer(plan_rollouts(TRAIT)[:1], seed=0)
+    assert row.is_empty
+    assert row.conversation().is_empty
+
+
+def test_an_interrupted_batch_is_answered_again_whole_and_finished_ones_are_not(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    whole = EchoEngine()
+    collect(output, engine=whole)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:4]))
+    resumed = EchoEngine()
+    collect(output, engine=resumed)
+    assert resumed.asked == whole.asked[1:]
+
+
+WHOLE_FILE_LENGTH = 1400  # at least: cuts beyond the end leave the file whole
+
+
+@given(cut=st.integers(0, WHOLE_FILE_LENGTH))
+def test_a_file_cut_anywhere_resumes_to_the_same_file(tmp_path_factory, cut):
+    output = tmp_path_factory.mktemp("cut") / "rollouts.jsonl"
+    rows = collect(output)
+    whole = output.read_bytes()
+    output.write_bytes(whole[:cut])
+    assert collect(output) == rows
+    assert output.read_bytes() == whole
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_survives_the_file(tmp_path_factory, text):
+    output = tmp_path_factory.mktemp("text") / "rollouts.jsonl"
+    rows = collect(output, engine=EchoEngine(answer=lambda _key: text))
+    assert read_rollouts(output) == rows
+    assert rows[0].response == text
+
+
+def test_an_engine_that_fails_leaves_the_batches_before_it(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    expected = collect(None)
+
+    class Failing(EchoEngine):
+        def answer(self, prompts, *, seed):
+            if len(self.asked) == 2:
+                raise RuntimeError("the power went out")
+            return super().answer(prompts, seed=seed)
+
+    with pytest.raises(RuntimeError, match="the power went out"):
+        collect(output, engine=Failing())
+    assert read_rollouts(output) == expected[:5]
+    assert collect(output) == expected
+    assert read_rollouts(output) == expected
+
+
+KILLED = """
+    import os, signal, sys
+    import torch
+    from transformers import AutoTokenizer
+
+    from persona_lens.models import bridge_from_transformers
+    from persona_lens.records import JsonLines
+    from persona_lens.rollouts import sample_rollouts
+    from persona_lens.traits import load_trait
+    from tests import tiny
+
+    torch.set_num_threads(1)
+    append, batches = JsonLines.append, []
+
+    def append_half_and_die(self, rows):
+        rows = list(rows)
+        batches.append(rows)
+        if len(batches) < 2:
+            return append(self, rows)
+        append(self, rows[:2])
+        with self.path.open("a") as file:
+            file.write('{"trait": "grumpy", "polarity": "posi')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    JsonLines.append = append_half_and_die
+    folder, trait, output = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
+    sample_rollouts(model, load_trait(trait), max_new_tokens=6, batch_rows=3, progress=False, output=output)
+"""
+
+
+def test_a_run_killed_while_writing_resumes_to_the_rows_of_a_whole_one(
+    make_tiny_model, tiny_tokenizer, tmp_path, request
+):
+    output, trait = tmp_path / "rollouts.jsonl", tmp_path / "grumpy.json"
+    TRAIT.save(trait)
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", dedent(KILLED), tiny_tokenizer.name_or_path, str(trait), str(output)],
+        cwd=request.config.rootpath,
+        env=os.environ | {"PYTHONPATH": str(request.config.rootpath)},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = output.read_text()
+    assert left.count("\n") == 5
+    assert not left.endswith("\n")
+
+    model = make_tiny_model("TransformerBridge")
+    resumed = sample_rollouts(model, TRAIT, output=output, **SHORT)
+    assert resumed == sample_rollouts(model, TRAIT, output=tmp_path / "whole.jsonl", **SHORT)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert output.read_text().startswith(left[: left.rfind("\n") + 1])
+
+
+def assert_resumes_to_the_same_rows(model, folder, **settings):
+    """Cut a finished file in the middle of its second batch, in the middle of a line, and finish it again."""
+    rows = sample_rollouts(model, TRAIT, output=folder / "rollouts.jsonl", **settings)
+    whole = (folder / "rollouts.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (folder / "rollouts.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    assert sample_rollouts(model, TRAIT, output=folder / "rollouts.jsonl", **settings) == rows
+    assert (folder / "rollouts.jsonl").read_bytes() == whole
+
+
+def test_a_model_resumes_a_batch_that_was_cut_to_the_same_rows(tiny_model, tmp_path):
+    assert_resumes_to_the_same_rows(tiny_model, tmp_path, **SHORT)
+
+
+def test_the_embedded_model_resumes_a_batch_that_was_cut_to_the_same_rows(embedded_model, tmp_path):
+    assert_resumes_to_the_same_rows(embedded_model, tmp_path, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1}, r"made with another seed \(0, now 1\)"),
+        ({"engine": EchoEngine("other")}, r"made with another engine \('echo', now 'other'\)"),
+        (
+            {"trait": replace(TRAIT, positive_adjective="gloomy")},
+            r"another system prompt \('You are a grumpy assistant\. Grumble\.', now 'You are a gloomy assistant\.",
+        ),
+    ],
+    ids=["seed", "engine", "system prompt"],
+)
+def test_rows_made_with_other_settings_are_refused_and_left_alone(tmp_path, changes, words):
+    output = tmp_path / "rollouts.jsonl"
+    collect(output)
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=rf"rollouts\.jsonl holds rollouts {words.removeprefix('made with')}|{words}"):
+        collect(output, **changes)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 7}])
+def test_the_name_of_a_model_engine_tells_sampling_settings_apart(tiny_model, setting):
+    base = {"max_new_tokens": 6}
+    assert ModelEngine(tiny_model, **base).name != ModelEngine(tiny_model, **{**base, **setting}).name
+
+
+def test_rows_of_other_prompts_stay_untouched(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    collect(output, trait=replace(TRAIT, name="other"), engine=EchoEngine("another"), seed=5)
+    before = output.read_bytes()
+    rows = collect(output)
+    assert rows == collect(None)
+    assert output.read_bytes().startswith(before)
+    assert len(read_rollouts(output)) == 2 * len(rows)
+
+
+@pytest.mark.parametrize("place", ["file/rollouts.jsonl", "folder"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    engine = EchoEngine()
+    with pytest.raises(OSError, match=rf"Cannot write .*{place}"):
+        collect(tmp_path / place, engine=engine)
+    assert engine.asked == []
+
+
+ROW = {
+    "trait": "grumpy", "polarity": "positive", "instruction": 0, "system_prompt": "Grumble.", "question": "Why?",
+    "sample": 0, "response": "Hm.", "response_tokens": [5, 6], "finish_reason": "stop", "engine": "echo", "seed": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (json.dumps(ROW | {"mood": "grey"}), "line 2: not a rollout .*mood"),
+        (json.dumps({name: value for name, value in ROW.items() if name != "seed"}), "line 2: not a rollout .*seed"),
+        (json.dumps({"response": "Hm."}), "line 2: not a rollout .*response_tokens"),
+        (json.dumps(ROW)[:40], "line 2: expected a JSON object, got"),
+        ("[]", "line 2: expected a JSON object, got list"),
+    ],
+    ids=["unknown field", "missing field", "missing tokens", "cut", "list"],
+)
+def test_a_line_that_is_no_rollout_is_named(tmp_path, line, words):
+    path = tmp_path / "rollouts.jsonl"
+    JsonLines(path).append([ROW])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=rf"rollouts\.jsonl, {words}"):
+        read_rollouts(path)
+
+
+def test_a_file_of_rollouts_that_is_not_there_is_an_error_with_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No rollouts at .*absent.* `persona-lens rollouts`"):
+        read_rollouts(tmp_path / "absent.jsonl")
