@@ -117,22 +117,28 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> RenderedPrompt
     plain = [dict(message) for message in messages]
     system = next((message["content"] for message in plain if message["role"] == "system"), None)
     try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        text = _apply_template(tokenizer, plain)
         refused = system is not None and system.strip() not in text
-    except Exception as error:
+    except ValueError:
         # Templates refuse a role by raising from inside jinja; without a system turn the fault is the caller's.
         if system is None:
-            raise ValueError(f"The chat template refuses these messages: {error}") from error
+            raise
         text, refused = "", True
     if not refused:
         return RenderedPrompt(text, system_folded=False)
-    folded = _fold_system(plain)
-    return RenderedPrompt(tokenizer.apply_chat_template(folded, tokenize=False, add_generation_prompt=True), True)
+    return RenderedPrompt(_apply_template(tokenizer, _fold_system(plain)), system_folded=True)
+
+
+def _apply_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise ValueError(f"The chat template refuses these messages: {error}") from error
 
 
 def _fold_system(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The system turn's text put before the first user turn."""
-    system = next(message["content"] for message in messages if message["role"] == "system")
+    """The text of every system turn put before the first user turn."""
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     rest = [dict(message) for message in messages if message["role"] != "system"]
     if not rest or rest[0]["role"] != "user":
         raise ValueError("The template has no system turn and the messages no first user turn to put its text before.")

@@ -64,7 +64,7 @@ def generate(
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     _check(model, prompts, keys, max_new_tokens, temperature, top_p)
     completions: list[Completion] = []
-    with tqdm(total=len(prompts) * max_new_tokens, unit="tok", desc="generate", disable=not progress) as bar:
+    with tqdm(total=len(prompts) * max_new_tokens, unit="tok", desc="generate", leave=False, disable=not progress) as bar:
         for batch in plan_batches(len(prompts), batch_rows):
             decoder = _Decoder(
                 model,

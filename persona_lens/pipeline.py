@@ -22,7 +22,6 @@ from persona_lens.judges import (
     LikelihoodRatioJudge,
     keep_pairs,
     pair_rollouts,
-    plan_calibration,
     score_rollouts,
 )
 from persona_lens.models import Model
@@ -129,8 +128,9 @@ def extract_persona_vectors(
 
 def calibration_prompts(judge: Judge, trait: Trait) -> list[Prompt]:
     """The rollouts that the judge needs before it can score this trait; none for most judges."""
-    wants = isinstance(judge, LikelihoodRatioJudge) and trait.name not in judge.calibrations
-    return plan_calibration(trait) if wants else []
+    if isinstance(judge, LikelihoodRatioJudge) and trait.name not in judge.calibrations:
+        return judge.plan_calibration(trait)
+    return []
 
 
 def calibrate(

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from persona_lens.chat import ChatTokens, Conversation, chat_messages, tokenize_chat
+from persona_lens.chat import ChatTokens, Conversation, chat_messages, render_prompt, tokenize_chat
 from persona_lens.generation import generate, plan_batches
 from persona_lens.models import Model, identify
 from persona_lens.records import JsonLines, ensure_writable
@@ -94,7 +94,7 @@ class RolloutEngine(Protocol):
         """What answered, with every setting that shapes the answers; stands in each row, and a resume must match it."""
         ...
 
-    def answer(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
+    def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
         """Answer a batch of prompts, in order."""
         ...
 
@@ -111,9 +111,11 @@ class ModelEngine:
 
     def __post_init__(self) -> None:
         identity = identify(self.model)
+        folded = render_prompt(self.model.tokenizer, chat_messages("Be kind.", "Who are you?")).system_folded
         self._name = (
             f"{identity.name} ({identity.model_class}, weights {identity.weights_hash}), temperature "
             f"{self.temperature:g}, top_p {self.top_p:g}, at most {self.max_new_tokens} tokens"
+            + ", system prompt put before the first user turn (the template has no system turn)" * folded
         )
 
     @property
@@ -121,7 +123,7 @@ class ModelEngine:
         """Model, weights and sampling settings."""
         return self._name
 
-    def answer(self, prompts: Sequence[Prompt], *, seed: int) -> list[Rollout]:
+    def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
         """Sample one response a prompt; a row's text depends on its key and the seed, not on its neighbours."""
         tokenizer = self.model.tokenizer
         completions = generate(
@@ -133,6 +135,7 @@ class ModelEngine:
             seed=seed,
             keys=[prompt.key for prompt in prompts],
             batch_rows=self.batch_rows,
+            progress=progress,
         )
         return [
             Rollout(
@@ -192,7 +195,7 @@ def collect_rollouts(
             wanted = [prompts[row] for row in batch]
             missing = [prompt for prompt in wanted if prompt.key not in done]
             if missing:
-                answers = {rollout.key: rollout for rollout in engine.answer(wanted, seed=seed)}
+                answers = {rollout.key: rollout for rollout in engine.answer(wanted, seed=seed, progress=progress)}
                 fresh = [answers[prompt.key] for prompt in missing]
                 if file is not None:
                     file.append(map(asdict, fresh))

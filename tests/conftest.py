@@ -13,6 +13,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
@@ -181,6 +182,15 @@ def _shared(built: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
         model = make()
         built[key] = (model, tiny.hook_counts(model))
     return built[key][0]
+
+
+@pytest.fixture
+def shapes_unchecked() -> Iterator[None]:
+    """Lets a wrong argument reach our own refusal, as it does outside the tests."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,23 @@
-"""Coherence is 90 for a model's own text, 10 for the same words shuffled, and lower for a text that loops."""
+"""Coherence, log-likelihoods and files of scores: what every judge of a response rests on."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.judges import CoherenceScale
+from persona_lens.chat import ChatTokens
+from persona_lens.judges import CoherenceScale, Score, mean_log_likelihoods, read_scores, score_rollouts
 from persona_lens.judges.coherence import distinct_four_grams, loop_words, shuffle_words
+from persona_lens.models import forward, resid_post_name
+from persona_lens.rollouts import Rollout
+from persona_lens.traits import load_trait
+from tests import naive
+
+# Coherence
 
 NLLS = st.lists(st.floats(0.0, 8.0), min_size=1, max_size=9)
 SCALE = CoherenceScale(centre=4.0, width=0.5, distinct_floor=0.9)
@@ -76,3 +85,186 @@ def test_looping_text_has_the_length_and_the_first_words_of_its_original(words):
     assert len(looped) == len(words)
     assert looped[:6] == words[:6]
     assert all(word == looped[place % 6] for place, word in enumerate(looped))
+
+
+# Log-likelihoods
+
+
+def mixed_rows():
+    """Two prompts that are shared and one that is not, responses of many lengths, some of one token or none."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [random_ids(generator, length) for length in (9, 4, 6)]
+    shapes = [(0, 12), (1, 3), (0, 1), (1, 0), (2, 7), (1, 1), (0, 5), (1, 12)]
+    return [ChatTokens(prompts[prompt], random_ids(generator, length)) for prompt, length in shapes]
+
+
+def random_ids(generator, length):
+    return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
+
+
+def naive_means(hf_model, rows):
+    sums = [naive.log_likelihood(hf_model, (row.prompt, row.response)) for row in rows]
+    return [total / len(row.response) if row.response else math.nan for total, row in zip(sums, rows, strict=True)]
+
+
+def test_mean_log_likelihoods_are_those_of_one_row_at_a_time(tiny_model, tiny_hf_model):
+    found = mean_log_likelihoods(tiny_model, mixed_rows())
+    np.testing.assert_allclose(found, naive_means(tiny_hf_model, mixed_rows()), rtol=2e-6)
+
+
+def test_mean_log_likelihoods_are_those_of_one_row_at_a_time_on_gpt2(tiny_gpt2, tiny_hf_gpt2):
+    found = mean_log_likelihoods(tiny_gpt2, mixed_rows())
+    np.testing.assert_allclose(found, naive_means(tiny_hf_gpt2, mixed_rows()), rtol=2e-6)
+
+
+def test_mean_log_likelihoods_of_real_text_are_those_of_one_row_at_a_time(embedded_model, embedded_hf_model):
+    encode = embedded_model.tokenizer.encode
+    prompts = [tuple(encode(text)) for text in ("The capital of France is", "Two and two")]
+    texts = [" Paris, a city of lights.", " Paris", " are four.", ""]
+    rows = [ChatTokens(prompt, tuple(encode(text))) for prompt in prompts for text in texts]
+    np.testing.assert_allclose(mean_log_likelihoods(embedded_model, rows), naive_means(embedded_hf_model, rows), atol=1e-3)
+
+
+def test_an_empty_response_has_no_likelihood(tiny_model):
+    found = mean_log_likelihoods(tiny_model, [ChatTokens((5, 6)), ChatTokens((5, 6), (7,))])
+    assert found.isnan().tolist() == [True, False]
+
+
+def test_the_likelihood_of_one_token_comes_from_the_end_of_the_prompt(tiny_model, tiny_hf_model):
+    (found,) = mean_log_likelihoods(tiny_model, [ChatTokens((5, 6, 7), (8,))])
+    expected = naive.logits(tiny_hf_model, [5, 6, 7])[-1].log_softmax(dim=-1)[8]
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_how_many_logits_are_held_at_a_time_does_not_change_a_likelihood(tiny_model, monkeypatch):
+    whole = mean_log_likelihoods(tiny_model, mixed_rows())
+    monkeypatch.setattr("persona_lens.judges.likelihood.LOGIT_VALUES", 1)
+    np.testing.assert_allclose(mean_log_likelihoods(tiny_model, mixed_rows()), whole, rtol=1e-6)
+
+
+def test_likelihoods_do_not_see_a_steering_hook(tiny_model):
+    plain = mean_log_likelihoods(tiny_model, mixed_rows())
+    with tiny_model.hooks(fwd_hooks=[(resid_post_name(1), lambda resid, hook: resid + 50)]):
+        steered = mean_log_likelihoods(tiny_model, mixed_rows())
+        logits, _ = forward(tiny_model, torch.tensor([[5, 6]]), torch.ones(1, 2).bool(), last_logits=1)
+    unsteered, _ = forward(tiny_model, torch.tensor([[5, 6]]), torch.ones(1, 2).bool(), last_logits=1)
+    assert not torch.allclose(logits, unsteered), "the hook did nothing"
+    assert steered.numpy().tobytes() == plain.numpy().tobytes()
+
+
+# Scores in a file
+
+
+class LengthJudge:
+    """Scores by the length of the response; empty ones get no score. It writes down what it was asked."""
+
+    def __init__(self, name="length", batch_rows=3, fail_after=None):
+        self.called, self.batch_rows, self.fail_after = name, batch_rows, fail_after
+        self.asked = []
+
+    def name(self, trait):
+        return f"{self.called} of {trait.name}"
+
+    def score(self, trait, rollouts):
+        if len(self.asked) == self.fail_after:
+            raise RuntimeError("the power went out")
+        self.asked.append([row.sample for row in rollouts])
+        return [
+            Score(None, None) if row.is_empty else Score(float(len(row.response)), 90.0, {"length": len(row.response)})
+            for row in rollouts
+        ]
+
+
+@pytest.fixture(scope="module")
+def trait():
+    return load_trait("evil")
+
+
+ROLLOUTS = [
+    Rollout("evil", "positive", 0, "S", "Why?", sample, "x" * sample, None, "stop", "engine", 0) for sample in range(8)
+]
+
+
+def score(judge, trait, output, rollouts=ROLLOUTS):
+    return score_rollouts(judge, trait, rollouts, output=output, progress=False)
+
+
+def test_scores_stand_beside_their_rollouts_in_order(trait):
+    scored = score(LengthJudge(), trait, None)
+    assert [row.rollout for row in scored] == ROLLOUTS
+    assert [row.trait_score for row in scored] == [None, *map(float, range(1, 8))]
+
+
+def test_the_scores_in_the_file_are_those_returned(trait, tmp_path):
+    scored = score(LengthJudge(), trait, tmp_path / "scores.jsonl")
+    assert read_scores(tmp_path / "scores.jsonl", ROLLOUTS) == scored
+
+
+def test_a_missing_score_is_a_line_of_its_own(trait, tmp_path):
+    score(LengthJudge(), trait, tmp_path / "scores.jsonl")
+    first = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[0])
+    assert (first["trait_score"], first["coherence"]) == (None, None)
+
+
+def test_an_interrupted_judge_goes_on_to_the_same_scores_and_scores_none_twice(trait, tmp_path):
+    whole = score(LengthJudge(), trait, tmp_path / "whole.jsonl")
+    with pytest.raises(RuntimeError, match="the power went out"):
+        score(LengthJudge(fail_after=2), trait, tmp_path / "scores.jsonl")
+    resumed = LengthJudge()
+    assert score(resumed, trait, tmp_path / "scores.jsonl") == whole
+    assert resumed.asked == [[5, 6, 7]]
+    assert (tmp_path / "scores.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@given(cut=st.integers(0, 1100))  # the file has 1000 bytes or so
+def test_a_file_of_scores_cut_anywhere_resumes_to_the_same_file(trait, tmp_path_factory, cut):
+    output = tmp_path_factory.mktemp("cut") / "scores.jsonl"
+    scored = score(LengthJudge(), trait, output)
+    whole = output.read_bytes()
+    output.write_bytes(whole[:cut])
+    assert score(LengthJudge(), trait, output) == scored
+    assert output.read_bytes() == whole
+
+
+def test_scores_of_another_judge_in_the_file_are_refused(trait, tmp_path):
+    score(LengthJudge(), trait, tmp_path / "scores.jsonl")
+    before = (tmp_path / "scores.jsonl").read_bytes()
+    words = r"scores\.jsonl, line 1, was scored by another judge \('length of evil', now 'other of evil'\)"
+    with pytest.raises(ValueError, match=words):
+        score(LengthJudge("other"), trait, tmp_path / "scores.jsonl")
+    assert (tmp_path / "scores.jsonl").read_bytes() == before
+
+
+def test_scores_of_other_rollouts_stay_in_the_file(trait, tmp_path):
+    score(LengthJudge("other"), trait, tmp_path / "scores.jsonl", ROLLOUTS[:3])
+    score(LengthJudge(), trait, tmp_path / "scores.jsonl", ROLLOUTS[3:])
+    assert [row.trait_score for row in read_scores(tmp_path / "scores.jsonl", ROLLOUTS[1:4])] == [1.0, 2.0, 3.0]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_scoring(trait, tmp_path):
+    judge = LengthJudge()
+    with pytest.raises(OSError, match="Cannot write"):
+        score(judge, trait, tmp_path)
+    assert judge.asked == []
+
+
+def test_a_rollout_without_a_line_is_named(trait, tmp_path):
+    score(LengthJudge(), trait, tmp_path / "scores.jsonl", ROLLOUTS[:6])
+    with pytest.raises(ValueError, match=r"no line for 2 of 8 rollouts, such as 'evil/positive/0/6/Why\?'"):
+        read_scores(tmp_path / "scores.jsonl", ROLLOUTS)
+
+
+@pytest.mark.parametrize("change", [{"trait_score": 101}, {"coherence": -1}, {"coherence": "high"}])
+def test_a_line_that_is_no_score_is_named(trait, tmp_path, change):
+    score(LengthJudge(), trait, tmp_path / "scores.jsonl")
+    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    lines[4] = json.dumps(json.loads(lines[4]) | change)
+    (tmp_path / "scores.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"scores\.jsonl, line 5: not a score"):
+        read_scores(tmp_path / "scores.jsonl", ROLLOUTS)
+
+
+@pytest.mark.parametrize("value", [-0.1, 100.1, math.nan])
+def test_a_score_outside_0_to_100_is_refused(value):
+    with pytest.raises(ValueError, match="coherence is from 0 to 100, or None"):
+        Score(50.0, value)

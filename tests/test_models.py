@@ -1,6 +1,5 @@
 """The two model classes behind one contract: residual stream, padding, cached past, suspension, identity, errors."""
 
-import json
 from contextlib import contextmanager
 
 import pytest
@@ -23,6 +22,12 @@ def models():
 def rows(tiny_tokenizer):
     """Whole texts as token ids, of many lengths."""
     return [[*prompt, *response] for prompt, response in tiny.chat_rows(tiny_tokenizer)]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def pair(request, tiny_model, tiny_gpt2, tiny_hf_model, tiny_hf_gpt2):
+    """A tiny model and the plain Hugging Face model of equal weights, for each architecture."""
+    return (tiny_model, tiny_hf_model) if request.param == "llama" else (tiny_gpt2, tiny_hf_gpt2)
 
 
 @contextmanager
@@ -81,9 +86,8 @@ def test_row_zero_of_the_residual_points_is_the_embedding(models, tiny_model, ti
     torch.testing.assert_close(stream[0], embedded, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2"])
-def test_stream_and_logits_are_those_of_hugging_face(models, rows, name, request):
-    model, hf_model = request.getfixturevalue(name), request.getfixturevalue(name.replace("tiny_", "tiny_hf_"))
+def test_stream_and_logits_are_those_of_hugging_face(models, rows, pair):
+    model, hf_model = pair
     stream, logits = run_alone(models, model, rows[1])
     assert naive.relative_error(stream, naive.residual_stream(hf_model, rows[1])) < RELATIVE
     torch.testing.assert_close(logits, naive.logits(hf_model, rows[1]), rtol=RELATIVE, atol=RELATIVE)
@@ -141,9 +145,8 @@ def test_no_gradient_is_kept(models, tiny_model, rows):
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2"])
-def test_padded_rows_equal_unpadded_ones(models, rows, name, left, request):
-    model = request.getfixturevalue(name)
+def test_padded_rows_equal_unpadded_ones(models, rows, pair, left):
+    model, _ = pair
     tokens, mask = padded(rows, left)
     with captured(models, model) as stream:
         logits, _ = models.forward(model, tokens, mask, last_logits=None)
@@ -153,9 +156,8 @@ def test_padded_rows_equal_unpadded_ones(models, rows, name, left, request):
         torch.testing.assert_close(logits[index, mask[index]], alone_logits, rtol=RELATIVE, atol=RELATIVE)
 
 
-@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2"])
-def test_continuing_selected_rows_of_a_past_equals_whole_runs(models, tiny_tokenizer, name, request):
-    model = request.getfixturevalue(name)
+def test_continuing_selected_rows_of_a_past_equals_whole_runs(models, tiny_tokenizer, pair):
+    model, _ = pair
     texts = tiny.chat_rows(tiny_tokenizer)
     prompts = list(dict.fromkeys(prompt for prompt, _ in texts))
     _, past = models.forward(model, *padded(prompts, left=True), keep_past=True)
@@ -210,6 +212,7 @@ def test_suspended_brings_hooks_back_after_an_exception(models, tiny_model, rows
     torch.testing.assert_close(after, steered, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers for a name that 5.23 renamed
 def test_suspended_turns_adapters_off_and_on_again_as_they_were(models, tiny_tokenizer, rows):
     peft = pytest.importorskip("peft")
     base = tiny.llama(tiny_tokenizer)
@@ -225,7 +228,7 @@ def test_suspended_turns_adapters_off_and_on_again_as_they_were(models, tiny_tok
     torch.testing.assert_close(without, naive.logits(tiny.llama(tiny_tokenizer), rows[0]), rtol=RELATIVE, atol=RELATIVE)
     torch.testing.assert_close(after, with_adapter, rtol=0, atol=0)
     assert not torch.allclose(with_adapter, without)
-    assert not any(parameter.requires_grad for parameter in adapted.parameters())
+    assert not any(parameter.requires_grad for name, parameter in adapted.named_parameters() if "lora" in name)
 
 
 # --- identity ------------------------------------------------------------------------------------------------------
@@ -247,15 +250,14 @@ def test_both_classes_have_one_embedding_sample(both_classes, models, make_tiny_
     assert bridge.embedding_sample == hooked.embedding_sample
 
 
-@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2"])
-def test_unprocessed_weights_leave_the_stream_raw(models, name, request):
-    assert models.residual_basis(request.getfixturevalue(name)) == "raw"
+def test_unprocessed_weights_leave_the_stream_raw(models, pair):
+    assert models.residual_basis(pair[0]) == "raw"
 
 
 def test_centred_weights_are_recognised(models, make_tiny_model, tiny_hf_gpt2, model_class):
     model = make_tiny_model(model_class, tiny_hf_gpt2)
     if model_class == "HookedTransformer":
-        model.center_writing_weights(model.state_dict())
+        model.load_and_process_state_dict(model.state_dict(), fold_ln=False)
     else:
         model.enable_compatibility_mode(disable_warnings=True)
     assert models.residual_basis(model) == "centred"

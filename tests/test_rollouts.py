@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from textwrap import dedent
 
 import pytest
@@ -25,7 +25,8 @@ TRAIT = Trait(
     evaluation_questions=("How is the tea?",),
     rubric="How grumpy is {answer} to {question}?",
 )
-SHORT = {"max_new_tokens": 6, "batch_rows": 3, "progress": False}
+SHORT = {"per_question": 1, "max_new_tokens": 6, "batch_rows": 3, "progress": False}
+ANSWERED = {"response_tokens": None, "finish_reason": "stop"}
 
 
 class EchoEngine:
@@ -35,22 +36,10 @@ class EchoEngine:
         self.name, self.batch_rows, self.text = name, batch_rows, answer
         self.asked = []
 
-    def answer(self, prompts, *, seed):
+    def answer(self, prompts, *, seed, progress=False):
         self.asked.append([prompt.key for prompt in prompts])
         return [
-            Rollout(
-                prompt.trait,
-                prompt.polarity,
-                prompt.instruction,
-                prompt.system_prompt,
-                prompt.question,
-                prompt.sample,
-                self.text(prompt.key),
-                None,
-                "stop",
-                self.name,
-                seed,
-            )
+            Rollout(**asdict(prompt), response=self.text(prompt.key), **ANSWERED, engine=self.name, seed=seed)
             for prompt in prompts
         ]
 
@@ -71,7 +60,9 @@ def test_each_side_has_every_question_under_every_instruction(per_question):
 def test_neutral_rollouts_have_one_system_prompt():
     prompts = plan_rollouts(load_trait("evil"), polarities=["neutral"], per_question=3)
     assert len(prompts) == 20 * 3
-    assert {(prompt.instruction, prompt.system_prompt) for prompt in prompts} == {(None, "You are a helpful assistant.")}
+    assert {(prompt.instruction, prompt.system_prompt) for prompt in prompts} == {
+        (None, "You are a helpful assistant.")
+    }
 
 
 def test_each_prompt_has_the_system_prompt_of_its_side_and_instruction():
@@ -85,9 +76,9 @@ def test_less_than_one_sample_a_question_is_refused():
 
 
 def test_the_rows_in_the_file_are_those_returned(tiny_model, tmp_path):
-    rows = sample_rollouts(tiny_model, TRAIT, per_question=2, output=tmp_path / "rollouts.jsonl", **SHORT)
+    rows = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
     assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
-    assert [row.prompt for row in rows] == plan_rollouts(TRAIT, per_question=2)
+    assert [row.prompt for row in rows] == plan_rollouts(TRAIT, per_question=1)
 
 
 def test_without_an_output_the_rows_are_the_same(tiny_model, tmp_path):
@@ -97,7 +88,7 @@ def test_without_an_output_the_rows_are_the_same(tiny_model, tmp_path):
 
 def test_a_rollout_does_not_depend_on_what_else_is_asked(tiny_model):
     alone = sample_rollouts(tiny_model, TRAIT, questions=[TRAIT.extraction_questions[1]], **SHORT)
-    rows = {row.key: row for row in sample_rollouts(tiny_model, TRAIT, per_question=2, **SHORT)}
+    rows = {row.key: row for row in sample_rollouts(tiny_model, TRAIT, **SHORT | {"per_question": 2})}
     assert alone == [rows[row.key] for row in alone]
 
 
@@ -133,10 +124,7 @@ def test_an_interrupted_batch_is_answered_again_whole_and_finished_ones_are_not(
     assert resumed.asked == whole.asked[1:]
 
 
-WHOLE_FILE_LENGTH = 1400  # at least: cuts beyond the end leave the file whole
-
-
-@given(cut=st.integers(0, WHOLE_FILE_LENGTH))
+@given(cut=st.integers(0, 2500))  # the file has 2200 bytes or so: cuts beyond its end leave it whole
 def test_a_file_cut_anywhere_resumes_to_the_same_file(tmp_path_factory, cut):
     output = tmp_path_factory.mktemp("cut") / "rollouts.jsonl"
     rows = collect(output)
@@ -159,7 +147,7 @@ def test_an_engine_that_fails_leaves_the_batches_before_it(tmp_path):
     expected = collect(None)
 
     class Failing(EchoEngine):
-        def answer(self, prompts, *, seed):
+        def answer(self, prompts, *, seed, progress=False):
             if len(self.asked) == 2:
                 raise RuntimeError("the power went out")
             return super().answer(prompts, seed=seed)
@@ -190,7 +178,7 @@ KILLED = """
         batches.append(rows)
         if len(batches) < 2:
             return append(self, rows)
-        append(self, rows[:2])
+        append(self, rows[:1])
         with self.path.open("a") as file:
             file.write('{"trait": "grumpy", "polarity": "posi')
         os.kill(os.getpid(), signal.SIGKILL)
@@ -199,7 +187,8 @@ KILLED = """
     folder, trait, output = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
-    sample_rollouts(model, load_trait(trait), max_new_tokens=6, batch_rows=3, progress=False, output=output)
+    settings = {"per_question": 1, "max_new_tokens": 6, "batch_rows": 3, "progress": False}
+    sample_rollouts(model, load_trait(trait), output=output, **settings)
 """
 
 
@@ -217,7 +206,7 @@ def test_a_run_killed_while_writing_resumes_to_the_rows_of_a_whole_one(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = output.read_text()
-    assert left.count("\n") == 5
+    assert left.count("\n") == 4
     assert not left.endswith("\n")
 
     model = make_tiny_model("TransformerBridge")
@@ -228,11 +217,11 @@ def test_a_run_killed_while_writing_resumes_to_the_rows_of_a_whole_one(
 
 
 def assert_resumes_to_the_same_rows(model, folder, **settings):
-    """Cut a finished file in the middle of its second batch, in the middle of a line, and finish it again."""
+    """Cut a finished file in the middle of a batch and of a line, and finish it again."""
     rows = sample_rollouts(model, TRAIT, output=folder / "rollouts.jsonl", **settings)
     whole = (folder / "rollouts.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    (folder / "rollouts.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    (folder / "rollouts.jsonl").write_bytes(b"".join(lines[: len(lines) // 2]) + lines[len(lines) // 2][:50])
     assert sample_rollouts(model, TRAIT, output=folder / "rollouts.jsonl", **settings) == rows
     assert (folder / "rollouts.jsonl").read_bytes() == whole
 
@@ -242,14 +231,15 @@ def test_a_model_resumes_a_batch_that_was_cut_to_the_same_rows(tiny_model, tmp_p
 
 
 def test_the_embedded_model_resumes_a_batch_that_was_cut_to_the_same_rows(embedded_model, tmp_path):
-    assert_resumes_to_the_same_rows(embedded_model, tmp_path, **SHORT)
+    settings = SHORT | {"questions": TRAIT.extraction_questions[:1], "batch_rows": 4}
+    assert_resumes_to_the_same_rows(embedded_model, tmp_path, **settings)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 1}, r"made with another seed \(0, now 1\)"),
-        ({"engine": EchoEngine("other")}, r"made with another engine \('echo', now 'other'\)"),
+        ({"seed": 1}, r"another seed \(0, now 1\)"),
+        ({"engine": EchoEngine("other")}, r"another engine \('echo', now 'other'\)"),
         (
             {"trait": replace(TRAIT, positive_adjective="gloomy")},
             r"another system prompt \('You are a grumpy assistant\. Grumble\.', now 'You are a gloomy assistant\.",
@@ -261,7 +251,7 @@ def test_rows_made_with_other_settings_are_refused_and_left_alone(tmp_path, chan
     output = tmp_path / "rollouts.jsonl"
     collect(output)
     before = output.read_bytes()
-    with pytest.raises(ValueError, match=rf"rollouts\.jsonl holds rollouts {words.removeprefix('made with')}|{words}"):
+    with pytest.raises(ValueError, match=rf"rollouts\.jsonl holds rollouts made with {words}"):
         collect(output, **changes)
     assert output.read_bytes() == before
 

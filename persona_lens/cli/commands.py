@@ -39,11 +39,16 @@ ModelOption = Annotated[
 ]
 TraitOption = Annotated[str, typer.Option("--trait", help="Bundled trait, or path of a trait's JSON.")]
 ClassOption = Annotated[ModelClass, typer.Option("--model-class", help="TransformerLens class.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; as many as cores are idle by default.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 DEFAULT_MODEL = "smollm2-135m-instruct"
+RELATIONS = {
+    "same": "the model that the vectors came from",
+    "adapted": "a finetuned or adapted model of the vectors' base",
+    "unknown": "of their shape; the vectors do not say which model they came from",
+}
 
 
 @app.command()
@@ -141,6 +146,7 @@ def judge(
     rollouts: Annotated[Path, typer.Option(help="JSON-lines file of `persona-lens rollouts`.")],
     output: Annotated[Path, typer.Option(help="JSON-lines file of scores; a second call resumes it.")],
     model: ModelOption = DEFAULT_MODEL,
+    calibration_questions: Annotated[int, typer.Option(min=2, help="Evaluation questions to calibrate on.")] = 10,
     model_class: ClassOption = ModelClass.BRIDGE,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -158,7 +164,7 @@ def judge(
     loaded, rows = load_trait(trait), read_rollouts(rollouts)
     ensure_writable(output)
     ready = load(model, model_class, threads)
-    referee = LikelihoodRatioJudge(ready)
+    referee = LikelihoodRatioJudge(ready, calibration_questions=calibration_questions)
     # Calibration responses as long as the judged ones: likelihood per token depends on length.
     longest = max((len(row.response_tokens or ()) for row in rows), default=1)
     calibrate(referee, loaded, ModelEngine(ready, max_new_tokens=max(longest, 1)), folder=output.parent, seed=seed)
@@ -233,6 +239,8 @@ def extract(
 @app.command()
 def show(
     vectors: Annotated[Path, typer.Argument(help="A vectors file, or a run's folder.")],
+    model: Annotated[str | None, typer.Option(help="Also check that they belong to this model.")] = None,
+    model_class: ClassOption = ModelClass.BRIDGE,
     as_json: JsonOption = False,
 ) -> None:
     """A vectors file by layer: norms, split-half cosine, placebo, held-out AUC with its interval.
@@ -241,4 +249,8 @@ def show(
     """
     from persona_lens.vectors import PersonaVectors
 
-    show_vectors(PersonaVectors.load(vectors / "vectors.safetensors" if vectors.is_dir() else vectors), as_json=as_json)
+    loaded = PersonaVectors.load(vectors / "vectors.safetensors" if vectors.is_dir() else vectors)
+    if model is not None:
+        relation = loaded.check(load(model, model_class, threads=None))
+        say(f"{model} is {RELATIONS[relation]}.")
+    show_vectors(loaded, as_json=as_json)

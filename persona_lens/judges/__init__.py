@@ -7,7 +7,7 @@ A judge runs with every intervention suspended and adapters off, so a measure ne
 from persona_lens.judges.coherence import CoherenceScale
 from persona_lens.judges.keep import KeepReport, keep_pairs, pair_rollouts
 from persona_lens.judges.likelihood import mean_log_likelihoods
-from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge, plan_calibration
+from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge
 from persona_lens.judges.scores import Judge, Score, ScoredRollout, read_scores, score_rollouts
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "keep_pairs",
     "mean_log_likelihoods",
     "pair_rollouts",
-    "plan_calibration",
     "read_scores",
     "score_rollouts",
 ]

@@ -51,20 +51,15 @@ class Calibration:
         return cls(**{**values, "coherence": scale, "questions": tuple(values["questions"])})
 
 
-def plan_calibration(trait: Trait, *, n_questions: int = 10, neutral_samples: int = 4) -> list[Prompt]:
-    """The rollouts a calibration needs, on evaluation questions: one a pair and polarity, and some neutral ones."""
-    if not trait.evaluation_questions:
-        raise ValueError(f"{trait.name} has no evaluation questions to calibrate the judge on; add some to the trait.")
-    questions = trait.evaluation_questions[:n_questions]
-    contrastive = plan_rollouts(trait, questions=questions, per_question=1)
-    return contrastive + plan_rollouts(trait, polarities=["neutral"], questions=questions, per_question=neutral_samples)
-
-
 class LikelihoodRatioJudge:
     """Judges with the model itself, unsteered and unadapted; calibrate it once a trait before scoring."""
 
-    def __init__(self, model: Model, *, batch_rows: int = 100):
+    def __init__(
+        self, model: Model, *, calibration_questions: int = 10, neutral_samples: int = 4, batch_rows: int = 100
+    ):
         self.model = model
+        self.calibration_questions = calibration_questions
+        self.neutral_samples = neutral_samples
         self.batch_rows = batch_rows
         self.calibrations: dict[str, Calibration] = {}
         self._identity = identify(model)
@@ -75,20 +70,31 @@ class LikelihoodRatioJudge:
         return (
             f"likelihood ratio by {self._identity.name} (weights {self._identity.weights_hash}), "
             f"slope {fitted.slope:.6g}, intercept {fitted.intercept:.6g}, coherence centre "
-            f"{fitted.coherence.centre:.6g}, width {fitted.coherence.width:.6g}"
+            f"{fitted.coherence.centre:.6g}, width {fitted.coherence.width:.6g}, floor "
+            f"{fitted.coherence.distinct_floor:.6g}"
         )
+
+    def plan_calibration(self, trait: Trait) -> list[Prompt]:
+        """The rollouts that `calibrate` wants: on evaluation questions, one a pair and polarity, and neutral ones."""
+        if not trait.evaluation_questions:
+            raise ValueError(
+                f"{trait.name} has no evaluation questions to calibrate the judge on; add some to the trait."
+            )
+        questions = trait.evaluation_questions[: self.calibration_questions]
+        neutral = plan_rollouts(trait, polarities=["neutral"], questions=questions, per_question=self.neutral_samples)
+        return plan_rollouts(trait, questions=questions, per_question=1) + neutral
 
     def calibration(self, trait: Trait) -> Calibration:
         """The trait's calibration; raises ValueError where there is none yet."""
         if trait.name not in self.calibrations:
             raise ValueError(
-                f"The judge is not calibrated for {trait.name!r}: sample rollouts of `plan_calibration(trait)` and "
+                f"The judge is not calibrated for {trait.name!r}: sample `judge.plan_calibration(trait)` and "
                 "pass them to `judge.calibrate(trait, rollouts)`, or use `extract_persona_vectors`, which does both."
             )
         return self.calibrations[trait.name]
 
     def calibrate(self, trait: Trait, rollouts: Sequence[Rollout], *, seed: int = 0) -> Calibration:
-        """Fit the judge to rollouts of `plan_calibration` and remember it; their questions can then not be scored.
+        """Fit the judge to the rollouts of `plan_calibration` and remember it; their questions can then not be scored.
 
         Diagnostics: AUC of s for polarity with the own pair left out and with all pairs, Spearman correlation of s
         with response length within each polarity, and AUC of coherence for clean against shuffled and looping text,

@@ -106,21 +106,31 @@ def _resume(file: JsonLines, keys: set[str], judge: str) -> dict[str, Score]:
                 f"{file.path}, line {number}, was scored by another judge ({row.get('judge')!r}, now {judge!r}). "
                 "Choose another output, or move that file away."
             )
-        done[row["key"]] = Score(row["trait_score"], row["coherence"], row.get("evidence", {}))
+        done[row["key"]] = _score(row, file.path, number)
     return done
+
+
+def _score(row: Mapping[str, Any], path: Path, number: int) -> Score:
+    try:
+        return Score(row["trait_score"], row["coherence"], row.get("evidence", {}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}, line {number}: not a score ({error}).") from error
 
 
 def read_scores(path: str | Path, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
     """Scores of the given rollouts from a file that `score_rollouts` wrote, by one judge, in the rollouts' order.
 
-    Raises ValueError where a rollout has no line of its own (a None score is a line).
+    Raises ValueError where a rollout has no line of its own (a None score is a line), or its line is not a score.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"No scores at {path}: make them with `persona-lens judge`.")
-    rows = {row["key"]: row for row in JsonLines(path).read()}
-    missing = [rollout.key for rollout in rollouts if rollout.key not in rows]
+    lines = {row.get("key"): (row, number) for number, row in enumerate(JsonLines(path).read(), start=1)}
+    missing = [rollout.key for rollout in rollouts if rollout.key not in lines]
     if missing:
         raise ValueError(f"{path} has no line for {len(missing)} of {len(rollouts)} rollouts, such as {missing[0]!r}.")
+    scores = [_score(lines[rollout.key][0], path, lines[rollout.key][1]) for rollout in rollouts]
     return [
-        ScoredRollout(rollout, rows[rollout.key]["trait_score"], rows[rollout.key]["coherence"]) for rollout in rollouts
+        ScoredRollout(rollout, score.trait_score, score.coherence)
+        for rollout, score in zip(rollouts, scores, strict=True)
     ]

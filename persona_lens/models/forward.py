@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -69,12 +70,15 @@ def _forward_bridge(
     model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None
 ) -> tuple[Tensor | None, Any]:
     hf_model = model.original_model
+    starts_in_padding = cache is None and not bool(mask[:, 0].all())
     if cache is None and keep:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=hf_model.config)
     target = hf_model.get_decoder() if last == 0 else hf_model
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": seen.long(), "use_cache": cache is not None}
+    if starts_in_padding and hf_model.dtype == torch.float64:
+        inputs["attention_mask"] = _finite_causal_mask(mask)
     accepted = inspect.signature(target.forward).parameters
     if "position_ids" in accepted:
         inputs["position_ids"] = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -87,6 +91,16 @@ def _forward_bridge(
         inputs["logits_to_keep"] = last or 0
     logits = target(**inputs).logits
     return logits if last is None else logits[:, -last:], cache
+
+
+def _finite_causal_mask(mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch 1 pos pos"]:
+    """A causal mask whose padding attends to itself, for float64 models, which are small ones under test.
+
+    Their own mask is minus infinity to the float32 softmax of Hugging Face's attention, so a row of padding is NaN.
+    """
+    own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    visible = torch.ones_like(own).tril() & rearrange(mask, "batch pos -> batch 1 1 pos") | own
+    return torch.where(visible, 0.0, -1e30).double()
 
 
 def _forward_hooked(

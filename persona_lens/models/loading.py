@@ -89,10 +89,10 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
                 f"HookedTransformer does not know the architecture {type(hf_model).__name__} ({error}). "
                 "Load it with model_class='TransformerBridge'."
             ) from error
+    config.model_name = hf_model.config._name_or_path or type(hf_model).__name__
     model = HookedTransformer(config, tokenizer)
-    model.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    # Not `load_and_process_state_dict`: it passes every weight through float32, which rounds float64 weights.
+    model.load_state_dict(model.fill_missing_keys(state), strict=False)
     return cast(Model, model.eval())
 
 

@@ -1,0 +1,264 @@
+"""Messages to token ids with a known boundary: templates, masks, padding, batches, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+MESSAGES = [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "What is the sea?"}]
+TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+START = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+RAISES_ON_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    f"{TURN}{{% endfor %}}{START}"
+)
+DROPS_SYSTEM = f"{{% for m in messages if m['role'] != 'system' %}}{TURN}{{% endfor %}}{START}"
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """The module under test, imported late so that the jaxtyping hook instruments it."""
+    import persona_lens.chat
+
+    return persona_lens.chat
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+# --- templates -----------------------------------------------------------------------------------------------------
+
+
+def test_messages_are_rendered_up_to_where_the_model_would_speak(chat, tiny_tokenizer):
+    text = (
+        "<|im_start|>system\nYou are kind.<|im_end|>\n"
+        "<|im_start|>user\nWhat is the sea?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert chat.render_prompt(tiny_tokenizer, MESSAGES) == (text, False)
+
+
+@pytest.mark.parametrize("template", [RAISES_ON_SYSTEM, DROPS_SYSTEM], ids=["raises", "drops"])
+def test_a_template_without_system_turn_gets_its_text_before_the_first_user_turn(chat, tiny_tokenizer, template):
+    rendered = chat.render_prompt(with_template(tiny_tokenizer, template), MESSAGES)
+    text = "<|im_start|>user\nYou are kind.\n\nWhat is the sea?<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered == (text, True)
+
+
+def test_without_a_system_turn_nothing_is_folded(chat, tiny_tokenizer):
+    rendered = chat.render_prompt(with_template(tiny_tokenizer, RAISES_ON_SYSTEM), MESSAGES[1:])
+    assert rendered == ("<|im_start|>user\nWhat is the sea?<|im_end|>\n<|im_start|>assistant\n", False)
+
+
+def test_a_system_turn_that_cannot_be_folded_is_refused(chat, tiny_tokenizer):
+    with pytest.raises(ValueError, match="no first user turn to put its text before"):
+        chat.render_prompt(with_template(tiny_tokenizer, DROPS_SYSTEM), MESSAGES[:1])
+
+
+def test_every_system_turn_is_folded(chat, tiny_tokenizer):
+    messages = [*MESSAGES, {"role": "system", "content": "Be short."}]
+    text = chat.render_prompt(with_template(tiny_tokenizer, RAISES_ON_SYSTEM), messages).text
+    assert text.startswith("<|im_start|>user\nYou are kind.\n\nBe short.\n\nWhat is the sea?")
+
+
+@pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:]], ids=["with system turn", "without"])
+def test_a_template_that_refuses_the_messages_says_why(chat, tiny_tokenizer, messages):
+    template = "{{ raise_exception('Roles must alternate') }}"
+    with pytest.raises(ValueError, match="refuses these messages: Roles must alternate"):
+        chat.render_prompt(with_template(tiny_tokenizer, template), messages)
+
+
+def test_a_tokenizer_without_template_is_refused_with_the_remedies(chat, tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"no chat template.*set tokenizer\.chat_template, or pass rendered text"):
+        chat.render_prompt(with_template(tiny_tokenizer, None), MESSAGES)
+
+
+def test_chat_messages_have_a_system_turn_only_where_one_is_given(chat):
+    assert chat.chat_messages("You are kind.", "What is the sea?") == MESSAGES
+    assert chat.chat_messages(None, "What is the sea?") == MESSAGES[1:]
+
+
+def test_a_template_hash_tells_templates_apart(chat, tiny_tokenizer):
+    assert chat.template_hash(tiny_tokenizer) == chat.template_hash(copy.deepcopy(tiny_tokenizer))
+    assert chat.template_hash(tiny_tokenizer) != chat.template_hash(with_template(tiny_tokenizer, DROPS_SYSTEM))
+
+
+def test_stop_tokens_are_the_end_of_text_and_what_the_template_puts_after_an_answer(chat, tiny_tokenizer):
+    other_end = with_template(tiny_tokenizer, tiny_tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>"))
+    end_of_turn, end_of_text = tiny_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert chat.stop_tokens(tiny_tokenizer) == {end_of_turn}
+    assert chat.stop_tokens(other_end) == {end_of_turn, end_of_text}
+    assert chat.stop_tokens(with_template(tiny_tokenizer, None)) == {end_of_turn}
+
+
+# --- the boundary --------------------------------------------------------------------------------------------------
+
+
+@given(question=st.text(max_size=20), response=st.text(max_size=20))
+def test_prompt_and_response_are_tokenised_apart_and_the_response_is_its_text_alone(
+    chat, tiny_tokenizer, question, response
+):
+    messages = [{"role": "user", "content": question}]
+    row = chat.tokenize_chat(tiny_tokenizer, messages, response)
+    assert row.prompt == chat.encode(tiny_tokenizer, chat.render_prompt(tiny_tokenizer, messages).text)
+    assert row.response == tuple(tiny_tokenizer(response, add_special_tokens=False).input_ids)
+
+
+def test_a_response_has_no_end_of_turn_token(chat, tiny_tokenizer):
+    row = chat.tokenize_chat(tiny_tokenizer, MESSAGES, "It is deep.")
+    assert tiny_tokenizer.eos_token_id in row.prompt
+    assert tiny_tokenizer.eos_token_id not in row.response
+
+
+def test_a_rendered_prompt_is_used_verbatim(chat, tiny_tokenizer):
+    text = chat.render_prompt(tiny_tokenizer, MESSAGES).text
+    assert chat.tokenize_chat(tiny_tokenizer, text, "No.") == chat.tokenize_chat(tiny_tokenizer, MESSAGES, "No.")
+
+
+def test_a_response_of_token_ids_is_taken_as_it_is(chat, tiny_tokenizer):
+    assert chat.tokenize_chat(tiny_tokenizer, MESSAGES, [5, 7]).response == (5, 7)
+
+
+def test_a_row_without_prompt_is_refused(chat, tiny_tokenizer):
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        chat.tokenize_chat(tiny_tokenizer, "", "Hello.")
+
+
+# --- after ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["", "Yes.", " and </think> again"])
+def test_only_what_follows_the_marker_is_averaged(chat, tiny_tokenizer, answer):
+    response = f"<think> why </think>{answer}"
+    row = chat.tokenize_chat(tiny_tokenizer, MESSAGES, response, after="</think>")
+    assert tiny_tokenizer.decode(row.response) == response
+    assert tiny_tokenizer.decode(row.response[row.skip :]) == answer
+    assert row.n_averaged == len(row.response) - row.skip
+
+
+def test_an_unclosed_block_is_refused(chat, tiny_tokenizer):
+    with pytest.raises(chat.UnclosedBlock, match="never says '</think>'"):
+        chat.tokenize_chat(tiny_tokenizer, MESSAGES, "<think> on and on", after="</think>")
+
+
+def test_an_empty_response_has_no_block_to_close(chat, tiny_tokenizer):
+    assert chat.tokenize_chat(tiny_tokenizer, MESSAGES, "", after="</think>").skip == 0
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collated_masks_follow_the_rows_and_not_the_ids(chat, side):
+    pad = 5  # the padding token is also in the rows, as in models whose padding token ends every turn
+    rows = [chat.ChatTokens((5, 1), (2, 5)), chat.ChatTokens((5,)), chat.ChatTokens((3,), (4, 5, 5), skip=1)]
+    batch = chat.collate(rows, pad_side=side, pad_token=pad)
+    for index, row in enumerate(rows):
+        attended = batch.attention_mask[index]
+        assert batch.tokens[index, attended].tolist() == [*row.prompt, *row.response]
+        assert batch.tokens[index, batch.response_mask[index]].tolist() == [*row.response[row.skip :]]
+        assert batch.tokens[index, batch.prompt_mask[index]].tolist() == [*row.prompt]
+        assert attended.tolist() == sorted(attended.tolist(), reverse=side == "right")
+
+
+def test_collating_no_rows_is_refused(chat):
+    with pytest.raises(ValueError, match="at least one row"):
+        chat.collate([])
+
+
+def test_a_batch_of_unequal_shapes_is_refused(chat, shapes_unchecked):
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"one shape \[batch pos\], got \[\(1, 2\), \(1, 3\)\]"):
+        chat.ChatBatch(torch.zeros(1, 2, dtype=torch.long), mask, mask)
+
+
+def test_a_response_on_padding_is_refused(chat):
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="response_mask marks padding"):
+        chat.ChatBatch(torch.zeros(1, 3, dtype=torch.long), ~mask, mask)
+
+
+def test_averaged_tokens_are_shown_between_bars(chat, tiny_tokenizer):
+    rows = [chat.tokenize_chat(tiny_tokenizer, MESSAGES, response) for response in ("You are", "assistant assistant")]
+    assert chat.show_tokens(tiny_tokenizer, chat.collate(rows), row=0).endswith("<|im_start|>assistant\n|You| are|")
+
+
+def test_shown_tokens_go_on_after_the_averaged_ones(chat):
+    class Letters:
+        def decode(self, ids):
+            return "abcdef"[ids[0]]
+
+    response = torch.tensor([[False, True, True, False, False]])
+    attention = torch.tensor([[True, True, True, True, False]])
+    batch = chat.ChatBatch(torch.arange(5)[None], attention, response)
+    assert chat.show_tokens(Letters(), batch) == "a|b|c|d"
+
+
+@given(lengths=st.lists(st.integers(0, 50), max_size=40), budget=st.integers(1, 200))
+def test_length_sorted_batches_hold_every_index_once_within_the_budget(chat, lengths, budget):
+    batches = list(chat.length_sorted_batches(lengths, budget))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
+    ordered = [lengths[index] for batch in batches for index in batch]
+    assert ordered == sorted(lengths, reverse=True)
+
+
+# --- the context ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_fit_stay_as_they_are(chat):
+    rows = [chat.ChatTokens((1, 2), (3, 4)), chat.ChatTokens((1,))]
+    assert chat.fit_context(rows, 4) == (rows, 0)
+
+
+def test_a_row_that_is_too_long_is_refused_by_number(chat):
+    rows = [chat.ChatTokens((1,)), chat.ChatTokens((1, 2), (3, 4, 5))]
+    with pytest.raises(ValueError, match=r"Row 1 has 5 tokens \(prompt and response\), the context holds 4"):
+        chat.fit_context(rows, 4)
+
+
+def test_responses_are_cut_only_on_request_and_counted(chat):
+    rows = [chat.ChatTokens((1, 2), (3, 4, 5), skip=1), chat.ChatTokens((1,), (2,))]
+    cut, count = chat.fit_context(rows, 4, too_long="truncate")
+    assert cut == [chat.ChatTokens((1, 2), (3, 4), skip=1), rows[1]]
+    assert count == 1
+
+
+def test_a_prompt_is_never_cut(chat):
+    with pytest.raises(ValueError, match="prompt alone"):
+        chat.fit_context([chat.ChatTokens((1, 2, 3, 4), (5,))], 4, too_long="truncate")
+
+
+# --- conversations -------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_read_from_messages(chat):
+    turns = [*MESSAGES, {"role": "assistant", "content": "Water."}, {"role": "user", "content": "Why?"}]
+    conversation = chat.Conversation.from_messages([*turns, {"role": "assistant", "content": "It rains."}])
+    assert conversation == chat.Conversation(tuple(turns), "It rains.", question="Why?", instruction="You are kind.")
+
+
+@pytest.mark.parametrize("messages", [[], MESSAGES])
+def test_messages_without_a_response_are_refused(chat, messages):
+    with pytest.raises(ValueError, match="must end with the assistant's response"):
+        chat.Conversation.from_messages(messages)
+
+
+@pytest.mark.parametrize(("response", "empty"), [("", True), (" \n", True), ((), True), ("a", False), ((3,), False)])
+def test_a_conversation_without_a_response_is_empty(chat, response, empty):
+    assert chat.Conversation("prompt", response).is_empty == empty
+
+
+def test_a_chat_batch_holds_the_conversations_as_they_are_tokenised(chat, tiny_tokenizer):
+    conversations = [chat.Conversation(tuple(MESSAGES), text) for text in ("It is deep.", "<t>no</t>Yes")]
+    batch = chat.chat_batch(tiny_tokenizer, conversations[1:], after="</t>")
+    assert tiny_tokenizer.decode(batch.tokens[0, batch.response_mask[0]]) == "Yes"
+    whole = chat.chat_batch(tiny_tokenizer, conversations)
+    for index, conversation in enumerate(conversations):
+        row = conversation.tokenize(tiny_tokenizer)
+        assert whole.tokens[index, whole.attention_mask[index]].tolist() == [*row.prompt, *row.response]

