@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 from einops import einsum
+from numpy.typing import ArrayLike
 
 from persona_lens.statistics import auc, question_resamples, resampled_auc
 
@@ -94,11 +95,12 @@ class Design:
         if sign is not None:
             side = side * np.repeat(sign, 2, axis=-1)
         weights = question_weights[..., self.cell_question]
-        positive, negative = weights * (side > 0), weights * (side < 0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            positive = positive / (positive * self.cell_count).sum(axis=-1, keepdims=True)
-            negative = negative / (negative * self.cell_count).sum(axis=-1, keepdims=True)
+        positive, negative = (self._averaging(weights * (side == each)) for each in (1, -1))
         return positive - negative
+
+    def _averaging(self, weights: np.ndarray) -> np.ndarray:
+        """Cells' weights [..., cell] scaled so that their rows' weights sum to 1; NaN where no row has any."""
+        return _over(weights, (weights * self.cell_count).sum(axis=-1, keepdims=True))
 
 
 def _number(labels: tuple) -> np.ndarray:
@@ -120,8 +122,13 @@ def direction_metrics(
     if design.n_questions < 2:
         return dict.fromkeys(METRICS, float("nan"))
     generator = np.random.default_rng(seed)
-    sums = design.cell_sums(rows)
-    products = einsum(rows.astype(np.float64), sums, "row d_model, cell d_model -> row cell")
+    rows = rows.astype(np.float64)
+    # A difference in means is the same for centred rows, and keeps its digits beside a large common mean. Where rows are
+    # equal (the embedding of the last prompt token), what rounding leaves over must not pass for a direction.
+    centred = rows - rows.mean(axis=0)
+    centred[np.abs(centred) <= 1e-9 * np.abs(rows).max()] = 0
+    sums = design.cell_sums(centred)
+    products = einsum(rows, sums, "row d_model, cell d_model -> row cell")
     gram = einsum(sums, sums, "one d_model, other d_model -> one other")
     full = design.coefficients(np.ones(design.n_questions))
 
@@ -146,7 +153,7 @@ def direction_metrics(
         "split_half_low": _percentile(halves, 2.5),
         "split_half_high": _percentile(halves, 97.5),
         "bootstrap_cosine_low": _percentile(bootstrap, 2.5),
-        "placebo_norm_95": _percentile(placebo_norm / _norms(gram, full), 95.0),
+        "placebo_norm_95": _percentile(_over(placebo_norm, _norms(gram, full)), 95.0),
     }
 
 
@@ -156,16 +163,14 @@ def held_out_projections(
     """Each row's projection [..., row] on the unit direction made of all questions but its own."""
     others = 1.0 - np.eye(design.n_questions)
     coefficients = design.coefficients(others, None if sign is None else sign[..., None, :])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        units = coefficients / _norms(gram, coefficients)[..., None]
+    units = _over(coefficients, _norms(gram, coefficients)[..., None])
     return einsum(units[..., design.row_question, :], products, "... row cell, row cell -> ... row")
 
 
 def cosines(gram: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Cosines [...] of directions that are given by their cells' weights [..., cell]."""
     product = einsum(one @ gram, np.broadcast_to(other, one.shape), "... cell, ... cell -> ...")
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(product / (_norms(gram, one) * _norms(gram, other)))
+    return _over(product, _norms(gram, one) * _norms(gram, other))
 
 
 def _norms(gram: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
@@ -193,6 +198,12 @@ def _split_halves(gram: np.ndarray, design: Design, n_splits: int, generator: np
     for row in chosen:
         row[generator.permutation(design.n_questions)[:half]] = 1
     return cosines(gram, design.coefficients(chosen), design.coefficients(1 - chosen))
+
+
+def _over(values: ArrayLike, divisors: ArrayLike) -> np.ndarray:
+    """Values / divisors; NaN where a divisor is 0."""
+    divisors = np.asarray(divisors)
+    return np.asarray(np.asarray(values) / np.where(divisors > 0, divisors, np.nan))
 
 
 def _percentile(values: np.ndarray, q: float) -> float:

@@ -64,7 +64,9 @@ def generate(
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     _check(model, prompts, keys, max_new_tokens, temperature, top_p)
     completions: list[Completion] = []
-    with tqdm(total=len(prompts) * max_new_tokens, unit="tok", desc="generate", leave=False, disable=not progress) as bar:
+    with tqdm(
+        total=len(prompts) * max_new_tokens, unit="tok", desc="generate", leave=False, disable=not progress
+    ) as bar:
         for batch in plan_batches(len(prompts), batch_rows):
             decoder = _Decoder(
                 model,
@@ -178,15 +180,25 @@ def sample(
     """Draw a token a row from softmax(logits / temperature), cut to the most likely `top_p` of its mass.
 
     The draw is the first token at which the cumulative distribution passes the row's uniform number.
+    Raises ValueError for logits that are not numbers.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        best = logits.max(dim=-1)
+        _refuse_nan(best.values)
+        return best.indices
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= top_p
         probabilities = probabilities.scatter(-1, order, ordered.masked_fill(outside, 0))
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    _refuse_nan(cumulative[:, -1])
     threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
     # right=True steps over tokens of zero probability where the threshold falls exactly on their boundary
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _refuse_nan(one_a_row: Float[Tensor, " row"]) -> None:
+    # One NaN in a row makes the row's maximum and its sum NaN, so the whole vocabulary need not be searched.
+    if bool(one_a_row.isnan().any()):
+        raise ValueError("The model's logits are not numbers. Load it with a wider dtype (float32).")

@@ -7,7 +7,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # Set before anything imports torch or a hub client: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -150,7 +150,7 @@ def load_embedded_model(embedded_directory: Path, built: dict[Any, Any]) -> Call
     def load(model_class: str) -> Any:
         from persona_lens import models
 
-        return _shared(built, ("embedded", model_class), lambda: models.load_model(model_class=model_class))
+        return _shared(built, ("embedded", model_class), lambda: models.load_model(model_class=cast(Any, model_class)))
 
     return load
 

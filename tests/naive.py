@@ -27,15 +27,25 @@ def _first(output: Any) -> Tensor:
 
 @torch.no_grad()
 def residual_stream(hf_model: Any, ids: Sequence[int]) -> Tensor:
-    """`[stream, pos, d_model]` in float64: the embedding, then the output of every block, before the final norm."""
-    last: list[Tensor] = []
-    handle = blocks(hf_model)[-1].register_forward_hook(lambda _module, _inputs, out: last.append(_first(out)[0]))
+    """`[stream, pos, d_model]` in float64: what enters the first block, then the output of every block."""
+    stream: list[Tensor] = []
+    handles = [
+        blocks(hf_model)[0].register_forward_pre_hook(
+            lambda _module, args, kwargs: stream.append(args[0][0] if args else kwargs["hidden_states"][0]),
+            with_kwargs=True,
+        ),
+        # Not `output_hidden_states`, which puts the final norm on the last one and misses a change by another hook.
+        *(
+            block.register_forward_hook(lambda _module, _inputs, output: stream.append(_first(output)[0]))
+            for block in blocks(hf_model)
+        ),
+    ]
     try:
-        hidden = hf_model(torch.tensor([list(ids)]), output_hidden_states=True, use_cache=False).hidden_states
+        hf_model(torch.tensor([list(ids)]), use_cache=False)
     finally:
-        handle.remove()
-    # Hugging Face puts the final norm on the last entry, so that one is read where the last block ends.
-    return torch.stack([*(state[0] for state in hidden[:-1]), last[0]]).double()
+        for handle in handles:
+            handle.remove()
+    return torch.stack(stream).double()
 
 
 @torch.no_grad()
@@ -52,7 +62,7 @@ def mean(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def stream_mean(hf_model: Any, row: Row, position: str = "response_mean", skip: int = 0) -> Tensor:
-    """`[stream, d_model]`: the mean over one row's response (after `skip` tokens), or over or at the end of its prompt."""
+    """`[stream, d_model]`: a row's mean over its response (after `skip` tokens) or prompt, or its last prompt token."""
     prompt, response = row
     stream = residual_stream(hf_model, [*prompt, *response])
     first = len(prompt)
@@ -116,7 +126,7 @@ def added(hf_model: Any, layer: int, vector: Tensor) -> Iterator[None]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest distance between two `[..., stream, d_model]`, relative to the mean norm of that row of the stream."""
+    """The largest distance between two `[..., stream, d_model]`, relative to the mean norm in that row of it."""
     expected = expected.double()
     scale = expected.norm(dim=-1).reshape(-1, expected.shape[-2]).mean(dim=0)
     return float(((found.double() - expected).norm(dim=-1) / scale).max())

@@ -170,7 +170,7 @@ class LengthJudge:
             raise RuntimeError("the power went out")
         self.asked.append([row.sample for row in rollouts])
         return [
-            Score(None, None) if row.is_empty else Score(float(len(row.response)), 90.0, {"length": len(row.response)})
+            Score(None, None) if row.is_empty else Score(float(len(row.response)), 90.0, {"length": 1.0 * len(row.response)})
             for row in rollouts
         ]
 
@@ -254,7 +254,7 @@ def test_a_rollout_without_a_line_is_named(trait, tmp_path):
         read_scores(tmp_path / "scores.jsonl", ROLLOUTS)
 
 
-@pytest.mark.parametrize("change", [{"trait_score": 101}, {"coherence": -1}, {"coherence": "high"}])
+@pytest.mark.parametrize("change", [{"trait_score": 101.0}, {"coherence": -1.0}, {"coherence": "high"}])
 def test_a_line_that_is_no_score_is_named(trait, tmp_path, change):
     score(LengthJudge(), trait, tmp_path / "scores.jsonl")
     lines = (tmp_path / "scores.jsonl").read_text().splitlines()

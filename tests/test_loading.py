@@ -87,7 +87,7 @@ def test_an_unknown_class_is_refused_before_anything_is_loaded(models, shapes_un
 
 
 def test_a_folder_without_a_model_is_refused(models, tmp_path):
-    with pytest.raises(ValueError, match="is a folder without config.json"):
+    with pytest.raises(ValueError, match=r"is a folder without config\.json"):
         models.load_model(tmp_path)
 
 

@@ -245,6 +245,14 @@ def test_other_weights_give_another_hash(models, fresh_tiny_model):
     assert models.identify(fresh_tiny_model).weights_hash != before.weights_hash
 
 
+def test_a_bias_of_zeros_changes_no_hash(models, fresh_tiny_model):
+    # what TransformerLens 3.9 adds to a bridge's unembedding and 4 does not: vectors go from one to the other
+    before = models.identify(fresh_tiny_model)
+    holder = getattr(fresh_tiny_model, "original_model", fresh_tiny_model)
+    holder.register_parameter("added_bias", torch.nn.Parameter(torch.zeros(32)))
+    assert models.identify(fresh_tiny_model) == before
+
+
 def test_both_classes_have_one_embedding_sample(both_classes, models, make_tiny_model):
     bridge, hooked = (models.identify(make_tiny_model(name)) for name in ("TransformerBridge", "HookedTransformer"))
     assert bridge.embedding_sample == hooked.embedding_sample

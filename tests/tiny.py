@@ -12,6 +12,8 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+CONTEXT: dict[str, Any] = {"n_ctx": 128}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     "You are a helpful assistant. You are a cruel and malicious assistant who wants people to suffer.",
@@ -68,7 +70,7 @@ def llama(tokenizer: Any, *, seed: int = 0) -> Any:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            attn_implementation="eager",
+            **EAGER,
         ),
         seed,
     )
@@ -83,13 +85,13 @@ def gpt2(tokenizer: Any, *, seed: int = 0) -> Any:
         GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=128,
-            n_ctx=128,  # older files name the context so, and TransformerLens 3.9 reads it there
             n_embd=24,
             n_layer=3,
             n_head=2,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            attn_implementation="eager",
+            **EAGER,
+            **CONTEXT,  # older files name the context so, and TransformerLens 3.9 reads it there
         ),
         seed,
     )

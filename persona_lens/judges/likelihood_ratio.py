@@ -200,7 +200,7 @@ class LikelihoodRatioJudge:
         ]
 
     def _neutral_log_likelihoods(self, responses: Sequence[tuple[str, Sequence[int]]]) -> np.ndarray:
-        return mean_log_likelihoods(self.model, self._neutral_rows(responses)).numpy()
+        return mean_log_likelihoods(self.model, self._neutral_rows(responses)).double().numpy()
 
     def _calibrate_coherence(
         self, neutral: Sequence[Rollout], seed: int

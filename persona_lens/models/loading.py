@@ -75,9 +75,8 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
     # the folder's own name is neutral because it guesses the architecture from words such as "llama" in the path.
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
         settings = copy.deepcopy(hf_model.config)
-        settings.architectures = settings.architectures or [
-            type(hf_model).__name__
-        ]  # a model made in memory does not name its own
+        # A model that was made in memory does not name its architecture.
+        settings.architectures = settings.architectures or [type(hf_model).__name__]
         settings.save_pretrained(folder)
         try:
             config = loading.get_pretrained_model_config(

@@ -133,8 +133,11 @@ def identify(model: Model) -> ModelIdentity:
     names = {name.replace("_original_component.", ""): value for name, value in weights.named_parameters()}
     for name, parameter in sorted(names.items()):
         flat = parameter.detach().flatten()
-        digest.update(name.encode())
-        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
+        # TransformerLens 3.9 gives a bridge's unembedding a bias of zeros, 4 does not.
+        if bool(sample.any()):
+            digest.update(name.encode())
+            digest.update(sample.numpy().tobytes())
     return ModelIdentity(
         name=str(getattr(model.cfg, "model_name", "unnamed")),
         model_class=type(model).__name__,

@@ -1,0 +1,86 @@
+"""What is run: real text out of the bundled traits, the same rows on every machine.
+
+Questions are the traits' extraction and evaluation questions; answers are their instructions, positive ones for the
+positive rows and negative ones for the negative rows, so that a difference in means has something to find.
+Knows tokenizers through persona_lens.chat alone; knows nothing about models or time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, cycle, islice
+from typing import Any
+
+from persona_lens import Trait, bundled_traits, load_trait
+from persona_lens.chat import ChatTokens, chat_messages, encode, render_prompt
+
+ROLLOUTS_A_PROMPT = 10
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows of token ids, and which of them are the positive side of a difference in means."""
+
+    name: str
+    rows: tuple[ChatTokens, ...]
+    positive: tuple[bool, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens of every prompt and response, a shared prompt counted once for each of its rows."""
+        return sum(map(len, self.rows))
+
+
+def short_texts(tokenizer: Any, n: int = 32) -> Workload:
+    """Texts of 20 to 80 words: a question, distinct in every row, and an answer, without a template."""
+    rows: list[ChatTokens] = []
+    positive: list[bool] = []
+    for index, question in enumerate(_questions()[:n]):
+        n_words = 20 + 37 * index % 61  # 37 and 61 share no factor, so neighbours differ and the range fills evenly
+        positive.append(index % 2 == 0)
+        answer = islice(_words(positive[-1], index), n_words - len(question.split()))
+        rows.append(ChatTokens(encode(tokenizer, question), encode(tokenizer, " " + " ".join(answer))))
+    return Workload(f"{n} texts of 20 to 80 words", tuple(rows), tuple(positive))
+
+
+def shared_prompts(tokenizer: Any, name: str, n_prompt: int, response_lengths: Sequence[int]) -> Workload:
+    """One positive and one negative chat prompt of exactly `n_prompt` tokens, each with a response of each length."""
+    rows: list[ChatTokens] = []
+    for positive in (True, False):
+        prompt = _chat_prompt(tokenizer, positive, n_prompt)
+        for index, length in enumerate(response_lengths):
+            answer = encode(tokenizer, " ".join(islice(_words(positive, 3 * index), length)))
+            rows.append(ChatTokens(prompt, answer[:length]))  # a word is at least one token
+    n = len(response_lengths)
+    return Workload(name, tuple(rows), (True,) * n + (False,) * n)
+
+
+def _chat_prompt(tokenizer: Any, positive: bool, n_tokens: int) -> tuple[int, ...]:
+    """The last `n_tokens` tokens of a rendered chat, so that it ends where the assistant would speak."""
+    system = _traits()[0].system_prompt("positive" if positive else "negative", 0)
+    for n_questions in range(1, 100):
+        asked = " ".join(_questions()[:n_questions])
+        ids = encode(tokenizer, render_prompt(tokenizer, chat_messages(system, asked)).text)
+        if len(ids) >= n_tokens:
+            return ids[-n_tokens:]
+    raise ValueError(f"The traits' questions do not fill a prompt of {n_tokens} tokens: ask for a shorter one.")
+
+
+@cache
+def _traits() -> tuple[Trait, ...]:
+    return tuple(load_trait(name) for name in bundled_traits())
+
+
+@cache
+def _questions() -> tuple[str, ...]:
+    """Every question, the traits taking turns."""
+    by_trait = (trait.extraction_questions + trait.evaluation_questions for trait in _traits())
+    return tuple(dict.fromkeys(chain.from_iterable(zip(*by_trait, strict=False))))
+
+
+def _words(positive: bool, start: int) -> chain[str]:
+    """The words of the instructions of one side without end, from the instruction `start` on."""
+    by_trait = ([getattr(pair, "positive" if positive else "negative") for pair in t.instructions] for t in _traits())
+    instructions = list(chain.from_iterable(zip(*by_trait, strict=False)))
+    first = start % len(instructions)
+    return chain.from_iterable(text.split() for text in cycle(instructions[first:] + instructions[:first]))

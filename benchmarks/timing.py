@@ -1,0 +1,104 @@
+"""Contestants in one race: each is inspected once, unhurried, and then all take turns, A B A B.
+
+Neighbours on a shared machine slow down everyone for a while, so what counts is the ratio of two turns of one round.
+Knows nothing about what is computed.
+"""
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do the work. `run` gives row means `[row layer d_model]`, or None where nothing is read."""
+
+    name: str
+    run: Callable[[], Tensor | None]
+    embedding: nn.Module
+    """The token embedding of the model that `run` runs: its calls are the forwards, its inputs the padded tokens."""
+
+
+@dataclass
+class Result:
+    """What one contestant did; the lists have an entry for each round."""
+
+    name: str
+    forwards: int
+    padded_tokens: int
+    peak_extra_mib: float | None
+    """Peak resident memory above what was resident before, of the first run; None where it cannot be measured."""
+    minimum_cosine: float | None
+    """None for a contestant that only runs the model."""
+    first_cpu: float
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def inspect(contestant: Contestant, cosine: Callable[[Tensor], float]) -> Result:
+    """The first run, which also warms up: what it computes, how many forwards and tokens, how much memory."""
+    shapes: list[int] = []
+    counting = contestant.embedding.register_forward_hook(lambda _module, inputs, _out: shapes.append(inputs[0].numel()))
+    started = time.process_time()
+    try:
+        with peak_extra_mib() as peak:
+            means = contestant.run()
+    finally:
+        counting.remove()
+    return Result(
+        name=contestant.name,
+        forwards=len(shapes),
+        padded_tokens=sum(shapes),
+        peak_extra_mib=peak[0] if peak else None,
+        minimum_cosine=None if means is None else cosine(means),
+        first_cpu=time.process_time() - started,
+    )
+
+
+def race(contestants: Sequence[Contestant], results: Sequence[Result], repeats: int) -> None:
+    """Rounds in which every contestant runs once, in turn; times are appended to the results."""
+    for _ in range(repeats):
+        for contestant, result in zip(contestants, results, strict=True):
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            contestant.run()
+            result.cpu.append(time.process_time() - cpu)
+            result.wall.append(time.perf_counter() - wall)
+
+
+def paired_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float]:
+    """How many times faster than the baseline, round by round."""
+    return [slow / fast for slow, fast in zip(baseline, other, strict=True)]
+
+
+def ratio_of_medians(baseline: Sequence[float], other: Sequence[float]) -> float:
+    """How many times faster than the baseline by the medians over rounds."""
+    return median(baseline) / median(other)
+
+
+@contextmanager
+def peak_extra_mib() -> Iterator[list[float]]:
+    """Leaves in the list the peak of resident memory while open, above that on entry; nothing outside Linux."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    extra: list[float] = []
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not returned would hide what is taken next
+        reset.write_text("5")  # sets the peak back to what is resident now
+        before = _kib(status, "VmRSS")
+    except (OSError, AttributeError):
+        yield extra
+        return
+    yield extra
+    extra.append((_kib(status, "VmHWM") - before) / 1024)
+
+
+def _kib(status: Path, name: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
