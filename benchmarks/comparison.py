@@ -1,4 +1,4 @@
-"""One comparison: a baseline at its best batch size, and what is measured against it, with goals.
+"""One comparison: contestants on one workload, and claims about how many times faster one is than another.
 
 Knows nothing about how rows are run.
 """
@@ -11,27 +11,29 @@ from torch import Tensor
 
 from benchmarks.oracle import MINIMUM_COSINE, minimum_cosine
 from benchmarks.texts import Workload
-from benchmarks.timing import Contestant, Result, inspect, paired_ratios, race, ratio_of_medians
+from benchmarks.timing import Contestant, Result, inspect, race
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A contestant, and how many times faster than the baseline it is to be; without a goal it explains another."""
+class Claim:
+    """`faster` beats `than` (None: the baseline) `goal` times; without a goal the ratio only explains another."""
 
-    contestant: Contestant
+    faster: Contestant
     goal: float | None = None
+    than: Contestant | None = None
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What an entry did, beside its baseline. Ratios say how many times faster than the baseline."""
+class Verdict:
+    """What became of a claim. Ratios say how many times faster; `paired_ratios` has one for each round."""
 
-    result: Result
+    faster: str
+    than: str
     goal: float | None
-    ratio_of_medians: float
     paired_ratios: list[float]
+    ratio_of_medians: float
     cpu_ratio: float
-    """Ratio of the medians of CPU time, which neighbours disturb less than wall time."""
+    """Of the medians of CPU time, which neighbours on the machine disturb less than wall time."""
 
     @property
     def ratio(self) -> float:
@@ -51,44 +53,50 @@ class Comparison:
     name: str
     workload: Workload
     repeats: int
-    baseline: Result
-    measured: list[Measured]
+    results: list[Result]
+    verdicts: list[Verdict]
     tried: list[Result]
 
     @property
     def unequal(self) -> list[Result]:
         """Results that the oracle does not confirm."""
-        every = [self.baseline, *(each.result for each in self.measured)]
-        return [r for r in every if r.minimum_cosine is not None and not r.minimum_cosine >= MINIMUM_COSINE]
+        found = [result for result in self.results if result.minimum_cosine is not None]
+        # Put so that a cosine that is no number counts as unequal too.
+        return [result for result in found if not (result.minimum_cosine or 0.0) >= MINIMUM_COSINE]
 
 
 def compare(
     name: str,
     workload: Workload,
-    baselines: Sequence[Contestant],
-    entries: Sequence[Entry],
     *,
+    baselines: Sequence[Contestant],
+    others: Sequence[Contestant],
+    claims: Sequence[Claim],
     expected: Tensor,
     repeats: int,
 ) -> Comparison:
-    """Inspect every contestant, take the baseline that needs the least CPU time, and let it race the entries."""
+    """Inspect every contestant, keep the baseline that needs the least CPU time, and race it with the others."""
 
     def cosine(means: Tensor) -> float:
         return minimum_cosine(means, expected, workload.positive)
 
     tried = [inspect(contestant, cosine) for contestant in baselines]
     best = min(range(len(tried)), key=lambda index: tried[index].first_cpu)
-    baseline = tried.pop(best)
-    results = [inspect(entry.contestant, cosine) for entry in entries]
-    race([baselines[best], *(entry.contestant for entry in entries)], [baseline, *results], repeats)
-    measured = [
-        Measured(
-            result=result,
-            goal=entry.goal,
-            ratio_of_medians=ratio_of_medians(baseline.wall, result.wall),
-            paired_ratios=paired_ratios(baseline.wall, result.wall),
-            cpu_ratio=ratio_of_medians(baseline.cpu, result.cpu),
-        )
-        for entry, result in zip(entries, results, strict=True)
+    results = [tried.pop(best), *(inspect(contestant, cosine) for contestant in others)]
+    race([baselines[best], *others], results, repeats)
+    by_name = {result.name: result for result in results}
+    verdicts = [
+        _verdict(claim, by_name[claim.faster.name], by_name[(claim.than or baselines[best]).name]) for claim in claims
     ]
-    return Comparison(name, workload, repeats, baseline, measured, tried)
+    return Comparison(name, workload, repeats, results, verdicts, tried)
+
+
+def _verdict(claim: Claim, faster: Result, than: Result) -> Verdict:
+    return Verdict(
+        faster=faster.name,
+        than=than.name,
+        goal=claim.goal,
+        paired_ratios=[slow / fast for slow, fast in zip(than.wall, faster.wall, strict=True)],
+        ratio_of_medians=median(than.wall) / median(faster.wall),
+        cpu_ratio=median(than.cpu) / median(faster.cpu),
+    )

@@ -4,6 +4,7 @@ Knows models and batches; knows nothing about time.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,11 +74,10 @@ def reference_loop(hf_model: Any, workload: Workload) -> Contestant:
 
 def with_stream_means(model: Model, workload: Workload, token_budget: int | None = None) -> Contestant:
     """`persona_lens.activations.stream_means`, with its default budget unless one is given."""
+    stream = stream_means if token_budget is None else partial(stream_means, token_budget=token_budget)
 
     def run() -> Float[Tensor, "row layer d_model"]:
-        budget = {} if token_budget is None else {"token_budget": token_budget}
-        batches = list(stream_means(model, workload.rows, **budget))
-        return _in_order([(batch.rows, batch.means[:, 1:]) for batch in batches])
+        return _in_order([(batch.rows, batch.means[:, 1:]) for batch in stream(model, workload.rows)])
 
     named = "default budget" if token_budget is None else f"token_budget={token_budget}"
     return Contestant(f"stream_means, {named}", run, _embedding(model))
@@ -90,9 +90,7 @@ def with_mean_activations(model: Model, workload: Workload, size: int, *, sort: 
     def run() -> Float[Tensor, "row layer d_model"]:
         return _in_order([(rows, mean_activations(model, batch)) for rows, batch in batches])
 
-    return Contestant(
-        f"mean_activations, {_rows(size)}{'' if sort else ', sorting off'}", run, _embedding(model)
-    )
+    return Contestant(f"mean_activations, {_rows(size)}{'' if sort else ', sorting off'}", run, _embedding(model))
 
 
 def with_head(model: Model, workload: Workload, size: int) -> Contestant:

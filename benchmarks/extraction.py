@@ -1,14 +1,19 @@
-"""Extraction throughput: response means at all layers, against forwards that read nothing and the reference's loop.
+"""Extraction throughput on SmolLM2-135M-Instruct: response means at all layers.
 
-Four comparisons on SmolLM2-135M-Instruct, each a function that `python -m benchmarks` runs by its name.
+Against forwards of the same weights that read nothing, and against the loop of the paper's reference code. Each
+function here is a benchmark that `python -m benchmarks` runs by its name.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.comparison import Comparison, Entry, compare
+from benchmarks.comparison import Claim, Comparison, compare
 from benchmarks.contestants import (
     bare_hooked,
     bare_hugging_face,
@@ -18,104 +23,91 @@ from benchmarks.contestants import (
     with_stream_means,
 )
 from benchmarks.oracle import oracle_means
-from benchmarks.texts import ROLLOUTS_A_PROMPT, Workload, shared_prompts, short_texts
+from benchmarks.texts import Workload, shared_prompt, short_texts
 from persona_lens import load_model
+from persona_lens.chat import ChatTokens
 from persona_lens.models import Model
 from persona_lens.models.embedded import HUB_NAME, embedded_model_directory
 
-BATCH_SIZES = (32, 1, 8)
-BATCH_SIZE = 8
-SMALL_BUDGET = 512
-"""About eight of the short texts; the default budget takes all of them at once and pads them to the longest."""
-
 THROUGHPUT_GOAL = 0.97
-SHARED_GOALS = {"64 + 64 tokens": 1.6, "100 + 64 tokens": 1.85, "64 + 16 to 112 tokens": 1.6}
 REFERENCE_GOAL = 1.8
 
+BATCH_SIZE = 8
+SMALL_BUDGET = 512
+"""About eight of the texts; the default budget takes all of them at once and pads them to the longest."""
 
-def extraction_bridge(repeats: int) -> list[Comparison]:
-    """A TransformerBridge against the bare Hugging Face forward of the same weights."""
-    workload = short_texts(_bridge().tokenizer)
-    return [
-        compare(
-            "TransformerBridge against the bare Hugging Face forward",
-            workload,
-            [bare_hugging_face(_hugging_face(), workload, size) for size in BATCH_SIZES],
-            [
-                Entry(with_stream_means(_bridge(), workload), THROUGHPUT_GOAL),
-                Entry(with_stream_means(_bridge(), workload, SMALL_BUDGET), THROUGHPUT_GOAL),
-                Entry(with_mean_activations(_bridge(), workload, BATCH_SIZE), THROUGHPUT_GOAL),
-            ],
-            expected=_expected(workload),
-            repeats=repeats,
-        )
-    ]
+
+def extraction_texts(repeats: int) -> list[Comparison]:
+    """A bridge against the bare Hugging Face forward and the reference code's loop, and what each part is worth."""
+    bridge, hf_model = _bridge(), _hugging_face()
+    workload = short_texts(bridge.tokenizer, 32)
+    reference = reference_loop(hf_model, workload)
+    streamed = with_stream_means(bridge, workload)
+    streamed_small = with_stream_means(bridge, workload, SMALL_BUDGET)
+    batched = with_mean_activations(bridge, workload, BATCH_SIZE)
+    unsorted = with_mean_activations(bridge, workload, BATCH_SIZE, sort=False)
+    headed = with_head(bridge, workload, BATCH_SIZE)
+    ours = (streamed, streamed_small, batched)
+    comparison = compare(
+        "Texts on a TransformerBridge",
+        workload,
+        baselines=[bare_hugging_face(hf_model, workload, size) for size in (32, 8, 1)],
+        others=[*ours, reference, unsorted, headed],
+        claims=[
+            *(Claim(each, THROUGHPUT_GOAL) for each in ours),
+            *(Claim(each, REFERENCE_GOAL, than=reference) for each in ours),
+            Claim(batched, than=unsorted),
+            Claim(batched, than=headed),
+        ],
+        expected=_expected(workload),
+        repeats=repeats,
+    )
+    return [comparison]
 
 
 def extraction_hooked(repeats: int) -> list[Comparison]:
-    """A HookedTransformer against its own forward without the unembedding."""
-    workload = short_texts(_bridge().tokenizer, 16)
+    """A HookedTransformer against its own forward that stops before the unembedding; nothing on transformer-lens 4."""
+    if int(version("transformer-lens").partition(".")[0]) > 3:
+        return []
     model = _hooked()
-    return [
-        compare(
-            "HookedTransformer against its own forward",
-            workload,
-            [bare_hooked(model, workload, size) for size in BATCH_SIZES],
-            [
-                Entry(with_stream_means(model, workload), THROUGHPUT_GOAL),
-                Entry(with_stream_means(model, workload, SMALL_BUDGET), THROUGHPUT_GOAL),
-                Entry(with_mean_activations(model, workload, BATCH_SIZE), THROUGHPUT_GOAL),
-            ],
-            expected=_expected(workload),
-            repeats=repeats,
-        )
-    ]
+    workload = short_texts(model.tokenizer, 16)
+    ours = (with_stream_means(model, workload), with_mean_activations(model, workload, BATCH_SIZE))
+    comparison = compare(
+        "Texts on a HookedTransformer",
+        workload,
+        baselines=[bare_hooked(model, workload, size) for size in (16, 8)],
+        others=ours,
+        claims=[Claim(each, THROUGHPUT_GOAL) for each in ours],
+        expected=_expected(workload),
+        repeats=repeats,
+    )
+    return [comparison]
 
 
 def extraction_shared_prompts(repeats: int) -> list[Comparison]:
-    """Ten rollouts a prompt, the prompt shared, against the bare forward over every prompt and response."""
-    n = ROLLOUTS_A_PROMPT
-    ragged = [16 + 96 * (7 * index % n) // (n - 1) for index in range(n)]
-    shapes = [(64, [64] * n), (100, [64] * n), (64, ragged)]
-    comparisons: list[Comparison] = []
-    for (shape, goal), (n_prompt, lengths) in zip(SHARED_GOALS.items(), shapes, strict=True):
-        workload = shared_prompts(_bridge().tokenizer, f"2 prompts x {n} rollouts, {shape}", n_prompt, lengths)
-        entries = [Entry(with_stream_means(_bridge(), workload), goal)]
-        if lengths is ragged:
-            entries.append(Entry(with_stream_means(_bridge(), workload, SMALL_BUDGET), goal))
-        comparisons.append(
-            compare(
-                f"Shared prompts, {shape}",
-                workload,
-                [bare_hugging_face(_hugging_face(), workload, size) for size in BATCH_SIZES[::2]],
-                entries,
-                expected=_expected(workload),
-                repeats=repeats,
-            )
-        )
-    return comparisons
-
-
-def extraction_reference(repeats: int) -> list[Comparison]:
-    """A TransformerBridge against the reference code's loop, and what sorting and the missing LM head are worth."""
-    workload = short_texts(_bridge().tokenizer)
-    bridge = _bridge()
+    """Ten rollouts of one prompt, which runs once, against the bare forward over every prompt and response."""
+    ragged = [16, 80, 37, 101, 59, 27, 91, 48, 112, 69]
     return [
-        compare(
-            "TransformerBridge against the reference code's loop",
-            workload,
-            [reference_loop(_hugging_face(), workload)],
-            [
-                Entry(with_stream_means(bridge, workload), REFERENCE_GOAL),
-                Entry(with_stream_means(bridge, workload, SMALL_BUDGET), REFERENCE_GOAL),
-                Entry(with_mean_activations(bridge, workload, BATCH_SIZE), REFERENCE_GOAL),
-                Entry(with_mean_activations(bridge, workload, BATCH_SIZE, sort=False)),
-                Entry(with_head(bridge, workload, BATCH_SIZE)),
-            ],
-            expected=_expected(workload),
-            repeats=repeats,
-        )
+        _shared("64 + 64 tokens", 64, [64] * 10, 1.6, repeats),
+        _shared("100 + 64 tokens", 100, [64] * 10, 1.85, repeats),
+        _shared("64 + 16 to 112 tokens", 64, ragged, 1.6, repeats),
     ]
+
+
+def _shared(shape: str, n_prompt: int, lengths: Sequence[int], goal: float, repeats: int) -> Comparison:
+    bridge = _bridge()
+    workload = shared_prompt(bridge.tokenizer, f"10 rollouts of 1 prompt, {shape}", n_prompt, lengths)
+    budgets = (None,) if len(set(lengths)) == 1 else (None, SMALL_BUDGET)
+    ours = [with_stream_means(bridge, workload, budget) for budget in budgets]
+    return compare(
+        f"A shared prompt, {shape}",
+        workload,
+        baselines=[bare_hugging_face(_hugging_face(), workload, size) for size in (10, 5)],
+        others=ours,
+        claims=[Claim(each, goal) for each in ours],
+        expected=_expected(workload),
+        repeats=repeats,
+    )
 
 
 @cache
@@ -133,9 +125,20 @@ def _hugging_face() -> Any:
     """The plain model of the same weights, with the attention that transformers takes by default."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(embedded_model_directory() or HUB_NAME, dtype="float32").eval()
+    return AutoModelForCausalLM.from_pretrained(embedded_model_directory() or HUB_NAME, dtype=torch.float32).eval()
 
 
 @cache
-def _expected(workload: Workload) -> Tensor:
-    return oracle_means(_hugging_face(), workload)
+def _oracle(row: ChatTokens) -> Float[Tensor, "layer d_model"]:
+    return oracle_means(_double(), row)
+
+
+@cache
+def _double() -> Any:
+    import copy
+
+    return copy.deepcopy(_hugging_face()).double()
+
+
+def _expected(workload: Workload) -> Float[Tensor, "row layer d_model"]:
+    return torch.stack([_oracle(row) for row in workload.rows])

@@ -1,9 +1,8 @@
-"""What every result is compared with: one row at a time in float64, read outside TransformerLens and persona_lens.
+"""What every result is compared with: one row at a time in float64, run outside TransformerLens and persona_lens.
 
 Weights, products and sums are float64; Hugging Face computes the norms in float32 whatever the model's dtype.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,24 +10,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.texts import Workload
+from persona_lens.chat import ChatTokens
 
 MINIMUM_COSINE = 0.9999
 
 
 @torch.no_grad()
-def oracle_means(hf_model: Any, workload: Workload) -> Float[Tensor, "row layer d_model"]:
-    """Mean over each row's response of every block's output, before the final norm."""
-    model = copy.deepcopy(hf_model).double()
+def oracle_means(model: Any, row: ChatTokens) -> Float[Tensor, "layer d_model"]:
+    """Mean over the row's response of every block's output, before the final norm; `model` is a float64 one."""
+    decoder = model.get_decoder()
     outputs: list[Tensor] = []
-    for block in model.get_decoder().layers:
-        block.register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
-    means: list[Tensor] = []
-    for row in workload.rows:
-        outputs.clear()
-        model.get_decoder()(input_ids=torch.tensor([row.prompt + row.response]), use_cache=False)
-        means.append(torch.stack([output[0, len(row.prompt) :].mean(dim=0) for output in outputs]))
-    return torch.stack(means)
+    hooks = [block.register_forward_hook(lambda _block, _inputs, out: outputs.append(out)) for block in decoder.layers]
+    try:
+        decoder(input_ids=torch.tensor([row.prompt + row.response]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([output[0, len(row.prompt) :].mean(dim=0) for output in outputs])
 
 
 def minimum_cosine(

@@ -14,8 +14,6 @@ from typing import Any
 from persona_lens import Trait, bundled_traits, load_trait
 from persona_lens.chat import ChatTokens, chat_messages, encode, render_prompt
 
-ROLLOUTS_A_PROMPT = 10
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -31,7 +29,7 @@ class Workload:
         return sum(map(len, self.rows))
 
 
-def short_texts(tokenizer: Any, n: int = 32) -> Workload:
+def short_texts(tokenizer: Any, n: int) -> Workload:
     """Texts of 20 to 80 words: a question, distinct in every row, and an answer, without a template."""
     rows: list[ChatTokens] = []
     positive: list[bool] = []
@@ -43,21 +41,19 @@ def short_texts(tokenizer: Any, n: int = 32) -> Workload:
     return Workload(f"{n} texts of 20 to 80 words", tuple(rows), tuple(positive))
 
 
-def shared_prompts(tokenizer: Any, name: str, n_prompt: int, response_lengths: Sequence[int]) -> Workload:
-    """One positive and one negative chat prompt of exactly `n_prompt` tokens, each with a response of each length."""
+def shared_prompt(tokenizer: Any, name: str, n_prompt: int, response_lengths: Sequence[int]) -> Workload:
+    """One chat prompt of exactly `n_prompt` tokens with a response of each length, positive and negative in turn."""
+    prompt = _chat_prompt(tokenizer, n_prompt)
     rows: list[ChatTokens] = []
-    for positive in (True, False):
-        prompt = _chat_prompt(tokenizer, positive, n_prompt)
-        for index, length in enumerate(response_lengths):
-            answer = encode(tokenizer, " ".join(islice(_words(positive, 3 * index), length)))
-            rows.append(ChatTokens(prompt, answer[:length]))  # a word is at least one token
-    n = len(response_lengths)
-    return Workload(name, tuple(rows), (True,) * n + (False,) * n)
+    for index, length in enumerate(response_lengths):
+        answer = encode(tokenizer, " ".join(islice(_words(index % 2 == 0, index), length)))
+        rows.append(ChatTokens(prompt, answer[:length]))  # a word is at least one token
+    return Workload(name, tuple(rows), tuple(index % 2 == 0 for index in range(len(rows))))
 
 
-def _chat_prompt(tokenizer: Any, positive: bool, n_tokens: int) -> tuple[int, ...]:
+def _chat_prompt(tokenizer: Any, n_tokens: int) -> tuple[int, ...]:
     """The last `n_tokens` tokens of a rendered chat, so that it ends where the assistant would speak."""
-    system = _traits()[0].system_prompt("positive" if positive else "negative", 0)
+    system = _traits()[0].system_prompt("positive", 0)
     for n_questions in range(1, 100):
         asked = " ".join(_questions()[:n_questions])
         ids = encode(tokenizer, render_prompt(tokenizer, chat_messages(system, asked)).text)

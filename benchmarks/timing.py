@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 from torch import Tensor, nn
 
@@ -45,7 +44,9 @@ class Result:
 def inspect(contestant: Contestant, cosine: Callable[[Tensor], float]) -> Result:
     """The first run, which also warms up: what it computes, how many forwards and tokens, how much memory."""
     shapes: list[int] = []
-    counting = contestant.embedding.register_forward_hook(lambda _module, inputs, _out: shapes.append(inputs[0].numel()))
+    counting = contestant.embedding.register_forward_hook(
+        lambda _module, inputs, _out: shapes.append(inputs[0].numel())
+    )
     started = time.process_time()
     try:
         with peak_extra_mib() as peak:
@@ -71,16 +72,6 @@ def race(contestants: Sequence[Contestant], results: Sequence[Result], repeats: 
             contestant.run()
             result.cpu.append(time.process_time() - cpu)
             result.wall.append(time.perf_counter() - wall)
-
-
-def paired_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float]:
-    """How many times faster than the baseline, round by round."""
-    return [slow / fast for slow, fast in zip(baseline, other, strict=True)]
-
-
-def ratio_of_medians(baseline: Sequence[float], other: Sequence[float]) -> float:
-    """How many times faster than the baseline by the medians over rounds."""
-    return median(baseline) / median(other)
 
 
 @contextmanager

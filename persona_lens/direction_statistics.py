@@ -113,21 +113,18 @@ def direction_metrics(
 ) -> dict[str, float]:
     """The `METRICS` of one layer's direction from its row means [row d_model]; NaN where they are undefined.
 
-    held_out_auc: each question's rows are projected on the unit direction of all other questions, and the projections
-    pooled; its interval resamples questions (95 %). placebo_auc_95, placebo_norm_95: the 95th percentile of the same
-    AUC, and of the direction's norm relative to the real one, when polarity is swapped at random within (question,
-    instruction). split_half: mean cosine, with its central 95 %, of the directions from two random halves of the
-    questions. bootstrap_cosine_low: the 2.5th percentile of the cosine of a resampled direction with the full one.
+    held_out_auc: each question's rows, measured from the mean of all rows, are projected on the unit direction of all
+    other questions, and the projections pooled; its interval resamples questions (95 %). placebo_auc_95,
+    placebo_norm_95: the 95th percentile of the same AUC, and of the direction's norm relative to the real one, when
+    polarity is swapped at random within (question, instruction). split_half: mean cosine, with its central 95 %, of the
+    directions from two random halves of the questions. bootstrap_cosine_low: the 2.5th percentile of the cosine of a
+    resampled direction with the full one.
     """
     if design.n_questions < 2:
         return dict.fromkeys(METRICS, float("nan"))
     generator = np.random.default_rng(seed)
-    rows = rows.astype(np.float64)
-    # A difference in means is the same for centred rows, and keeps its digits beside a large common mean. Where rows are
-    # equal (the embedding of the last prompt token), what rounding leaves over must not pass for a direction.
-    centred = rows - rows.mean(axis=0)
-    centred[np.abs(centred) <= 1e-9 * np.abs(rows).max()] = 0
-    sums = design.cell_sums(centred)
+    rows = _centred(rows)
+    sums = design.cell_sums(rows)
     products = einsum(rows, sums, "row d_model, cell d_model -> row cell")
     gram = einsum(sums, sums, "one d_model, other d_model -> one other")
     full = design.coefficients(np.ones(design.n_questions))
@@ -155,6 +152,19 @@ def direction_metrics(
         "bootstrap_cosine_low": _percentile(bootstrap, 2.5),
         "placebo_norm_95": _percentile(_over(placebo_norm, _norms(gram, full)), 95.0),
     }
+
+
+def _centred(rows: np.ndarray) -> np.ndarray:
+    """Rows [row d_model] in float64, measured from their mean.
+
+    The directions stay the same, and a mean that is large beside them costs no digits. Projections on the directions of
+    different questions are pooled, and the mean's own projection differs among them: left in, it hides the trait.
+    """
+    rows = rows.astype(np.float64)
+    centred = rows - rows.mean(axis=0)
+    # Where all rows are equal (the embedding of the last prompt token), what rounding leaves over is no direction.
+    centred[np.abs(centred) <= 1e-9 * np.abs(rows).max()] = 0
+    return centred
 
 
 def held_out_projections(

@@ -156,7 +156,7 @@ def calibrate(
         return
     output = _in(folder, "calibration_rollouts.jsonl")
     rollouts = collect_rollouts(engine, prompts, seed=seed, output=output, progress=progress)
-    fitted = judge.calibrate(trait, rollouts, seed=seed)
+    fitted = judge.calibrate(trait, rollouts, seed=seed, progress=progress)
     if file is not None:
         write_json(file, {"made_with": made_with, "calibration": fitted.to_dict()})
 

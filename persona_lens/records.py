@@ -66,5 +66,9 @@ def write_json(path: Path, value: Any) -> None:
 def ensure_writable(path: Path) -> None:
     """Raise OSError in one sentence, before any long work, where `path` could not be written."""
     folder = next(parent for parent in [path.parent, *path.parent.parents] if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
-        raise OSError(f"Cannot write {path}: {folder if not path.is_dir() else path} is not a folder that allows it.")
+    if path.is_dir():
+        raise OSError(f"Cannot write {path}: it is a folder, and a file is expected.")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OSError(f"Cannot write {path}: the file is read-only.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"Cannot write {path}: {folder} is not a folder that can be written to.")

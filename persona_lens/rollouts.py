@@ -115,7 +115,8 @@ class ModelEngine:
         self._name = (
             f"{identity.name} ({identity.model_class}, weights {identity.weights_hash}), temperature "
             f"{self.temperature:g}, top_p {self.top_p:g}, at most {self.max_new_tokens} tokens"
-            + ", system prompt put before the first user turn (the template has no system turn)" * folded
+            + ", system prompt put before the first user turn (the template has no system turn)"
+            * folded
         )
 
     @property

@@ -146,7 +146,7 @@ def test_a_bootstrap_direction_counts_a_question_as_often_as_it_was_drawn(seed):
 def test_the_held_out_auc_pools_the_held_out_projections(seed):
     design = random_design(seed)
     rows = random_rows(design, seed)
-    expected = roc_auc_score(design.positive, slow_held_out(rows, design))
+    expected = roc_auc_score(design.positive, slow_held_out(rows - rows.mean(axis=0), design))
     assert direction_metrics(rows, design, n_resamples=2, n_placebo=2)["held_out_auc"] == pytest.approx(expected)
 
 
@@ -154,7 +154,7 @@ def test_the_auc_interval_resamples_questions():
     design = balanced_design(n_questions=4, n_instructions=1, n_samples=2)
     rows = planted_rows(design, strength=1.0)
     metrics = direction_metrics(rows, design, n_resamples=50, n_placebo=2, seed=3)
-    projections = slow_held_out(rows, design)
+    projections = slow_held_out(rows - rows.mean(axis=0), design)
     positive = np.array(design.positive)
     slow = []
     for drawn in question_resamples(4, 50, seed=3):
@@ -191,6 +191,28 @@ def test_shared_offsets_of_questions_do_not_make_a_direction():
     offsets = 20 * np.random.default_rng(5).normal(size=(design.n_questions, rows.shape[1]))
     metrics = direction_metrics(rows + offsets[design.row_question], design)
     assert metrics["held_out_auc"] <= metrics["placebo_auc_95"]
+
+
+def test_a_mean_that_all_rows_share_changes_no_statistic():
+    # Left in, its projections on the directions of different questions would drown the trait's.
+    design = random_design(4)
+    rows = random_rows(design, 4)
+    one, other = (direction_metrics(rows + shared, design, n_resamples=20) for shared in (0, np.full(D_MODEL, 1e4)))
+    assert one == pytest.approx(other, abs=1e-8)
+
+
+def test_rows_that_are_all_equal_have_no_direction_and_no_statistics():
+    # As at the embedding of the last prompt token, which the template makes the same for every row.
+    design = balanced_design(n_questions=3)
+    equal = np.tile(np.float32([0.1, -7.3, 1e3]), (len(design.positive), 1))
+    assert all(map(math.isnan, direction_metrics(equal, design, n_resamples=20, n_placebo=20).values()))
+
+
+def test_pairs_with_one_side_only_leave_some_placebos_undefined_and_no_statistic():
+    # A swap may leave a side without rows: that placebo does not count.
+    design = Design(tuple("aabb"), tuple("0101"), (True, False, True, False))
+    metrics = direction_metrics(random_rows(design, 1), design, n_resamples=50, n_placebo=50)
+    assert not any(map(math.isnan, metrics.values()))
 
 
 def test_one_question_leaves_every_statistic_undefined():

@@ -69,7 +69,7 @@ def test_the_share_of_distinct_four_grams(tokens, share):
     assert distinct_four_grams(tokens) == pytest.approx(share)
 
 
-@given(words=st.lists(st.sampled_from("one two three four".split()), max_size=20), seed=st.integers(0, 99))
+@given(words=st.lists(st.sampled_from(["one", "two", "three", "four"]), max_size=20), seed=st.integers(0, 99))
 def test_shuffling_keeps_the_words(words, seed):
     assert sorted(shuffle_words(" ".join(words), seed).split()) == sorted(words)
 
@@ -79,7 +79,7 @@ def test_shuffling_repeats_by_seed():
     assert shuffle_words(text, 1) == shuffle_words(text, 1) != shuffle_words(text, 2)
 
 
-@given(words=st.lists(st.sampled_from("one two three four".split()), max_size=20))
+@given(words=st.lists(st.sampled_from(["one", "two", "three", "four"]), max_size=20))
 def test_looping_text_has_the_length_and_the_first_words_of_its_original(words):
     looped = loop_words(" ".join(words)).split()
     assert len(looped) == len(words)
@@ -122,7 +122,8 @@ def test_mean_log_likelihoods_of_real_text_are_those_of_one_row_at_a_time(embedd
     prompts = [tuple(encode(text)) for text in ("The capital of France is", "Two and two")]
     texts = [" Paris, a city of lights.", " Paris", " are four.", ""]
     rows = [ChatTokens(prompt, tuple(encode(text))) for prompt in prompts for text in texts]
-    np.testing.assert_allclose(mean_log_likelihoods(embedded_model, rows), naive_means(embedded_hf_model, rows), atol=1e-3)
+    found = mean_log_likelihoods(embedded_model, rows)
+    np.testing.assert_allclose(found, naive_means(embedded_hf_model, rows), atol=1e-3)
 
 
 def test_an_empty_response_has_no_likelihood(tiny_model):
@@ -165,13 +166,14 @@ class LengthJudge:
     def name(self, trait):
         return f"{self.called} of {trait.name}"
 
-    def score(self, trait, rollouts):
+    def score(self, trait, rollouts, *, progress=False):
         if len(self.asked) == self.fail_after:
             raise RuntimeError("the power went out")
         self.asked.append([row.sample for row in rollouts])
         return [
-            Score(None, None) if row.is_empty else Score(float(len(row.response)), 90.0, {"length": 1.0 * len(row.response)})
+            Score(None, None) if row.is_empty else Score(length, 90.0, {"length": length})
             for row in rollouts
+            for length in [float(len(row.response))]
         ]
 
 

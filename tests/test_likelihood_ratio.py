@@ -298,10 +298,3 @@ def test_shuffled_and_looping_text_is_less_coherent(fitted):
     assert scores[0].coherence > 75
     assert max(scores[1].coherence, scores[2].coherence) < 50
     assert scores[1].trait_score is None
-
-
-def test_scores_of_the_embedded_model_are_bit_equal_inside_a_steering_hook(fitted, embedded_bridge):
-    answers = written_answers(EVIL.extraction_questions[:1])
-    plain = fitted.score(EVIL, answers)
-    with embedded_bridge.hooks(fwd_hooks=[(resid_post_name(14), lambda resid, hook: resid + 10)]):
-        assert fitted.score(EVIL, answers) == plain

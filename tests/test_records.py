@@ -95,7 +95,7 @@ def test_a_path_that_can_be_written_passes_and_is_not_made(records, tmp_path):
 
 def test_a_path_below_a_file_cannot_be_written(records, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"Cannot write .*rows.jsonl: .*file is not a folder that allows it"):
+    with pytest.raises(OSError, match=r"Cannot write .*rows.jsonl: .*file is not a folder that can be written to"):
         records.ensure_writable(tmp_path / "file" / "rows.jsonl")
 
 

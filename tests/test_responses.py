@@ -133,7 +133,7 @@ def test_the_trait_names_the_column_of_its_score(write_csv):
 def test_a_file_that_is_no_csv_is_refused(tmp_path, content):
     path = tmp_path / "broken.csv"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="broken.csv is not a CSV file that can be read"):
+    with pytest.raises(ValueError, match=r"broken\.csv is not a CSV file that can be read"):
         read_reference_csv(path, "evil")
 
 

@@ -49,11 +49,10 @@ def collect(output, *, engine=None, trait=TRAIT, seed=0, per_question=1):
     return collect_rollouts(engine or EchoEngine(), prompts, seed=seed, output=output, progress=False)
 
 
-@pytest.mark.parametrize("per_question", [1, 10])
-def test_each_side_has_every_question_under_every_instruction(per_question):
-    prompts = plan_rollouts(load_trait("evil"), per_question=per_question)
+def test_each_side_has_every_question_under_every_instruction():
+    prompts = plan_rollouts(load_trait("evil"), per_question=7)
     for polarity in ("positive", "negative"):
-        assert sum(prompt.polarity == polarity for prompt in prompts) == 20 * 5 * per_question
+        assert sum(prompt.polarity == polarity for prompt in prompts) == 20 * 5 * 7
     assert len({prompt.key for prompt in prompts}) == len(prompts)
 
 
@@ -79,11 +78,6 @@ def test_the_rows_in_the_file_are_those_returned(tiny_model, tmp_path):
     rows = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
     assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
     assert [row.prompt for row in rows] == plan_rollouts(TRAIT, per_question=1)
-
-
-def test_without_an_output_the_rows_are_the_same(tiny_model, tmp_path):
-    written = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
-    assert sample_rollouts(tiny_model, TRAIT, **SHORT) == written
 
 
 def test_a_rollout_does_not_depend_on_what_else_is_asked(tiny_model):
@@ -282,10 +276,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(tmp_pat
     assert engine.asked == []
 
 
-ROW = {
-    "trait": "grumpy", "polarity": "positive", "instruction": 0, "system_prompt": "Grumble.", "question": "Why?",
-    "sample": 0, "response": "Hm.", "response_tokens": [5, 6], "finish_reason": "stop", "engine": "echo", "seed": 0,
-}  # fmt: skip
+(LONE,) = EchoEngine().answer(plan_rollouts(TRAIT)[:1], seed=0)
+ROW = asdict(LONE)
 
 
 @pytest.mark.parametrize(
@@ -309,5 +301,5 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path, line, words):
 
 
 def test_a_file_of_rollouts_that_is_not_there_is_an_error_with_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No rollouts at .*absent.* `persona-lens rollouts`"):
+    with pytest.raises(FileNotFoundError, match=r"No rollouts at .*absent.* `persona-lens rollouts`"):
         read_rollouts(tmp_path / "absent.jsonl")

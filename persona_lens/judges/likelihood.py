@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from persona_lens.chat import ChatTokens
 from persona_lens.models import Model, suspended
@@ -18,7 +19,7 @@ LOGIT_VALUES = 2**26
 """Logits held at a time (a quarter of a gigabyte in float32): vocabularies differ tenfold, memory does not."""
 
 
-def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens]) -> Float[Tensor, " row"]:
+def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens], *, progress: bool = False) -> Float[Tensor, " row"]:
     """Mean log-likelihood per response token of every row, in nats; NaN for a row without a response.
 
     Interventions are suspended and adapters off while it runs, whatever contexts are open around the call.
@@ -32,7 +33,8 @@ def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens]) -> Float[Tens
             followers.setdefault(row.prompt, []).append(index)
     # The prompt's last logits predict the first token, and nothing is predicted from the last one: it is never run.
     fed = [ChatTokens(row.prompt, row.response[:-1]) for row in rows]
-    with suspended(model):
+    bar = tqdm(total=len(rows), desc="likelihoods", unit="row", leave=False, disable=not progress)
+    with suspended(model), bar:
         for batch in prefix_batches(model, fed, token_budget=budget):
             logits = batch.run(last_logits=1 if batch.is_prompt else None)
             assert logits is not None
@@ -41,9 +43,11 @@ def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens]) -> Float[Tens
                 for opening, prompt in zip(openings, batch.rows, strict=True):
                     for index in followers.get(prompts[prompt], []):
                         total[index] = opening[rows[index].response[0]].item()
+                        bar.update(not fed[index].response)
             else:
                 following = [rows[index].response[1:] for index in batch.rows]
                 tokens = pad(following, left=False)[0].to(logits.device)
                 chosen = logits.gather(-1, tokens[..., None])[..., 0].float() - logits.float().logsumexp(dim=-1)
                 total[batch.rows] += (chosen.cpu().double() * batch.mask).sum(dim=1)
+                bar.update(len(batch.rows))
     return (total / torch.tensor([max(1, len(row.response)) for row in rows])).float()

@@ -93,7 +93,9 @@ class LikelihoodRatioJudge:
             )
         return self.calibrations[trait.name]
 
-    def calibrate(self, trait: Trait, rollouts: Sequence[Rollout], *, seed: int = 0) -> Calibration:
+    def calibrate(
+        self, trait: Trait, rollouts: Sequence[Rollout], *, seed: int = 0, progress: bool = False
+    ) -> Calibration:
         """Fit the judge to the rollouts of `plan_calibration` and remember it; their questions can then not be scored.
 
         Diagnostics: AUC of s for polarity with the own pair left out and with all pairs, Spearman correlation of s
@@ -107,7 +109,7 @@ class LikelihoodRatioJudge:
                 f"Calibration for {trait.name} needs responses of both polarities and neutral ones to two questions at "
                 f"least, got {len(contrastive)} and {len(neutral)} that are not empty."
             )
-        ratios = self._pair_ratios(trait, contrastive, own_pair=True)
+        ratios = self._pair_ratios(trait, contrastive, own_pair=True, progress=progress)
         left_out = np.array([_mean_without(row, ratio) for row, ratio in zip(contrastive, ratios, strict=True)])
         positive = np.array([row.polarity == "positive" for row in contrastive])
         spread = max(float(left_out.std()), 1e-9)  # the regression's penalty is meant for a feature of unit scale
@@ -133,7 +135,7 @@ class LikelihoodRatioJudge:
         self.calibrations[trait.name] = fitted
         return fitted
 
-    def score(self, trait: Trait, rollouts: Sequence[Rollout]) -> list[Score]:
+    def score(self, trait: Trait, rollouts: Sequence[Rollout], *, progress: bool = False) -> list[Score]:
         """Score rollouts; a response below coherence 50 and an empty one have no trait score.
 
         Raises ValueError for questions that the judge was calibrated on.
@@ -141,7 +143,7 @@ class LikelihoodRatioJudge:
         fitted = self.calibration(trait)
         if shared := {row.question for row in rollouts} & set(fitted.questions):
             raise ValueError(f"The judge was calibrated on {sorted(shared)[0]!r}; score other questions with it.")
-        ratios = self._pair_ratios(trait, rollouts, own_pair=False)
+        ratios = self._pair_ratios(trait, rollouts, own_pair=False, progress=progress)
         nlls = -self._neutral_log_likelihoods([(row.question, self._tokens(row)) for row in rollouts])
         scores: list[Score] = []
         for row, row_ratios, nll in zip(rollouts, ratios, nlls.tolist(), strict=True):
@@ -184,11 +186,14 @@ class LikelihoodRatioJudge:
                     places.append((index, pair, side))
         return rows, places
 
-    def _pair_ratios(self, trait: Trait, rollouts: Sequence[Rollout], *, own_pair: bool) -> np.ndarray:
+    def _pair_ratios(
+        self, trait: Trait, rollouts: Sequence[Rollout], *, own_pair: bool, progress: bool = False
+    ) -> np.ndarray:
         """Log-likelihood ratio per token of every rollout under every pair [rollout pair]; NaN where not computed."""
         rows, places = self._contrast_rows(trait, rollouts, own_pair=own_pair)
         table = np.full((len(rollouts), len(trait.instructions), 2), np.nan)
-        for place, value in zip(places, mean_log_likelihoods(self.model, rows).tolist(), strict=True):
+        values = mean_log_likelihoods(self.model, rows, progress=progress).tolist()
+        for place, value in zip(places, values, strict=True):
             table[place] = value
         return table[..., 0] - table[..., 1]
 

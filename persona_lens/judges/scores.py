@@ -54,7 +54,7 @@ class Judge(Protocol):
         """The judge and every setting that shapes its scores of this trait."""
         ...
 
-    def score(self, trait: Trait, rollouts: Sequence[Rollout]) -> list[Score]:
+    def score(self, trait: Trait, rollouts: Sequence[Rollout], *, progress: bool = False) -> list[Score]:
         """One score a rollout, in order."""
         ...
 
@@ -82,7 +82,9 @@ def score_rollouts(
             members = [rollouts[row] for row in batch]
             missing = {rollout.key for rollout in members} - done.keys()
             if missing:
-                scores = dict(zip([member.key for member in members], judge.score(trait, members), strict=True))
+                scores = dict(
+                    zip([member.key for member in members], judge.score(trait, members, progress=progress), strict=True)
+                )
                 fresh = {key: score for key, score in scores.items() if key in missing}
                 if file is not None:
                     file.append(_row(key, score, name) for key, score in fresh.items())

@@ -1,0 +1,63 @@
+"""Run the benchmarks: `python -m benchmarks [NAME ...]`, where a name may be the beginning of several."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+# Read as torch and the hub client are first imported: one thread, and no download in the middle of a timing.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import typer
+from rich.console import Console
+from transformers.utils import logging
+
+from benchmarks import extraction
+from benchmarks.comparison import Comparison
+from benchmarks.oracle import MINIMUM_COSINE
+from benchmarks.report import as_json, show
+
+BENCHMARKS: dict[str, Callable[[int], list[Comparison]]] = {
+    "extraction-texts": extraction.extraction_texts,
+    "extraction-hooked": extraction.extraction_hooked,
+    "extraction-shared-prompts": extraction.extraction_shared_prompts,
+}
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(BENCHMARKS)}; all without one.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which every contestant runs once.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
+) -> None:
+    """Measure persona_lens. Exits with 1 where a result differs from the oracle; a missed goal is only printed."""
+    unknown = [name for name in names or [] if not any(each.startswith(name) for each in BENCHMARKS)]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: expected one of {', '.join(BENCHMARKS)}, or a beginning.")
+    chosen = [name for name in BENCHMARKS if not names or name.startswith(tuple(names))]
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    console = Console()
+    console.width = max(console.width, 130)  # a pipe has no width of its own, and a cut number is no number
+    started = time.perf_counter()
+    comparisons: list[Comparison] = []
+    for name in chosen:
+        found = BENCHMARKS[name](repeats)
+        if not found:
+            console.print(f"{name}: skipped, the installed libraries have nothing for it to measure.")
+        for comparison in found:
+            show(console, comparison)
+        comparisons += found
+    console.print(f"{time.perf_counter() - started:.0f} s in all.")
+    if output is not None:
+        output.write_text(json.dumps(as_json(comparisons), indent=2) + "\n")
+    if unequal := [f"{comparison.name}: {r.name}" for comparison in comparisons for r in comparison.unequal]:
+        console.print(f"[red]Below a cosine of {MINIMUM_COSINE} to the oracle: {'; '.join(unequal)}")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

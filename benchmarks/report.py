@@ -1,0 +1,108 @@
+"""Comparisons as tables for people and as JSON for comparing runs.
+
+Knows nothing about how they were made. The machine is described by its processor, without names or paths.
+"""
+
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.comparison import Comparison, Verdict
+from benchmarks.oracle import MINIMUM_COSINE
+from benchmarks.timing import Result
+
+
+def show(console: Console, comparison: Comparison) -> None:
+    """The contestants with what they did, then the claims with their ratios."""
+    work = comparison.workload
+    table = Table(
+        title=f"{comparison.name}: {work.name}, {work.n_tokens} tokens, n = {comparison.repeats}", title_justify="left"
+    )
+    table.add_column("contestant")
+    for heading in ("min s", "median s", "CPU s", "tokens/s", "padded", "forwards", "peak MiB", "min cosine"):
+        table.add_column(heading, justify="right")
+    for result in comparison.results:
+        table.add_row(result.name, *_times(result, work.n_tokens), *_facts(result))
+    for result in comparison.tried:
+        table.add_row(f"[dim]{result.name} (tried once)", "", "", f"{result.first_cpu:.2f}", "", *_facts(result))
+    console.print(table)
+
+    claims = Table()
+    for heading in ("faster", "than"):
+        claims.add_column(heading)
+    for heading in ("ratio", "lowest to highest", "of medians", "of CPU", "goal", ""):
+        claims.add_column(heading, justify="right")
+    for verdict in comparison.verdicts:
+        claims.add_row(verdict.faster, verdict.than, *_ratios(verdict))
+    console.print(claims)
+
+
+def _times(result: Result, n_tokens: int) -> list[str]:
+    times = [min(result.wall), median(result.wall), median(result.cpu)]
+    return [*(f"{seconds:.2f}" for seconds in times), f"{n_tokens / median(result.wall):.0f}"]
+
+
+def _facts(result: Result) -> list[str]:
+    peak = "-" if result.peak_extra_mib is None else f"{result.peak_extra_mib:.0f}"
+    # Cut, not rounded: no number is shown that is nearer to 1 than what was found.
+    cosine = "-" if result.minimum_cosine is None else f"{int(result.minimum_cosine * 1e9) / 1e9:.9f}"
+    return [str(result.padded_tokens), str(result.forwards), peak, cosine]
+
+
+def _ratios(verdict: Verdict) -> list[str]:
+    paired = verdict.paired_ratios
+    return [
+        f"{verdict.ratio:.2f}",
+        f"{min(paired):.2f} to {max(paired):.2f}",
+        f"{verdict.ratio_of_medians:.2f}",
+        f"{verdict.cpu_ratio:.2f}",
+        "-" if verdict.goal is None else f"{verdict.goal:.2f}",
+        {None: "", True: "held", False: "not held"}[verdict.held],
+    ]
+
+
+def as_json(comparisons: list[Comparison]) -> dict[str, Any]:
+    """Everything that was measured, with the machine and the libraries."""
+    return {
+        "format_version": 1,
+        "machine": machine(),
+        "minimum_cosine_allowed": MINIMUM_COSINE,
+        "comparisons": [
+            {
+                "name": comparison.name,
+                "workload": comparison.workload.name,
+                "rows": len(comparison.workload.rows),
+                "tokens": comparison.workload.n_tokens,
+                "repeats": comparison.repeats,
+                "contestants": [asdict(result) for result in comparison.results],
+                "tried_once": [asdict(result) for result in comparison.tried],
+                "claims": [
+                    asdict(verdict) | {"ratio": verdict.ratio, "held": verdict.held} for verdict in comparison.verdicts
+                ],
+            }
+            for comparison in comparisons
+        ],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores, and the versions that the numbers depend on."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    libraries = ("torch", "transformers", "transformer-lens", "persona-lens")
+    return {
+        "processor": named[0] if named else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{library: version(library) for library in libraries},
+    }
