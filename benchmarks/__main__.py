@@ -37,6 +37,8 @@ def main(
     unknown = [name for name in names or [] if not any(each.startswith(name) for each in BENCHMARKS)]
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: expected one of {', '.join(BENCHMARKS)}, or a beginning.")
+    if output is not None and not output.parent.is_dir():
+        raise typer.BadParameter(f"{output.parent} is no folder: make it first.")  # before minutes of work, not after
     chosen = [name for name in BENCHMARKS if not names or name.startswith(tuple(names))]
     torch.set_num_threads(1)
     logging.disable_progress_bar()

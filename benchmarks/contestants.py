@@ -38,7 +38,7 @@ def bare_hugging_face(hf_model: Any, workload: Workload, size: int) -> Contestan
         for _, batch in batches:
             decoder(input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), use_cache=False)
 
-    return Contestant(f"bare Hugging Face forward, {_rows(size)}", run, hf_model.get_input_embeddings())
+    return Contestant(f"bare forward, {_rows(size)}", run, hf_model.get_input_embeddings())
 
 
 def bare_hooked(model: Any, workload: Workload, size: int) -> Contestant:
@@ -69,7 +69,7 @@ def reference_loop(hf_model: Any, workload: Workload) -> Contestant:
         # The first is the embedding, the last is behind the final norm: neither is a block's output.
         return torch.stack([torch.cat(states[1:-1]) for states in means])
 
-    return Contestant("reference loop, 1 row at a time", run, hf_model.get_input_embeddings())
+    return Contestant(f"reference loop, {_rows(1)}", run, hf_model.get_input_embeddings())
 
 
 def with_stream_means(model: Model, workload: Workload, token_budget: int | None = None) -> Contestant:
@@ -79,7 +79,7 @@ def with_stream_means(model: Model, workload: Workload, token_budget: int | None
     def run() -> Float[Tensor, "row layer d_model"]:
         return _in_order([(batch.rows, batch.means[:, 1:]) for batch in stream(model, workload.rows)])
 
-    named = "default budget" if token_budget is None else f"token_budget={token_budget}"
+    named = "default budget" if token_budget is None else f"budget {token_budget}"
     return Contestant(f"stream_means, {named}", run, _embedding(model))
 
 
@@ -90,7 +90,7 @@ def with_mean_activations(model: Model, workload: Workload, size: int, *, sort: 
     def run() -> Float[Tensor, "row layer d_model"]:
         return _in_order([(rows, mean_activations(model, batch)) for rows, batch in batches])
 
-    return Contestant(f"mean_activations, {_rows(size)}{'' if sort else ', sorting off'}", run, _embedding(model))
+    return Contestant(f"mean_activations, {_rows(size)}{'' if sort else ', unsorted'}", run, _embedding(model))
 
 
 def with_head(model: Model, workload: Workload, size: int) -> Contestant:
@@ -105,7 +105,7 @@ def with_head(model: Model, workload: Workload, size: int) -> Contestant:
             found.append((rows, torch.stack([total[0] for total, _ in sums[1:]], dim=1)))
         return _in_order(found)
 
-    return Contestant(f"mean_activations, {_rows(size)}, LM head on", run, _embedding(model))
+    return Contestant(f"mean_activations, {_rows(size)}, with head", run, _embedding(model))
 
 
 def _in_order(found: Sequence[tuple[list[int], Tensor]]) -> Float[Tensor, "row layer d_model"]:
@@ -115,7 +115,7 @@ def _in_order(found: Sequence[tuple[list[int], Tensor]]) -> Float[Tensor, "row l
 
 
 def _rows(size: int) -> str:
-    return f"{size} row{'s' if size > 1 else ''} a batch"
+    return f"{size} row{'s' if size > 1 else ''}"
 
 
 def _embedding(model: Any) -> torch.nn.Module:

@@ -23,16 +23,15 @@ from benchmarks.timing import Result
 def show(console: Console, comparison: Comparison) -> None:
     """The contestants with what they did, then the claims with their ratios."""
     work = comparison.workload
-    table = Table(
-        title=f"{comparison.name}: {work.name}, {work.n_tokens} tokens, n = {comparison.repeats}", title_justify="left"
-    )
+    title = f"{comparison.name}: {work.name}, {work.n_tokens} real tokens, n = {comparison.repeats}"
+    table = Table(title=title, title_justify="left")
     table.add_column("contestant")
     for heading in ("min s", "median s", "CPU s", "tokens/s", "padded", "forwards", "peak MiB", "min cosine"):
         table.add_column(heading, justify="right")
     for result in comparison.results:
         table.add_row(result.name, *_times(result, work.n_tokens), *_facts(result))
     for result in comparison.tried:
-        table.add_row(f"[dim]{result.name} (tried once)", "", "", f"{result.first_cpu:.2f}", "", *_facts(result))
+        table.add_row(f"{result.name} (tried once)", "", "", f"{result.first_cpu:.2f}", "", *_facts(result))
     console.print(table)
 
     claims = Table()

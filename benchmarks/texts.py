@@ -41,22 +41,26 @@ def short_texts(tokenizer: Any, n: int) -> Workload:
     return Workload(f"{n} texts of 20 to 80 words", tuple(rows), tuple(positive))
 
 
-def shared_prompt(tokenizer: Any, name: str, n_prompt: int, response_lengths: Sequence[int]) -> Workload:
-    """One chat prompt of exactly `n_prompt` tokens with a response of each length, positive and negative in turn."""
-    prompt = _chat_prompt(tokenizer, n_prompt)
+def shared_prompts(
+    tokenizer: Any, name: str, *, n_prompts: int, n_prompt_tokens: int, response_lengths: Sequence[int]
+) -> Workload:
+    """Chat prompts of exactly `n_prompt_tokens`, each with a response of every length, positive and negative in turn."""
     rows: list[ChatTokens] = []
-    for index, length in enumerate(response_lengths):
-        answer = encode(tokenizer, " ".join(islice(_words(index % 2 == 0, index), length)))
-        rows.append(ChatTokens(prompt, answer[:length]))  # a word is at least one token
+    for number in range(n_prompts):
+        prompt = _chat_prompt(tokenizer, number, n_prompt_tokens)
+        for index, length in enumerate(response_lengths, start=number * len(response_lengths)):
+            answer = encode(tokenizer, " ".join(islice(_words(index % 2 == 0, index), length)))
+            rows.append(ChatTokens(prompt, answer[:length]))  # a word is at least one token
     return Workload(name, tuple(rows), tuple(index % 2 == 0 for index in range(len(rows))))
 
 
-def _chat_prompt(tokenizer: Any, n_tokens: int) -> tuple[int, ...]:
+def _chat_prompt(tokenizer: Any, number: int, n_tokens: int) -> tuple[int, ...]:
     """The last `n_tokens` tokens of a rendered chat, so that it ends where the assistant would speak."""
-    system = _traits()[0].system_prompt("positive", 0)
-    for n_questions in range(1, 100):
-        asked = " ".join(_questions()[:n_questions])
-        ids = encode(tokenizer, render_prompt(tokenizer, chat_messages(system, asked)).text)
+    system = _traits()[number].system_prompt("positive", 0)
+    asked: list[str] = []
+    for question in _questions()[number:]:
+        asked.append(question)
+        ids = encode(tokenizer, render_prompt(tokenizer, chat_messages(system, " ".join(asked))).text)
         if len(ids) >= n_tokens:
             return ids[-n_tokens:]
     raise ValueError(f"The traits' questions do not fill a prompt of {n_tokens} tokens: ask for a shorter one.")

@@ -26,7 +26,7 @@ from persona_lens.judges import (
 )
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable, write_json
-from persona_lens.rollouts import ModelEngine, Prompt, RolloutEngine, collect_rollouts, plan_rollouts
+from persona_lens.rollouts import ModelEngine, Prompt, Rollout, RolloutEngine, collect_rollouts, plan_rollouts
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors, Position
 
@@ -122,7 +122,7 @@ def extract_persona_vectors(
     )
     if folder is not None:
         vectors.save(folder / "vectors.safetensors")
-        write_json(folder / "summary.json", summarize(vectors, plan, report, judge, trait))
+        write_json(folder / "summary.json", summarize(vectors, plan, report, judge, trait, rollouts))
     return vectors
 
 
@@ -162,7 +162,12 @@ def calibrate(
 
 
 def summarize(
-    vectors: PersonaVectors, plan: ExtractionPlan, report: KeepReport, judge: Judge, trait: Trait
+    vectors: PersonaVectors,
+    plan: ExtractionPlan,
+    report: KeepReport,
+    judge: Judge,
+    trait: Trait,
+    rollouts: Sequence[Rollout],
 ) -> dict[str, Any]:
     """What a run found, as JSON: what was kept, how good the judge and the directions are, and the best layer."""
     summary: dict[str, Any] = {
@@ -179,6 +184,7 @@ def summarize(
     }
     if isinstance(judge, LikelihoodRatioJudge):
         summary["judge_calibration"] = judge.calibration(trait).to_dict()
+        summary["judge_tokens"] = judge.token_count(trait, rollouts)._asdict()
     return summary
 
 

@@ -178,10 +178,10 @@ def test_pure_noise_does_not_beat_its_placebo():
     design = balanced_design()
     inside = [
         metrics["held_out_auc"] <= metrics["placebo_auc_95"] and abs(metrics["split_half"]) < 0.5
-        for seed in range(20)
+        for seed in range(10)
         for metrics in [direction_metrics(planted_rows(design, 0.0, seed), design, n_resamples=20, seed=seed)]
     ]
-    assert sum(inside) >= 16
+    assert sum(inside) >= 8
 
 
 def test_shared_offsets_of_questions_do_not_make_a_direction():

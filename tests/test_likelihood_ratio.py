@@ -127,9 +127,9 @@ def test_a_score_does_not_depend_on_what_else_is_scored(tiny_model):
 
 def test_an_incoherent_response_has_no_trait_score(tiny_model):
     judge = calibrated_judge(tiny_model, coherence=CoherenceScale(centre=-10.0, width=5.0, distinct_floor=0.9))
-    for score in judge.score(GRUMPY, ANSWERS):
-        assert score.trait_score is None
-        assert 0 <= score.coherence < 50
+    scores = judge.score(GRUMPY, ANSWERS)
+    assert all(score.trait_score is None for score in scores)
+    assert all(score.coherence is not None and score.coherence < 50 for score in scores)
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])

@@ -154,8 +154,7 @@ def test_an_engine_that_fails_leaves_the_batches_before_it(tmp_path):
 
 
 KILLED = """
-    import os, signal, sys
-    import torch
+    import os, signal, sys, torch
     from transformers import AutoTokenizer
 
     from persona_lens.models import bridge_from_transformers
@@ -166,15 +165,13 @@ KILLED = """
 
     torch.set_num_threads(1)
     append, batches = JsonLines.append, []
-
     def append_half_and_die(self, rows):
         rows = list(rows)
         batches.append(rows)
         if len(batches) < 2:
             return append(self, rows)
         append(self, rows[:1])
-        with self.path.open("a") as file:
-            file.write('{"trait": "grumpy", "polarity": "posi')
+        self.path.write_text(self.path.read_text() + '{"trait": "grumpy", "polarity": "posi')
         os.kill(os.getpid(), signal.SIGKILL)
 
     JsonLines.append = append_half_and_die
@@ -252,8 +249,7 @@ def test_rows_made_with_other_settings_are_refused_and_left_alone(tmp_path, chan
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 7}])
 def test_the_name_of_a_model_engine_tells_sampling_settings_apart(tiny_model, setting):
-    base = {"max_new_tokens": 6}
-    assert ModelEngine(tiny_model, **base).name != ModelEngine(tiny_model, **{**base, **setting}).name
+    assert ModelEngine(tiny_model).name != ModelEngine(tiny_model, **setting).name
 
 
 def test_rows_of_other_prompts_stay_untouched(tmp_path):
@@ -276,8 +272,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(tmp_pat
     assert engine.asked == []
 
 
-(LONE,) = EchoEngine().answer(plan_rollouts(TRAIT)[:1], seed=0)
-ROW = asdict(LONE)
+ROW = asdict(EchoEngine().answer(plan_rollouts(TRAIT)[:1], seed=0)[0])
 
 
 @pytest.mark.parametrize(

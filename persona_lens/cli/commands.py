@@ -69,7 +69,7 @@ def demo(
     vectors = extract_persona_vectors(model, "optimistic", per_question=1, max_new_tokens=36, output=output, seed=seed)
     show_vectors(vectors, as_json=as_json)
     if not as_json:
-        say(judge_findings(output))
+        print(judge_findings(output))
         say(f"Everything is in {output}: rollouts, scores, vectors.safetensors, summary.json.")
 
 

@@ -4,6 +4,7 @@ Knows nothing about how results are made.
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
     has_statistics = vectors.statistics is not None
 
     def cells(layer: Any, row: Any) -> list[str]:
-        plain = [f"{'*' if layer == best else ''}{layer}", f"{row['norm']:.2f}", f"{row['relative_norm']:.3f}"]
+        relative = "" if math.isnan(row["relative_norm"]) else f"{row['relative_norm']:.3f}"
+        plain = [f"{'*' if layer == best else ''}{layer}", f"{row['norm']:.2f}", relative]
         if not has_statistics:
             return plain
         interval = f"{row['held_out_auc']:.3f} [{row['held_out_auc_low']:.3f}, {row['held_out_auc_high']:.3f}]"
@@ -42,7 +44,8 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
 
 def judge_findings(folder: Path) -> str:
     """The judge's diagnostics, which stand beside every result of it."""
-    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["judge_calibration"]["diagnostics"]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    found, tokens = summary["judge_calibration"]["diagnostics"], summary["judge_tokens"]
 
     def number(name: str) -> str:
         return "undefined" if found[name] is None else f"{found[name]:.3f}"
@@ -52,7 +55,8 @@ def judge_findings(folder: Path) -> str:
         f"{number('auc_without_own_pair')} without the own pair, {number('auc_with_own_pair')} with it; Spearman with "
         f"length {number('spearman_length_positive')} (positive), {number('spearman_length_negative')} (negative). "
         f"Coherence, on {found['neutral_rows']} neutral ones: AUC {number('coherence_auc_shuffled')} against shuffled, "
-        f"{number('coherence_auc_looping')} against looping text."
+        f"{number('coherence_auc_looping')} against looping text. Sharing prompts, it ran {tokens['shared']:,} tokens "
+        f"instead of {tokens['unshared']:,} ({tokens['shared'] / tokens['unshared']:.2f})."
     )
 
 
