@@ -66,7 +66,7 @@ def demo(
     from persona_lens.pipeline import extract_persona_vectors
 
     model = load(DEFAULT_MODEL, model_class, threads)
-    vectors = extract_persona_vectors(model, "optimistic", per_question=1, max_new_tokens=36, output=output, seed=seed)
+    vectors = extract_persona_vectors(model, "optimistic", per_question=1, max_new_tokens=32, output=output, seed=seed)
     show_vectors(vectors, as_json=as_json)
     if not as_json:
         print(judge_findings(output))
