@@ -21,7 +21,7 @@ from benchmarks.timing import Result
 
 
 def show(console: Console, comparison: Comparison) -> None:
-    """The contestants with what they did, then the claims with their ratios."""
+    """The contestants with what they did, then the claims: paired ratios as median (lowest to highest)."""
     work = comparison.workload
     title = f"{comparison.name}: {work.name}, {work.n_tokens} real tokens, n = {comparison.repeats}"
     table = Table(title=title, title_justify="left")
@@ -37,7 +37,7 @@ def show(console: Console, comparison: Comparison) -> None:
     claims = Table()
     for heading in ("faster", "than"):
         claims.add_column(heading)
-    for heading in ("ratio", "lowest to highest", "of medians", "of CPU", "goal", ""):
+    for heading in ("paired ratio", "in CPU time", "of medians", "goal", ""):
         claims.add_column(heading, justify="right")
     for verdict in comparison.verdicts:
         claims.add_row(verdict.faster, verdict.than, *_ratios(verdict))
@@ -57,12 +57,12 @@ def _facts(result: Result) -> list[str]:
 
 
 def _ratios(verdict: Verdict) -> list[str]:
-    paired = verdict.paired_ratios
     return [
-        f"{verdict.ratio:.2f}",
-        f"{min(paired):.2f} to {max(paired):.2f}",
+        *(
+            f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+            for each in (verdict.paired_wall, verdict.paired_cpu)
+        ),
         f"{verdict.ratio_of_medians:.2f}",
-        f"{verdict.cpu_ratio:.2f}",
         "-" if verdict.goal is None else f"{verdict.goal:.2f}",
         {None: "", True: "held", False: "not held"}[verdict.held],
     ]
@@ -83,9 +83,7 @@ def as_json(comparisons: list[Comparison]) -> dict[str, Any]:
                 "repeats": comparison.repeats,
                 "contestants": [asdict(result) for result in comparison.results],
                 "tried_once": [asdict(result) for result in comparison.tried],
-                "claims": [
-                    asdict(verdict) | {"ratio": verdict.ratio, "held": verdict.held} for verdict in comparison.verdicts
-                ],
+                "claims": [asdict(verdict) | {"held": verdict.held} for verdict in comparison.verdicts],
             }
             for comparison in comparisons
         ],

@@ -44,7 +44,7 @@ def short_texts(tokenizer: Any, n: int) -> Workload:
 def shared_prompts(
     tokenizer: Any, name: str, *, n_prompts: int, n_prompt_tokens: int, response_lengths: Sequence[int]
 ) -> Workload:
-    """Chat prompts of exactly `n_prompt_tokens`, each with a response of every length, positive and negative in turn."""
+    """Chat prompts of exactly `n_prompt_tokens`, each with a response of every length, positive, negative in turn."""
     rows: list[ChatTokens] = []
     for number in range(n_prompts):
         prompt = _chat_prompt(tokenizer, number, n_prompt_tokens)

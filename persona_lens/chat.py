@@ -88,6 +88,8 @@ class Conversation:
         """Messages ending with the assistant's; the question is the last user turn, the instruction the system turn."""
         if not messages or messages[-1].get("role") != "assistant":
             raise ValueError("Messages must end with the assistant's response (role 'assistant').")
+        if not all(isinstance(turn.get("content"), str) for turn in messages):
+            raise ValueError("Every message needs its content as one string.")
         turns = tuple(messages[:-1])
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         ordered = [turn["content"] for turn in turns if turn["role"] == "system"]

@@ -72,7 +72,7 @@ def extract_from_responses(
         tuple(row.instruction for row in conversations),
         tuple([True] * len(sides["positive"]) + [False] * len(sides["negative"])),
     )
-    settings = {"position": position, "after": after, "too_long": too_long, "seed": seed}
+    settings = {"position": position, "after": after, "unclosed": unclosed, "too_long": too_long, "seed": seed}
     with tempfile.TemporaryDirectory(prefix="persona_lens-") as scratch:
         path = Path(scratch) / "row_means.npy" if spool is None else Path(spool)
         rows, norms = _spool_means(model, tokens, path, position, token_budget, progress)
