@@ -26,7 +26,7 @@ def show(console: Console, comparison: Comparison) -> None:
     title = f"{comparison.name}: {work.name}, {work.n_tokens} real tokens, n = {comparison.repeats}"
     table = Table(title=title, title_justify="left")
     table.add_column("contestant")
-    for heading in ("min s", "median s", "CPU s", "tokens/s", "padded", "forwards", "peak MiB", "min cosine"):
+    for heading in ("min s", "median s", "CPU s", "tokens/s", "padded", "forwards", "peak MiB", "1 - cosine"):
         table.add_column(heading, justify="right")
     for result in comparison.results:
         table.add_row(result.name, *_times(result, work.n_tokens), *_facts(result))
@@ -51,9 +51,8 @@ def _times(result: Result, n_tokens: int) -> list[str]:
 
 def _facts(result: Result) -> list[str]:
     peak = "-" if result.peak_extra_mib is None else f"{result.peak_extra_mib:.0f}"
-    # Cut, not rounded: no number is shown that is nearer to 1 than what was found.
-    cosine = "-" if result.minimum_cosine is None else f"{int(result.minimum_cosine * 1e9) / 1e9:.9f}"
-    return [str(result.padded_tokens), str(result.forwards), peak, cosine]
+    distance = "-" if result.minimum_cosine is None else f"{1 - result.minimum_cosine:.0e}"
+    return [str(result.padded_tokens), str(result.forwards), peak, distance]
 
 
 def _ratios(verdict: Verdict) -> list[str]:

@@ -63,10 +63,14 @@ def demo(
 
     Example: persona-lens demo --output runs/demo
     """
+    from persona_lens.judges import LikelihoodRatioJudge
     from persona_lens.pipeline import extract_persona_vectors
 
     model = load(DEFAULT_MODEL, model_class, threads)
-    vectors = extract_persona_vectors(model, "optimistic", per_question=1, max_new_tokens=32, output=output, seed=seed)
+    judge = LikelihoodRatioJudge(model, calibration_questions=6)
+    vectors = extract_persona_vectors(
+        model, "optimistic", judge=judge, per_question=1, max_new_tokens=32, output=output, seed=seed
+    )
     show_vectors(vectors, as_json=as_json)
     if not as_json:
         print(judge_findings(output))

@@ -3,7 +3,6 @@
 Knows nothing about what is done with them.
 """
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -102,13 +101,14 @@ def checked_position(text: str) -> Any:
 
 def load(name: str, model_class: ModelClass, threads: int | None) -> "Model":
     """Load the model of a command, quietly, on so many threads."""
+    import psutil
     import torch
     from transformers.utils import logging
 
     from persona_lens.models import load_model
 
     # Threads that wait for a busy core make every kernel wait: on shared cores fewer threads are several times faster.
-    idle = (os.cpu_count() or 1) - round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else torch.get_num_threads()
+    idle = round((psutil.cpu_count() or 1) * (1 - psutil.cpu_percent(interval=0.5) / 100))
     torch.set_num_threads(threads or max(1, min(idle, torch.get_num_threads())))
     logging.disable_progress_bar()
     say(f"Loading {name} as {model_class.value} ...")
