@@ -1,9 +1,9 @@
-"""One comparison: contestants on one workload, and claims about how many times faster one is than another.
+"""One comparison: contestants on one workload, each at its best batch size, and claims about who is faster.
 
 Knows nothing about how rows are run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,14 +13,17 @@ from benchmarks.oracle import MINIMUM_COSINE, minimum_cosine
 from benchmarks.texts import Workload
 from benchmarks.timing import Contestant, Result, inspect, race
 
+Variants = Sequence[Contestant]
+"""One way to do the work at several batch sizes; each runs once, and the one that needs the least CPU time races."""
+
 
 @dataclass(frozen=True)
 class Claim:
-    """`faster` beats `than` (None: the baseline) `goal` times; without a goal the ratio only explains another."""
+    """What `faster` names is `goal` times faster than what `than` names; without a goal the ratio only explains."""
 
-    faster: Contestant
+    faster: str
+    than: str
     goal: float | None = None
-    than: Contestant | None = None
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A race on one workload. `tried` are the baseline's other batch sizes, which ran once."""
+    """A race on one workload. `tried` are the batch sizes that did not race: they ran once."""
 
     name: str
     workload: Workload
     repeats: int
     results: list[Result]
-    verdicts: list[Verdict]
     tried: list[Result]
+    verdicts: list[Verdict]
 
     @property
     def unequal(self) -> list[Result]:
         """Results that the oracle does not confirm."""
-        found = [result for result in self.results if result.minimum_cosine is not None]
+        found = [each for each in (*self.results, *self.tried) if each.minimum_cosine is not None]
         # Put so that a cosine that is no number counts as unequal too.
         return [result for result in found if not (result.minimum_cosine or 0.0) >= MINIMUM_COSINE]
 
@@ -65,27 +68,26 @@ class Comparison:
 def compare(
     name: str,
     workload: Workload,
-    *,
-    baselines: Sequence[Contestant],
-    others: Sequence[Contestant],
+    contestants: Mapping[str, Variants],
     claims: Sequence[Claim],
+    *,
     expected: Tensor,
     repeats: int,
 ) -> Comparison:
-    """Inspect every contestant, keep the baseline that needs the least CPU time, and race it with the others."""
+    """Inspect every variant of every contestant, race the best variant of each, and judge the claims by its rounds."""
 
     def cosine(means: Tensor) -> float:
         return minimum_cosine(means, expected, workload.positive)
 
-    tried = [inspect(contestant, cosine) for contestant in baselines]
-    best = min(range(len(tried)), key=lambda index: tried[index].first_cpu)
-    results = [tried.pop(best), *(inspect(contestant, cosine) for contestant in others)]
-    race([baselines[best], *others], results, repeats)
-    by_name = {result.name: result for result in results}
-    verdicts = [
-        _verdict(claim, by_name[claim.faster.name], by_name[(claim.than or baselines[best]).name]) for claim in claims
-    ]
-    return Comparison(name, workload, repeats, results, verdicts, tried)
+    racing: dict[str, tuple[Contestant, Result]] = {}
+    tried: list[Result] = []
+    for label, variants in contestants.items():
+        inspected = [(variant, inspect(variant, cosine)) for variant in variants]
+        racing[label] = min(inspected, key=lambda pair: pair[1].first_cpu)
+        tried += [result for _, result in inspected if result is not racing[label][1]]
+    race(list(racing.values()), repeats)
+    verdicts = [_verdict(claim, racing[claim.faster][1], racing[claim.than][1]) for claim in claims]
+    return Comparison(name, workload, repeats, [result for _, result in racing.values()], tried, verdicts)
 
 
 def _verdict(claim: Claim, faster: Result, than: Result) -> Verdict:

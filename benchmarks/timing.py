@@ -63,10 +63,10 @@ def inspect(contestant: Contestant, cosine: Callable[[Tensor], float]) -> Result
     )
 
 
-def race(contestants: Sequence[Contestant], results: Sequence[Result], repeats: int) -> None:
-    """Rounds in which every contestant runs once, in turn; times are appended to the results."""
+def race(contestants: Sequence[tuple[Contestant, Result]], repeats: int) -> None:
+    """Rounds in which every contestant runs once, in turn; times are appended to its result."""
     for _ in range(repeats):
-        for contestant, result in zip(contestants, results, strict=True):
+        for contestant, result in contestants:
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             contestant.run()

@@ -27,12 +27,12 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
     has_statistics = vectors.statistics is not None
 
     def cells(layer: Any, row: Any) -> list[str]:
-        relative = "" if math.isnan(row["relative_norm"]) else f"{row['relative_norm']:.3f}"
-        plain = [f"{'*' if layer == best else ''}{layer}", f"{row['norm']:.2f}", relative]
+        plain = [f"{'*' if layer == best else ''}{layer}", f"{row['norm']:.2f}", _number(row["relative_norm"])]
         if not has_statistics:
             return plain
-        interval = f"{row['held_out_auc']:.3f} [{row['held_out_auc_low']:.3f}, {row['held_out_auc_high']:.3f}]"
-        return [*plain, f"{row['split_half']:.3f}", f"{row['placebo_auc_95']:.3f}", interval]
+        area, low, high = (_number(row[f"held_out_auc{end}"]) for end in ("", "_low", "_high"))
+        interval = f"{area} [{low}, {high}]" if area else ""
+        return [*plain, _number(row["split_half"]), _number(row["placebo_auc_95"]), interval]
 
     head = ["layer", "norm", "norm / residual"]
     head += ["split-half cosine", "placebo AUC 95 %", "held-out AUC [95 %]"] * has_statistics
@@ -42,13 +42,18 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
         print(f"* layer {best} separates held-out questions best (layers count from 0: the paper's layer {best + 1}).")
 
 
+def _number(value: float | None) -> str:
+    """Three decimals; nothing where a number is undefined."""
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
 def judge_findings(folder: Path) -> str:
     """The judge's diagnostics, which stand beside every result of it."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     found, tokens = summary["judge_calibration"]["diagnostics"], summary["judge_tokens"]
 
     def number(name: str) -> str:
-        return "undefined" if found[name] is None else f"{found[name]:.3f}"
+        return _number(found[name]) or "undefined"
 
     return (
         f"Judge (likelihood ratio, not independent of the model), on {found['rows']} calibration rollouts: AUC "
