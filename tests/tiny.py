@@ -109,9 +109,20 @@ def _random(model_type: Any, config: Any, seed: int) -> Any:
 
 
 def hook_counts(model: Any) -> dict[str, int]:
-    """How many forward hooks each module of a model carries, for those that carry any."""
+    """How many forward hooks each module of a model carries, for those that carry any.
+
+    Not those of transformers itself, which stay once anything, such as `run_with_cache`, has asked for attentions.
+    """
     modules: torch.nn.Module = model
-    return {name: len(module._forward_hooks) for name, module in modules.named_modules() if module._forward_hooks}
+    counts = {
+        name: sum(not _of_transformers(hook) for hook in module._forward_hooks.values())
+        for name, module in modules.named_modules()
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _of_transformers(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def chat_rows(tokenizer: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
