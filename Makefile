@@ -34,8 +34,8 @@ demo: $(VENV)/.installed ## the whole pipeline on the embedded model
 test: lint ## every check and the whole suite
 	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-tl4: $(VENV_TL4)/.installed ## the whole suite on the newest TransformerLens 4
-	$(VENV_TL4)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+test-tl4: $(VENV_TL4)/.installed ## the suite on the newest TransformerLens 4, but for the tests marked slow
+	$(VENV_TL4)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not slow and not soak" $(PYTEST_ARGS)
 
 check: lint ## what to run before each commit: the checks and the fast tests
 	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile \

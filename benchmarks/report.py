@@ -58,10 +58,10 @@ def _facts(result: Result) -> list[str]:
 def _ratios(verdict: Verdict) -> list[str]:
     return [
         *(
-            f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+            f"{median(each):.3f} ({min(each):.2f} to {max(each):.2f})"
             for each in (verdict.paired_wall, verdict.paired_cpu)
         ),
-        f"{verdict.ratio_of_medians:.2f}",
+        f"{verdict.ratio_of_medians:.3f}",
         "-" if verdict.goal is None else f"{verdict.goal:.2f}",
         {None: "", True: "held", False: "not held"}[verdict.held],
     ]

@@ -66,8 +66,8 @@ def inspect(contestant: Contestant, cosine: Callable[[Tensor], float]) -> Result
 def race(contestants: Sequence[tuple[Contestant, Result]], repeats: int) -> None:
     """Rounds in which every contestant runs once, in turn; times are appended to its result."""
     for _ in range(repeats):
+        gc.collect()
         for contestant, result in contestants:
-            gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             contestant.run()
             result.cpu.append(time.process_time() - cpu)
