@@ -85,15 +85,16 @@ def extract_persona_vectors(
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
     judge = LikelihoodRatioJudge(model) if judge is None else judge
+    limit = max_new_tokens if engine is None else None  # an engine of the caller's has a limit of its own
     engine = ModelEngine(model, max_new_tokens, temperature, top_p) if engine is None else engine
     folder = None if output is None else Path(output)
     if folder is not None:
         ensure_writable(folder / "summary.json")
-        write_json(folder / "trait.json", json.loads(trait.to_json()))
+        _keep_trait(folder / "trait.json", trait)
 
     prompts = plan_rollouts(trait, questions=questions, per_question=per_question)
     calibration = calibration_prompts(judge, trait)
-    plan = ExtractionPlan(trait.name, engine.name, len(prompts), len(calibration), max_new_tokens)
+    plan = ExtractionPlan(trait.name, engine.name, len(prompts), len(calibration), limit)
     if progress:
         tqdm.write(str(plan))
 
@@ -193,6 +194,15 @@ def best_layer(vectors: PersonaVectors) -> int | None:
     if vectors.statistics is None or bool(vectors.statistics.held_out_auc.isnan().all()):
         return None
     return int(vectors.statistics.held_out_auc.nan_to_num(nan=-1.0).argmax())
+
+
+def _keep_trait(path: Path, trait: Trait) -> None:
+    """Write the run's trait, or refuse a folder that holds a run of another one, before anything there is touched."""
+    wanted = json.loads(trait.to_json())
+    if not path.exists():
+        write_json(path, wanted)
+    elif json.loads(path.read_text(encoding="utf-8")) != wanted:
+        raise ValueError(f"{path} is another trait than this run's {trait.name!r}: choose another output.")
 
 
 def _in(folder: Path | None, name: str) -> Path | None:

@@ -92,6 +92,16 @@ def test_a_folder_with_another_seed_is_refused(embedded_model, finished, run_pip
         run_pipeline(embedded_model, folder, seed=1)
 
 
+def test_a_folder_with_another_trait_is_refused_and_left_alone(tiny_model, tmp_path):
+    from persona_lens import extract_persona_vectors, load_trait
+
+    load_trait("humorous").save(tmp_path / "trait.json")
+    before = (tmp_path / "trait.json").read_bytes()
+    with pytest.raises(ValueError, match=r"trait\.json is another trait than this run's 'evil': choose another output"):
+        extract_persona_vectors(tiny_model, "evil", output=tmp_path, progress=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"trait.json": before}
+
+
 def test_too_few_kept_pairs_are_an_error_with_the_remedy(embedded_model, finished, run_pipeline):
     folder, _ = finished
     with pytest.raises(ValueError, match=r"pairs kept .*; at least 21 needed\. Sample more rollouts"):
