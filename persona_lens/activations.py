@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.chat import ChatBatch, ChatTokens, fit_context
-from persona_lens.models import Model, forward, residual_points
+from persona_lens.models import KnownPass, Model, forward, residual_points
 from persona_lens.prefix import PrefixBatch, prefix_batches, unique_prompts
 from persona_lens.vectors import Position
 
@@ -102,8 +102,18 @@ def mean_activations(
     if position not in get_args(Position):
         raise ValueError(f"position is one of {get_args(Position)}, got {position!r}.")
     with pooled_residuals(model, pool_weights(batch, [position])) as sums:
-        forward(model, batch.tokens, batch.attention_mask)
+        forward(model, batch.tokens, batch.attention_mask, known=_known(batch))
     return _stack(sums).means[0, :, 1:]
+
+
+def _known(batch: ChatBatch) -> KnownPass | None:
+    """The batch's own boundary, where it has one; its averaged tokens alone need not begin where the response does."""
+    if batch.prompt_mask is None:
+        return None
+    order = torch.arange(batch.tokens.shape[1])
+    last = reduce(torch.where(batch.prompt_mask, order, -1), "batch pos -> batch 1", "max")
+    response = batch.attention_mask & ~batch.prompt_mask | (order == last)
+    return KnownPass(rows=torch.arange(len(batch.tokens)), prompt=batch.prompt_mask, response=response)
 
 
 @dataclass(frozen=True)

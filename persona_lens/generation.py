@@ -2,7 +2,8 @@
 
 A row's token at a step is drawn by one uniform number keyed by (seed, row key, step), through the inverse of the
 cumulative distribution softmax(logits / temperature) after top-p; so its text depends neither on the batch it ran in
-nor on a resume. Prompts that repeat are run once, and rows that have ended leave the batch.
+nor on a resume. Interventions that are attached to the model act, also row by row; prompts that repeat are run once, as
+far as their rows are treated alike, and rows that have ended leave the batch.
 Knows nothing about traits: prompts as token ids come in, completions go out.
 """
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from persona_lens.chat import stop_tokens
-from persona_lens.models import Model, Past, forward, model_device
-from persona_lens.prefix import prompt_batch
+from persona_lens.interventions import attachments
+from persona_lens.models import KnownPass, Model, Past, forward, model_device
+from persona_lens.prefix import pad
 
 FinishReason = Literal["stop", "length"]
 
@@ -58,11 +60,13 @@ def generate(
     """Sample a completion of every prompt (token ids), `batch_rows` rows at a time.
 
     Temperature 0 is greedy. `keys` name the rows for their randomness (default: their index), so two rows with one
-    prompt need different keys to differ. Interventions that are attached to the model act.
+    prompt need different keys to differ. Interventions that are attached to the model act; row r of a coefficient
+    matrix is prompt r, and rows that differ only in their coefficients may have one key.
     Raises ValueError for an empty prompt, repeated keys, or a prompt that leaves no room in the context.
     """
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     _check(model, prompts, keys, max_new_tokens, temperature, top_p)
+    sharing = _prefix_sharing(model, prompts) if prompts else "nothing"
     completions: list[Completion] = []
     with tqdm(
         total=len(prompts) * max_new_tokens, unit="tok", desc="generate", leave=False, disable=not progress
@@ -71,9 +75,11 @@ def generate(
             decoder = _Decoder(
                 model,
                 [tuple(prompts[row]) for row in batch],
+                torch.tensor(batch),
                 row_uniforms(seed, [keys[row] for row in batch], max_new_tokens),
                 temperature,
                 top_p,
+                sharing,
             )
             for _ in decoder.steps():
                 bar.update(len(batch))
@@ -90,7 +96,8 @@ def _check(
             f"Sampling needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
             f"got {steps}, {temperature} and {top_p}."
         )
-    if len(set(keys)) != len(prompts):
+    repeats = any(attached.row_wise for attached in attachments(model))
+    if len(keys) != len(prompts) or (len(set(keys)) != len(prompts) and not repeats):
         raise ValueError(f"Sampling needs one distinct key a row, got {len(set(keys))} keys for {len(prompts)} rows.")
     room = int(model.cfg.n_ctx) - steps
     for index, prompt in enumerate(prompts):
@@ -101,6 +108,18 @@ def _check(
             )
 
 
+PrefixSharing = Literal["whole prompt", "all but its last token", "nothing"]
+
+
+def _prefix_sharing(model: Model, prompts: Sequence[Sequence[int]]) -> PrefixSharing:
+    """How much of a prompt is the same for all rows that have it, under the interventions that are attached."""
+    row_wise = [attached.at for attached in attachments(model) if attached.row_wise]
+    if not row_wise:
+        return "whole prompt"
+    only_response = all(isinstance(at, str) and at == "response" for at in row_wise)
+    return "all but its last token" if only_response and min(map(len, prompts)) > 1 else "nothing"
+
+
 class _Decoder:
     """One batch in flight: the rows that still speak, their past, and what each has said."""
 
@@ -108,12 +127,14 @@ class _Decoder:
         self,
         model: Model,
         prompts: Sequence[tuple[int, ...]],
+        rows: Int[Tensor, " row"],
         uniforms: Float[Tensor, "row step"],
         temperature: float,
         top_p: float,
+        sharing: PrefixSharing,
     ):
-        self.model, self.prompts, self.uniforms = model, prompts, uniforms
-        self.temperature, self.top_p = temperature, top_p
+        self.model, self.prompts, self.rows, self.uniforms = model, prompts, rows, uniforms
+        self.temperature, self.top_p, self.sharing = temperature, top_p, sharing
         self.stops = stop_tokens(model.tokenizer)
         self.said: list[list[int]] = [[] for _ in prompts]
         self.stopped = [False] * len(prompts)
@@ -135,21 +156,40 @@ class _Decoder:
             # Dropping rows copies the cache, which pays once a quarter of the batch has ended.
             if alive.float().mean() <= 0.75:
                 past, active, tokens = past.select(alive.nonzero()[:, 0]), active[alive], tokens.cpu()[alive]
-            logits, past = self._advance(tokens, past)
+            logits, past = self._advance(tokens, past, active)
 
     def _prefill(self) -> tuple[Int[Tensor, " row"], Past, Float[Tensor, "row d_vocab"]]:
-        unique = list(dict.fromkeys(self.prompts))
-        batch = prompt_batch(self.model, unique, list(range(len(unique))))
-        logits = batch.run(last_logits=1)
+        """Every row's keys and values of its prompt, and the logits of the prompt's last token."""
+        everyone = torch.arange(len(self.prompts))
+        held_back = self.sharing == "all but its last token"
+        heads = [prompt[:-1] if held_back else prompt for prompt in self.prompts]
+        unique = heads if self.sharing == "nothing" else list(dict.fromkeys(heads))
+        tokens, mask = pad(unique, left=True)
+        last = torch.zeros_like(mask)
+        last[:, -1] = not held_back
+        known = KnownPass(self.rows if self.sharing == "nothing" else None, prompt=mask, response=last)
+        logits, past = forward(self.model, tokens, mask, keep_past=True, last_logits=0 if held_back else 1, known=known)
+        assert past is not None
+        if self.sharing == "nothing":
+            origins = everyone
+        else:
+            place = {head: index for index, head in enumerate(unique)}
+            origins = torch.tensor([place[head] for head in heads])
+            past = past.select(origins)
+        if held_back:
+            tokens = torch.tensor([prompt[-1] for prompt in self.prompts])
+            logits, past = self._advance(tokens, past, everyone, of_prompt=True)
+            return everyone, past, logits
         assert logits is not None
-        assert batch.grown is not None
-        place = {prompt: index for index, prompt in enumerate(unique)}
-        origins = torch.tensor([place[prompt] for prompt in self.prompts])
-        return torch.arange(len(self.prompts)), batch.grown.select(origins), logits[origins.to(logits.device), -1]
+        return everyone, past, logits[origins.to(logits.device), -1]
 
-    def _advance(self, tokens: Int[Tensor, " row"], past: Past) -> tuple[Float[Tensor, "row d_vocab"], Past]:
+    def _advance(
+        self, tokens: Int[Tensor, " row"], past: Past, active: Int[Tensor, " row"], *, of_prompt: bool = False
+    ) -> tuple[Float[Tensor, "row d_vocab"], Past]:
         column = tokens.to(model_device(self.model))[:, None]
-        logits, past_after = forward(self.model, column, torch.ones_like(column).bool(), past=past, last_logits=1)
+        everywhere = torch.ones_like(column).bool()
+        known = KnownPass(self.rows[active], prompt=everywhere if of_prompt else ~everywhere, response=everywhere)
+        logits, past_after = forward(self.model, column, everywhere, past=past, last_logits=1, known=known)
         assert logits is not None
         assert past_after is not None
         return logits[:, -1], past_after

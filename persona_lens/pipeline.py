@@ -162,6 +162,28 @@ def calibrate(
         write_json(file, {"made_with": made_with, "calibration": fitted.to_dict()})
 
 
+def calibrated_judge(
+    model: Model, trait: Trait, folder: Path, *, max_new_tokens: int, seed: int = 0, progress: bool = True
+) -> LikelihoodRatioJudge:
+    """The likelihood-ratio judge of a run's folder, calibrated there first where it has none.
+
+    Responses to be judged should be about as long as those it was calibrated on. Raises ValueError where the folder's
+    calibration is damaged or of another trait.
+    """
+    judge, file = LikelihoodRatioJudge(model), folder / "calibration.json"
+    if not file.exists():
+        calibrate(judge, trait, ModelEngine(model, max_new_tokens), folder=folder, seed=seed, progress=progress)
+        return judge
+    try:
+        fitted = Calibration.from_dict(json.loads(file.read_text(encoding="utf-8"))["calibration"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a judge's calibration ({error}): move it away to calibrate again.") from error
+    if fitted.trait != trait.name:
+        raise ValueError(f"{file} is for {fitted.trait!r}, not for {trait.name!r}: name another output.")
+    judge.calibrations[trait.name] = fitted
+    return judge
+
+
 def summarize(
     vectors: PersonaVectors,
     plan: ExtractionPlan,

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_lens.chat import ChatTokens, length_sorted_batches
-from persona_lens.models import Model, Past, forward
+from persona_lens.models import KnownPass, Model, Past, forward
 
 
 class TokenCount(NamedTuple):
@@ -42,9 +42,24 @@ class PrefixBatch:
     def run(self, last_logits: int | None = 0) -> Float[Tensor, "batch kept d_vocab"] | None:
         """Run the batch; logits of the last `last_logits` positions (None: of all, 0: none)."""
         logits, self.grown = forward(
-            self.model, self.tokens, self.mask, past=self.past, keep_past=self.is_prompt, last_logits=last_logits
+            self.model,
+            self.tokens,
+            self.mask,
+            past=self.past,
+            keep_past=self.is_prompt,
+            last_logits=last_logits,
+            known=self._known(),
         )
         return logits
+
+    def _known(self) -> KnownPass:
+        """A prompt serves several rows, and its last token, which stands last, predicts their first one."""
+        if not self.is_prompt:
+            nowhere = torch.zeros_like(self.mask)
+            return KnownPass(rows=torch.tensor(self.rows), prompt=nowhere, response=self.mask)
+        last = torch.zeros_like(self.mask)
+        last[:, -1] = True
+        return KnownPass(prompt=self.mask, response=last)
 
 
 def unique_prompts(rows: Sequence[ChatTokens]) -> list[tuple[int, ...]]:

@@ -6,7 +6,7 @@ Knows nothing about scores or activations.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +21,10 @@ from persona_lens.traits import Polarity, Trait
 
 @dataclass(frozen=True)
 class Prompt:
-    """One planned rollout: who is asked what, for which time. `instruction` is None for the neutral system prompt."""
+    """One planned rollout: who is asked what, for which time. `instruction` is None for the neutral system prompt.
+
+    `intervention` names what is done to the model for this row, empty for nothing (see `CellEngine`).
+    """
 
     trait: str
     polarity: Polarity
@@ -29,10 +32,16 @@ class Prompt:
     system_prompt: str
     question: str
     sample: int
+    intervention: str = ""
 
     @property
     def key(self) -> str:
-        """What names the row in files and in its randomness."""
+        """What names the row in files."""
+        return self.randomness + f" | {self.intervention}" * bool(self.intervention)
+
+    @property
+    def randomness(self) -> str:
+        """What names the row in sampling: the same under every intervention, so that their texts can be compared."""
         return f"{self.trait}/{self.polarity}/{self.instruction}/{self.sample}/{self.question}"
 
     def tokenize(self, tokenizer: Any) -> ChatTokens:
@@ -55,11 +64,12 @@ class Rollout:
     finish_reason: str
     engine: str
     seed: int
+    intervention: str = ""
 
     @property
     def prompt(self) -> Prompt:
         """What was asked."""
-        return Prompt(self.trait, self.polarity, self.instruction, self.system_prompt, self.question, self.sample)
+        return Prompt(**{each.name: getattr(self, each.name) for each in fields(Prompt)})
 
     @property
     def key(self) -> str:
@@ -87,7 +97,10 @@ class Rollout:
 class RolloutEngine(Protocol):
     """A source of rollouts: a model in this process, or a server."""
 
-    batch_rows: int
+    @property
+    def batch_rows(self) -> int:
+        """How many prompts it wants at a time."""
+        ...
 
     @property
     def name(self) -> str:
@@ -134,7 +147,7 @@ class ModelEngine:
             temperature=self.temperature,
             top_p=self.top_p,
             seed=seed,
-            keys=[prompt.key for prompt in prompts],
+            keys=[prompt.randomness for prompt in prompts],
             batch_rows=self.batch_rows,
             progress=progress,
         )

@@ -1,14 +1,45 @@
-"""The few statistics that everything here reports: AUC, rank correlation, and resampling of questions.
+"""The few statistics that everything here reports: AUC, rank correlation, means and slopes with their intervals.
 
 Rows of one question are not independent, so intervals resample questions, never rows.
 Knows nothing about models or traits: numbers come in, numbers go out.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from math import isnan
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+N_RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % bootstrap interval over questions; None where it is undefined.
+
+    An interval needs two questions at least. `n` counts the rows behind it, missing ones left out.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "-"
+        return f"{self.value:.1f}" + ("" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]")
+
+    @classmethod
+    def of(cls, value: float, resamples: np.ndarray, n: int) -> "Estimate":
+        """The value with the central 95 % of its resamples; those that are NaN are left out."""
+        if isnan(value):
+            return cls(None, None, None, n)
+        finite = resamples[np.isfinite(resamples)]
+        if len(finite) < 2:
+            return cls(value, None, None, n)
+        low, high = np.percentile(finite, [2.5, 97.5])
+        return cls(value, float(low), float(high), n)
 
 
 def auc(positive: Any, negative: Any) -> float | None:
@@ -48,3 +79,37 @@ def question_resamples(n_questions: int, n_resamples: int, seed: int) -> np.ndar
     """How often each bootstrap resample drew each question: integers [resample, question], rows sum to n_questions."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(n_questions, np.full(n_questions, 1 / n_questions), size=n_resamples)
+
+
+def resampled_means(values: np.ndarray, questions: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean of rows in every resample of their questions; rows whose value is NaN are missing.
+
+    `values` and `questions` (indices) are [row], `weights` [resample, question]. NaN for a resample without a row.
+    """
+    counted = ~np.isnan(values)
+    n_questions = weights.shape[1]
+    sums = np.bincount(questions[counted], weights=values[counted], minlength=n_questions)
+    counts = np.bincount(questions[counted], minlength=n_questions)
+    with np.errstate(invalid="ignore"):
+        return (weights @ sums) / (weights @ counts)
+
+
+def mean_estimate(values: Sequence[float | None], questions: Sequence[str], *, seed: int = 0) -> Estimate:
+    """The mean of rows, None being missing, with its interval over questions."""
+    numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
+    n = int((~np.isnan(numbers)).sum())
+    if n == 0:
+        return Estimate(None, None, None, 0)
+    names = list(dict.fromkeys(questions))
+    if len(names) < 2:
+        return Estimate(float(np.nanmean(numbers)), None, None, n)
+    place = {name: index for index, name in enumerate(names)}
+    index = np.array([place[question] for question in questions])
+    resamples = resampled_means(numbers, index, question_resamples(len(names), N_RESAMPLES, seed))
+    return Estimate.of(float(np.nanmean(numbers)), resamples, n)
+
+
+def slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Least-squares slope of each row of `y` [resample, point] on `x` [point]; NaN where a point is."""
+    centred = x - x.mean()
+    return (y @ centred) / (centred @ centred)

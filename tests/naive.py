@@ -4,7 +4,7 @@ Nothing here imports persona_lens or TransformerLens.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,41 @@ def added(hf_model: Any, layer: int, vector: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def edited(hf_model: Any, edits: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While open, the `[batch, pos, d_model]` residual at the output of each given block becomes its edit's result."""
+
+    def hook(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def change(_module: Any, _inputs: Any, output: Any) -> Any:
+            changed = edit(_first(output))
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return change
+
+    handles = [blocks(hf_model)[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def added_at(hf_model: Any, additions: dict[int, Tensor], places: slice) -> Iterator[None]:
+    """While open, each layer's vector is added to the residual of the tokens in `places`, counted in the whole text."""
+
+    def adding(vector: Tensor) -> Callable[[Tensor], Tensor]:
+        def add(resid: Tensor) -> Tensor:
+            changed = resid.clone()
+            changed[:, places] += vector.to(resid)
+            return changed
+
+        return add
+
+    with edited(hf_model, {layer: adding(vector) for layer, vector in additions.items()}):
+        yield
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,54 +1,35 @@
-"""The commands, each a few lines over one of the library's functions."""
+"""The commands that make vectors and show them, each a few lines over one of the library's functions."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from persona_lens.cli.inputs import KeepChoices, ModelClass, checked_position, load, read_sides
-from persona_lens.cli.output import judge_findings, print_table, say, show_vectors
-
-app = typer.Typer(
-    help="Persona vectors for TransformerLens (arXiv:2507.21509).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+from persona_lens.cli.inputs import KeepChoices, ModelClass, checked_position, load, load_vectors, read_sides
+from persona_lens.cli.options import (
+    DEFAULT_MODEL,
+    RELATIONS,
+    ClassOption,
+    JsonOption,
+    ModelOption,
+    Polarity,
+    QuestionSet,
+    SeedOption,
+    ThreadsOption,
+    TokensOption,
+    TraitOption,
+    app,
 )
-
-
-class QuestionSet(StrEnum):
-    """A trait's two disjoint sets of questions."""
-
-    EXTRACTION = "extraction"
-    EVALUATION = "evaluation"
-
-
-class Polarity(StrEnum):
-    """Which system prompts."""
-
-    POSITIVE = "positive"
-    NEGATIVE = "negative"
-    NEUTRAL = "neutral"
-
-
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Hub name, local directory, or smollm2-135m-instruct (embedded).")
-]
-TraitOption = Annotated[str, typer.Option("--trait", help="Bundled trait, or path of a trait's JSON.")]
-ClassOption = Annotated[ModelClass, typer.Option("--model-class", help="TransformerLens class.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; as many as cores are idle by default.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
-DEFAULT_MODEL = "smollm2-135m-instruct"
-RELATIONS = {
-    "same": "the model that the vectors came from",
-    "adapted": "a finetuned or adapted model of the vectors' base",
-    "unknown": "of their shape; the vectors do not say which model they came from",
-}
+from persona_lens.cli.output import (
+    judge_findings,
+    print_table,
+    say,
+    show_doses,
+    show_vectors,
+    sweep_as_json,
+    vectors_as_json,
+)
 
 
 @app.command()
@@ -59,22 +40,40 @@ def demo(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """The whole pipeline on the embedded model: rollouts, judge, vectors of `optimistic`, a table.
+    """The whole pipeline on the embedded model: rollouts, judge, vectors of `optimistic`, the layer to steer.
 
     Example: persona-lens demo --output runs/demo
     """
     from persona_lens.judges import LikelihoodRatioJudge
+    from persona_lens.layer_selection import select_layer
     from persona_lens.pipeline import extract_persona_vectors
+    from persona_lens.traits import load_trait
 
+    trait = load_trait("optimistic")
     model = load(DEFAULT_MODEL, model_class, threads)
     judge = LikelihoodRatioJudge(model, calibration_questions=6)
     vectors = extract_persona_vectors(
-        model, "optimistic", judge=judge, per_question=1, max_new_tokens=32, output=output, seed=seed
+        model, trait, judge=judge, per_question=1, max_new_tokens=32, output=output, seed=seed
     )
-    show_vectors(vectors, as_json=as_json)
-    if not as_json:
-        print(judge_findings(output))
-        say(f"Everything is in {output}: rollouts, scores, vectors.safetensors, summary.json.")
+    sweep = select_layer(
+        model,
+        vectors,
+        trait,
+        judge=judge,
+        layers=range(1, vectors.n_layers, 3),
+        coefficients=(2.0, 4.0, 6.0),
+        questions=trait.extraction_questions[:4],
+        max_new_tokens=32,
+        output=output,
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps({"vectors": vectors_as_json(vectors), "sweep": sweep_as_json(sweep)}))
+        return
+    show_vectors(vectors, as_json=False)
+    print(judge_findings(output))
+    show_doses(sweep, trait, min_coherence=75.0)
+    say(f"Everything is in {output}: rollouts, scores, vectors.safetensors, layer_sweep.json.")
 
 
 @app.command()
@@ -251,9 +250,7 @@ def show(
 
     Example: persona-lens show runs/demo
     """
-    from persona_lens.vectors import PersonaVectors
-
-    loaded = PersonaVectors.load(vectors / "vectors.safetensors" if vectors.is_dir() else vectors)
+    loaded = load_vectors(vectors)
     if model is not None:
         relation = loaded.check(load(model, model_class, threads=None))
         say(f"{model} is {RELATIONS[relation]}.")

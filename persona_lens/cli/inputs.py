@@ -3,6 +3,7 @@
 Knows nothing about what is done with them.
 """
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,8 @@ from persona_lens.cli.output import say
 if TYPE_CHECKING:
     from persona_lens.chat import Conversation
     from persona_lens.models import Model
+    from persona_lens.traits import Trait
+    from persona_lens.vectors import PersonaVectors
 
 
 class ModelClass(StrEnum):
@@ -89,6 +92,48 @@ def _judged(trait: str, rollouts: Path, scores: Path, choices: KeepChoices, limi
         [one.rollout.conversation() for one, _ in kept[:limit]],
         [other.rollout.conversation() for _, other in kept[:limit]],
     )
+
+
+class Run(NamedTuple):
+    """What a command reads of a run."""
+
+    vectors: "PersonaVectors"
+    trait: "Trait"
+    folder: Path | None
+    max_new_tokens: int
+
+
+def load_vectors(path: Path) -> "PersonaVectors":
+    """The vectors of a run's folder, or of a vectors file."""
+    from persona_lens.vectors import PersonaVectors
+
+    return PersonaVectors.load(path / "vectors.safetensors" if path.is_dir() else path)
+
+
+def load_run(path: Path, trait: str | None, max_new_tokens: int | None) -> Run:
+    """A run's folder, or a vectors file; the trait and the length limit are the run's own where none is given."""
+    from persona_lens.traits import load_trait
+
+    vectors = load_vectors(path)
+    own = path / "trait.json"
+    if trait is None and not own.exists():
+        raise typer.BadParameter(f"--trait is needed: {path} is not a folder with the trait.json of a run")
+    if max_new_tokens is None and (summary := path / "summary.json").exists():
+        max_new_tokens = json.loads(summary.read_text(encoding="utf-8"))["plan"]["max_new_tokens"]
+    return Run(vectors, load_trait(trait or str(own)), path if path.is_dir() else None, max_new_tokens or 1000)
+
+
+def selected_layer(path: Path, vectors: "PersonaVectors") -> int:
+    """The layer that the run's sweep recommends, or without a sweep that of the best held-out AUC."""
+    from persona_lens.layer_selection import LayerSweep
+    from persona_lens.pipeline import best_layer
+
+    if (path / "layer_sweep.json").exists():
+        return LayerSweep.load(path).best().layer
+    layer = best_layer(vectors)
+    if layer is None:
+        raise ValueError("No layer was selected, and the vectors have no statistics to choose by: pass --layer.")
+    return layer
 
 
 def checked_position(text: str) -> Any:

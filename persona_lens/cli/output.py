@@ -6,11 +6,16 @@ Knows nothing about how results are made.
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from persona_lens.layer_selection import LayerChoice, LayerSweep
+    from persona_lens.traits import Trait
     from persona_lens.vectors import PersonaVectors
 
 
@@ -18,12 +23,11 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
     """Print the vectors by layer: norms and, where they were measured, the statistics."""
     from persona_lens.pipeline import best_layer
 
+    if as_json:
+        print(json.dumps(vectors_as_json(vectors)))
+        return
     table = vectors.table()
     best = best_layer(vectors)
-    if as_json:
-        rows = json.loads(table.reset_index().to_json(orient="records") or "[]")
-        print(json.dumps({"trait": vectors.trait, "counts": dict(vectors.counts), "best_layer": best, "layers": rows}))
-        return
     has_statistics = vectors.statistics is not None
 
     def cells(layer: Any, row: Any) -> list[str]:
@@ -40,6 +44,94 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
     print_table(head, [cells(layer, row) for layer, row in table.iterrows()])
     if best is not None:
         print(f"* layer {best} separates held-out questions best (layers count from 0: the paper's layer {best + 1}).")
+
+
+def vectors_as_json(vectors: "PersonaVectors") -> dict[str, Any]:
+    """The vectors' table, counts and best layer by held-out AUC."""
+    from persona_lens.pipeline import best_layer
+
+    rows = records(vectors.table())
+    return {"trait": vectors.trait, "counts": dict(vectors.counts), "best_layer": best_layer(vectors), "layers": rows}
+
+
+def sweep_as_json(sweep: "LayerSweep", min_coherence: float = 75.0) -> dict[str, Any]:
+    """A sweep's table, its choice (null where no cell is coherent enough) and what the screens are worth."""
+    try:
+        choice = asdict(sweep.best(min_coherence))
+    except ValueError:
+        choice = None
+    return {
+        "trait": sweep.trait,
+        "judge": sweep.judge,
+        "best": choice,
+        "cells": records(sweep.table()),
+        "screens": records(sweep.screen_correlations()),
+    }
+
+
+def records(table: "DataFrame") -> list[dict[str, Any]]:
+    """A table's rows as JSON values; a number that is undefined is null."""
+    return json.loads(table.reset_index().to_json(orient="records") or "[]")
+
+
+def show_doses(sweep: "LayerSweep", trait: "Trait", *, min_coherence: float) -> None:
+    """Print the chosen layer's dose-response, with a sentiment lexicon beside the judge where one is installed."""
+    from persona_lens.judges import SentimentJudge, score_rollouts
+    from persona_lens.statistics import mean_estimate
+
+    best = sweep.best(min_coherence)
+    rows = []
+    for coefficient, found in sweep.dose_response(best.layer).items():
+        dose = sweep.doses.get((best.layer, coefficient), 0.0)
+        cells = [f"{coefficient:g}", "" if dose is None else f"{dose:+.2f}", str(found.trait_score)]
+        try:
+            rollouts = [row.rollout for row in found.scored]
+            scored = score_rollouts(SentimentJudge(), trait, rollouts, progress=False)
+            questions = [row.rollout.question for row in scored]
+            cells.append(str(mean_estimate([row.trait_score for row in scored], questions)))
+        except ImportError:
+            cells.append("")
+        example = " ".join(found.scored[0].rollout.response.split())
+        rows.append([*cells, str(found.coherence), example[:60]])
+    head = ["coefficient", "dose", f"{sweep.trait} [95 %]", "sentiment lexicon", "coherence", "first answer"]
+    print(f"\nSteering layer {best.layer}, with intervals over {len(sweep.baseline.questions)} questions:")
+    print_table(head, rows)
+    print(f"{best.reason[0].upper()}{best.reason[1:]}.")
+
+
+def show_sweep(sweep: "LayerSweep", best: "LayerChoice") -> None:
+    """Print every layer with the trait score and coherence of each coefficient; the chosen layer has a star."""
+    head = ["layer", *(f"x {coefficient:g}: {sweep.trait} / coherence" for coefficient in sweep.coefficients)]
+    rows = [["none", f"{sweep.baseline.trait_score} / {sweep.baseline.coherence}"]]
+    for layer in sweep.layers:
+        cells = [sweep.evaluations[layer, coefficient] for coefficient in sweep.coefficients]
+        star = "*" * (layer == best.layer)
+        rows.append([f"{star}{layer}", *(f"{cell.trait_score} / {cell.coherence}" for cell in cells)])
+    print_table(head, rows)
+
+
+def show_screens(sweep: "LayerSweep") -> None:
+    """Print how well each cheap screen ranks the layers as the sweep does."""
+    table = sweep.screen_correlations()
+    if table.empty:
+        return
+    print("\nSpearman of cheap screens with the swept trait score, over layers:")
+    rows = [
+        [name, *(f"{_number(row.spearman)} [{_number(row.low)}, {_number(row.high)}]" for row in group.itertuples())]
+        for name, group in table.groupby("screen", sort=False)
+    ]
+    print_table(["screen", *(f"x {coefficient:g}" for coefficient in sweep.coefficients)], rows)
+
+
+def print_columns(texts: Mapping[str, str]) -> None:
+    """Print texts side by side under their names."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*texts, show_lines=True, expand=True)
+    table.add_row(*(Text(text) for text in texts.values()))  # a model's text is no markup
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _number(value: float | None) -> str:

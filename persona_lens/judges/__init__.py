@@ -4,23 +4,38 @@ A judge runs with every intervention suspended and adapters off, so a measure ne
 (arXiv:2507.21509, sections 2.2 and B). A missing score is None, never 0.
 """
 
+from persona_lens.judges.classifier import ClassifierJudge, CrossValidation, TextClassifier
 from persona_lens.judges.coherence import CoherenceScale
 from persona_lens.judges.keep import KeepReport, keep_pairs, pair_rollouts
-from persona_lens.judges.likelihood import mean_log_likelihoods
+from persona_lens.judges.lexicon import SentimentJudge
+from persona_lens.judges.likelihood import intervened_log_likelihoods, mean_log_likelihoods
 from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge
-from persona_lens.judges.scores import Judge, Score, ScoredRollout, read_scores, score_rollouts
+from persona_lens.judges.scores import (
+    Judge,
+    Score,
+    ScoredRollout,
+    read_scores,
+    scorable_questions,
+    score_rollouts,
+)
 
 __all__ = [
     "Calibration",
+    "ClassifierJudge",
     "CoherenceScale",
+    "CrossValidation",
     "Judge",
     "KeepReport",
     "LikelihoodRatioJudge",
     "Score",
     "ScoredRollout",
+    "SentimentJudge",
+    "TextClassifier",
+    "intervened_log_likelihoods",
     "keep_pairs",
     "mean_log_likelihoods",
     "pair_rollouts",
     "read_scores",
+    "scorable_questions",
     "score_rollouts",
 ]

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given responses under given prompts, per token, on the model as it is without interventions.
+"""Log-likelihoods of given responses under given prompts, per token.
 
 (1/|y|) * sum_t log p(y_t | x, y_<t), where x is the rendered prompt; prompts are run once for all their responses.
 Knows nothing about traits or scores.
@@ -24,6 +24,14 @@ def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens], *, progress: 
 
     Interventions are suspended and adapters off while it runs, whatever contexts are open around the call.
     """
+    with suspended(model):
+        return intervened_log_likelihoods(model, rows, progress=progress)
+
+
+def intervened_log_likelihoods(
+    model: Model, rows: Sequence[ChatTokens], *, progress: bool = False
+) -> Float[Tensor, " row"]:
+    """As `mean_log_likelihoods`, under whatever interventions and adapters are attached to the model."""
     total = torch.full((len(rows),), float("nan"), dtype=torch.float64)
     budget = max(64, LOGIT_VALUES // int(model.cfg.d_vocab))
     prompts = unique_prompts(rows)
@@ -34,7 +42,7 @@ def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens], *, progress: 
     # The prompt's last logits predict the first token, and nothing is predicted from the last one: it is never run.
     fed = [ChatTokens(row.prompt, row.response[:-1]) for row in rows]
     bar = tqdm(total=len(rows), desc="likelihoods", unit="row", leave=False, disable=not progress)
-    with suspended(model), bar:
+    with bar:
         for batch in prefix_batches(model, fed, token_budget=budget):
             logits = batch.run(last_logits=1 if batch.is_prompt else None)
             assert logits is not None

@@ -93,6 +93,10 @@ class LikelihoodRatioJudge:
             )
         return self.calibrations[trait.name]
 
+    def used_questions(self, trait: Trait) -> tuple[str, ...]:
+        """The questions of the trait's calibration, which are never scored."""
+        return self.calibration(trait).questions
+
     def calibrate(
         self, trait: Trait, rollouts: Sequence[Rollout], *, seed: int = 0, progress: bool = False
     ) -> Calibration:

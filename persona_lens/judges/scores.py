@@ -59,6 +59,30 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class CalibratedJudge(Protocol):
+    """A judge that was fitted on answers to some questions, which it then may not score."""
+
+    def used_questions(self, trait: Trait) -> tuple[str, ...]:
+        """The questions that it was fitted on."""
+        ...
+
+
+def scorable_questions(judge: Judge, trait: Trait, questions: Sequence[str]) -> list[str]:
+    """The questions that the judge may score: all but those that it was calibrated on.
+
+    Raises ValueError where none is left.
+    """
+    used = judge.used_questions(trait) if isinstance(judge, CalibratedJudge) else ()
+    left = [question for question in questions if question not in set(used)]
+    if not left:
+        raise ValueError(
+            f"{trait.name}: the judge was calibrated on all {len(questions)} questions: "
+            "calibrate it on fewer (calibration_questions=), or pass other questions."
+        )
+    return left
+
+
 def score_rollouts(
     judge: Judge,
     trait: Trait,

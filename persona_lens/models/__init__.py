@@ -7,6 +7,7 @@ Knows nothing about traits, vectors or chats.
 from persona_lens.models.embedded import EMBEDDED_MODEL
 from persona_lens.models.forward import Past, forward
 from persona_lens.models.loading import ModelClass, bridge_from_transformers, hooked_from_transformers, load_model
+from persona_lens.models.passes import CurrentPass, KnownPass, announce, announced, watch_passes
 from persona_lens.models.structure import (
     Model,
     ModelIdentity,
@@ -23,11 +24,15 @@ from persona_lens.models.structure import (
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "CurrentPass",
+    "KnownPass",
     "Model",
     "ModelClass",
     "ModelIdentity",
     "Past",
     "ResidualBasis",
+    "announce",
+    "announced",
     "bridge_from_transformers",
     "forward",
     "from_paper_layer",
@@ -40,4 +45,5 @@ __all__ = [
     "residual_basis",
     "residual_points",
     "suspended",
+    "watch_passes",
 ]

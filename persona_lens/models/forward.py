@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from persona_lens.models.passes import KnownPass, announce
 from persona_lens.models.structure import Model, is_bridge, model_device
 
 
@@ -49,20 +50,22 @@ def forward(
     past: Past | None = None,
     keep_past: bool = False,
     last_logits: int | None = 0,
+    known: KnownPass | None = None,
 ) -> tuple[Float[Tensor, "batch kept d_vocab"] | None, Past | None]:
     """Run the blocks, and the unembedding only where it is asked for.
 
     `mask` is False on padding, which may stand on either side; positions are counted over the mask, so padding never
     shifts a token. `last_logits` is how many trailing positions get logits: 0 skips the unembedding altogether, None
-    means all. `past` is consumed: its cache grows in place, so select a copy to run it twice. Returns the logits (None
-    for 0) and the new `Past` (None unless `keep_past` or `past`).
+    means all. `past` is consumed: its cache grows in place, so select a copy to run it twice. `known` is told
+    to interventions. Returns the logits (None for 0) and the new `Past` (None unless `keep_past` or `past`).
     """
     device = model_device(model)
     tokens, mask = tokens.to(device), mask.to(device)
     seen = mask if past is None else torch.cat([past.mask, mask], dim=1)
     run = _forward_bridge if is_bridge(model) else _forward_hooked
     cache = None if past is None else past.cache
-    logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
+    with announce(known):
+        logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
     return logits, None if cache is None else Past(cache, seen)
 
 

@@ -87,7 +87,7 @@ def suspended(model: Model) -> Iterator[None]:
     Judges run inside it, so that what is measured never measures itself.
     """
     modules = list(cast(nn.Module, model).modules())
-    hooks = [(point, list(point._forward_hooks.items())) for point in modules if type(point).__name__ == "HookPoint"]
+    hooks = [(point, point._forward_hooks) for point in modules if type(point).__name__ == "HookPoint"]
     adapters = [
         module for module in modules if hasattr(module, "enable_adapters") and hasattr(module, "active_adapter")
     ]
@@ -95,8 +95,9 @@ def suspended(model: Model) -> Iterator[None]:
     # PEFT makes every adapter that it switches on trainable, frozen ones too.
     trainable = [(weight, weight.requires_grad) for module in switched_on for weight in module.parameters()]
     try:
-        for point, _ in hooks:
-            point._forward_hooks.clear()
+        # Each point gets another dictionary, so that a handle whose hook is removed meanwhile still finds its own.
+        for point, held in hooks:
+            point._forward_hooks = type(held)()
         for module in switched_on:
             cast(Any, module).enable_adapters(False)
         yield
@@ -106,7 +107,7 @@ def suspended(model: Model) -> Iterator[None]:
         for weight, wanted in trainable:
             weight.requires_grad_(wanted)
         for point, held in hooks:
-            point._forward_hooks.update(held)
+            point._forward_hooks = held
 
 
 def model_device(model: Model) -> torch.device:

@@ -5,11 +5,11 @@ do not (arXiv:2507.21509, section 2.2); a projection is the scalar one, onto the
 Knows nothing about how activations are made or how a vector is applied: tensors come in, tensors go out.
 """
 
-from persona_lens.vectors.directions import difference_in_means
+from persona_lens.vectors.directions import difference_in_means, orthonormal_basis
 from persona_lens.vectors.layer_statistics import LayerStatistics
-from persona_lens.vectors.persona_vector import PersonaVector, Position
+from persona_lens.vectors.persona_vector import PersonaVector, Position, refuse_absent_layer
 from persona_lens.vectors.persona_vectors import Cache, PersonaVectors, cosine_matrix
-from persona_lens.vectors.provenance import HOOK_POINT, Provenance, Relation
+from persona_lens.vectors.provenance import HOOK_POINT, Provenance, Relation, check_model
 
 __all__ = [
     "HOOK_POINT",
@@ -20,6 +20,9 @@ __all__ = [
     "Position",
     "Provenance",
     "Relation",
+    "check_model",
     "cosine_matrix",
     "difference_in_means",
+    "orthonormal_basis",
+    "refuse_absent_layer",
 ]

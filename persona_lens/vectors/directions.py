@@ -12,6 +12,9 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+# Unit vectors whose span has a singular value below this are the same direction, up to float32's rounding.
+_DEPENDENT = 1e-5
+
 
 def difference_in_means(
     positive_means: Float[Tensor, "positive layer d_model"], negative_means: Float[Tensor, "negative layer d_model"]
@@ -66,6 +69,12 @@ def units(
             "leave that layer out, or check that the two sides differ."
         )
     return (directions.double() / rearrange(lengths, "layer -> layer 1")).float()
+
+
+def orthonormal_basis(units: Float[Tensor, "vector d_model"]) -> Float[Tensor, "span d_model"]:
+    """An orthonormal basis, in float64, of what unit vectors span; parallel ones count once."""
+    _, sizes, basis = torch.linalg.svd(units.double(), full_matrices=False)
+    return basis[sizes > _DEPENDENT]
 
 
 def refuse_non_finite(directions: Float[Tensor, "layer d_model"], trait: str, first_layer: int = 0) -> None:

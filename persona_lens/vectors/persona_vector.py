@@ -4,18 +4,20 @@ Its projection of an activation a is the scalar a . v / |v| (arXiv:2507.21509, s
 Knows nothing about the other layers: `PersonaVectors.at` hands them out one by one.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from statistics import fmean
 from typing import Literal
 
+import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.models import Model, identify
 from persona_lens.vectors.algebra import VectorAlgebra, joint_provenance, refuse_unlike
-from persona_lens.vectors.directions import norms, owned, refuse_non_finite, units
+from persona_lens.vectors.directions import norms, orthonormal_basis, owned, refuse_non_finite, units
 from persona_lens.vectors.provenance import Provenance, Relation, check_model
 
 Position = Literal["response_mean", "prompt_mean", "prompt_last"]
@@ -64,6 +66,11 @@ class PersonaVector(VectorAlgebra):
         return float(norms(self.direction))
 
     @property
+    def fingerprint(self) -> str:
+        """A short hash of the layer and the direction's exact numbers: vectors that act alike have the same one."""
+        return hashlib.sha256(f"{self.layer}\0".encode() + self.direction.numpy().tobytes()).hexdigest()[:8]
+
+    @property
     def unit(self) -> "PersonaVector":
         """The same direction with norm 1; a zero direction has none and raises a ValueError."""
         row = units(self._as_row(), self.trait, first_layer=self.layer)
@@ -84,6 +91,22 @@ class PersonaVector(VectorAlgebra):
         """Cosine of the angle to another vector, at the same layer or another."""
         refuse_unlike(self, other, "d_model")
         return float(einsum(self.unit.direction, other.unit.direction, "d_model, d_model ->").clamp(-1, 1))
+
+    def orthogonal_to(self, *others: "PersonaVector") -> "PersonaVector":
+        """The vector without its component in the span of others, so that each can be steered or capped by itself.
+
+        Raises ValueError where nothing is left of it. Source: orthogonalised steering, arXiv:2603.03326.
+        """
+        for other in others:
+            refuse_unlike(self, other, "d_model", "layer")
+        basis = orthonormal_basis(torch.stack([other.unit.direction for other in others]))
+        own = self.direction.double()
+        inside = einsum(own, basis, "d_model, span d_model -> span")
+        rest = own - einsum(inside, basis, "span, span d_model -> d_model")
+        if float(rest.norm()) <= 1e-6 * self.norm:
+            raise ValueError(f"{self.trait}: nothing of it is orthogonal to {', '.join(o.trait for o in others)}.")
+        names = ", ".join(other.trait for other in others)
+        return replace(self, trait=f"({self.trait} without {names})", direction=rest.float())
 
     def check(self, model: Model, *, allow_other_model: bool = False) -> Relation:
         """Refuse a model that the vector does not belong to, by the rules of `PersonaVectors.check`."""

@@ -1,0 +1,51 @@
+"""What the commands share: the application, and the options that mean the same everywhere.
+
+Knows nothing about what a command does.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from persona_lens.cli.inputs import ModelClass
+
+app = typer.Typer(
+    help="Persona vectors for TransformerLens (arXiv:2507.21509).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class QuestionSet(StrEnum):
+    """A trait's two disjoint sets of questions."""
+
+    EXTRACTION = "extraction"
+    EVALUATION = "evaluation"
+
+
+class Polarity(StrEnum):
+    """Which system prompts."""
+
+    POSITIVE = "positive"
+    NEGATIVE = "negative"
+    NEUTRAL = "neutral"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Hub name, local directory, or smollm2-135m-instruct (embedded).")
+]
+TraitOption = Annotated[str, typer.Option("--trait", help="Bundled trait, or path of a trait's JSON.")]
+ClassOption = Annotated[ModelClass, typer.Option("--model-class", help="TransformerLens class.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; as many as cores are idle by default.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+DEFAULT_MODEL = "smollm2-135m-instruct"
+RELATIONS = {
+    "same": "the model that the vectors came from",
+    "adapted": "a finetuned or adapted model of the vectors' base",
+    "unknown": "of their shape; the vectors do not say which model they came from",
+}

@@ -1,0 +1,247 @@
+"""The result of a layer sweep: an evaluation for every layer and coefficient, the best of them, and why.
+
+Knows nothing about how answers were sampled or judged.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from persona_lens.evaluation import Evaluation
+from persona_lens.judges import read_scores
+from persona_lens.records import write_json
+from persona_lens.rollouts import read_rollouts
+from persona_lens.statistics import Estimate, spearman
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT_VERSION = 1
+SWEEP_FILE, ROWS_NAME = "layer_sweep.json", "sweep"
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The layer and coefficient that a sweep recommends.
+
+    Attributes:
+        layer: Counted from 0.
+        coefficient: The one with the highest trait score at that layer.
+        dose: Coefficient times the direction's norm over the stored residual norm; None where that is unknown.
+        trait_score: Of that cell.
+        coherence: Of that cell.
+        ties: Other cells (layer, coefficient) whose trait score the questions do not tell apart from the best.
+        reason: Why, in one sentence.
+    """
+
+    layer: int
+    coefficient: float
+    dose: float | None
+    trait_score: Estimate
+    coherence: Estimate
+    ties: tuple[tuple[int, float], ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerSweep:
+    """Every layer steered at the same coefficients.
+
+    Attributes:
+        trait: The trait that was judged.
+        judge: The judge's name.
+        layers: Ascending, counted from 0.
+        coefficients: As steered.
+        baseline: Without steering.
+        evaluations: By (layer, coefficient).
+        doses: Coefficient times |v| over the stored residual norm, by (layer, coefficient); None where unknown.
+        screens: Cheap measures of each layer, in the order of `layers`; see `SCREENS`.
+    """
+
+    trait: str
+    judge: str
+    layers: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    baseline: Evaluation
+    evaluations: Mapping[tuple[int, float], Evaluation]
+    doses: Mapping[tuple[int, float], float | None]
+    screens: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+
+    def best(self, min_coherence: float = 75.0) -> LayerChoice:
+        """The cell with the highest mean trait score among those whose mean coherence is at least `min_coherence`.
+
+        Ties are the cells whose difference from it has a 95 % interval, paired over questions, that holds 0. Being the
+        best of many, its score is optimistic: confirm it on other questions with `dose_response`.
+        Raises ValueError where no cell is coherent enough. Source: arXiv:2507.21509, section B.4, and coherence.
+        """
+        scores = {cell: found.trait_score.value for cell, found in self.evaluations.items()}
+        coherence = {cell: found.coherence.value or 0.0 for cell, found in self.evaluations.items()}
+        eligible = {
+            cell: score for cell, score in scores.items() if score is not None and coherence[cell] >= min_coherence
+        }
+        if not eligible:
+            layer, coefficient = max(coherence, key=coherence.__getitem__)
+            raise ValueError(
+                f"{self.trait}: none of {len(scores)} cells has a mean coherence of {min_coherence:g} or more; the "
+                f"most coherent is layer {layer} at {coefficient:g} with {coherence[layer, coefficient]:.1f}. "
+                "Sweep smaller coefficients, or lower min_coherence."
+            )
+        top = max(eligible, key=eligible.__getitem__)
+        ties = tuple(cell for cell in eligible if cell != top and self._tells_nothing(top, cell))
+        layer, coefficient = top
+        found = self.evaluations[top]
+        tied = f"; {len(ties)} others are not told apart from it" * bool(ties)
+        return LayerChoice(
+            layer,
+            coefficient,
+            self.doses[top],
+            found.trait_score,
+            found.coherence,
+            ties,
+            f"layer {layer} at {coefficient:g} has the highest {self.trait} score, {found.trait_score} against "
+            f"{self.baseline.trait_score} unsteered, of the {len(eligible)} of {len(scores)} cells with a mean "
+            f"coherence of {min_coherence:g} or more{tied}",
+        )
+
+    def _tells_nothing(self, one: tuple[int, float], other: tuple[int, float]) -> bool:
+        difference = self.evaluations[one].trait_score_resamples - self.evaluations[other].trait_score_resamples
+        finite = difference[np.isfinite(difference)]
+        return len(finite) < 2 or bool(np.percentile(finite, 2.5) <= 0)
+
+    def dose_response(self, layer: int) -> dict[float, Evaluation]:
+        """One layer's evaluations by coefficient, the baseline being coefficient 0."""
+        if layer not in self.layers:
+            raise ValueError(f"{self.trait}: layer {layer} was not swept, only {list(self.layers)}.")
+        rows = {0.0: self.baseline} | {each: self.evaluations[layer, each] for each in self.coefficients}
+        return dict(sorted(rows.items()))
+
+    def table(self) -> "pandas.DataFrame":
+        """A row for every cell, and first the baseline (layer -1, coefficient 0)."""
+        import pandas
+
+        cells: dict[tuple[int, float], Evaluation] = {(-1, 0.0): self.baseline, **self.evaluations}
+        rows = [
+            {
+                "layer": layer,
+                "coefficient": coefficient,
+                "dose": 0.0 if layer < 0 else self.doses[layer, coefficient],
+                "trait_score": found.trait_score.value,
+                "trait_score_low": found.trait_score.low,
+                "trait_score_high": found.trait_score.high,
+                "coherence": found.coherence.value,
+                "coherence_low": found.coherence.low,
+                "coherence_high": found.coherence.high,
+                "diversity": found.diversity,
+                "n": len(found.scored),
+                "missing": found.missing,
+            }
+            for (layer, coefficient), found in cells.items()
+        ]
+        return pandas.DataFrame(rows).set_index(["layer", "coefficient"])
+
+    def screen_correlations(self) -> "pandas.DataFrame":
+        """How well each cheap screen ranks the layers: Spearman with the swept trait score, at every coefficient.
+
+        Intervals resample the sweep's questions; None where a screen was not measured or does not vary.
+        """
+        import pandas
+
+        rows = []
+        for name, values in self.screens.items():
+            for coefficient in self.coefficients:
+                cells = [self.evaluations[layer, coefficient] for layer in self.layers]
+                swept = [cell.trait_score.value for cell in cells]
+                usable = [i for i, pair in enumerate(zip(values, swept, strict=True)) if None not in pair]
+                screen = [values[i] for i in usable]
+                resamples = np.array([cells[i].trait_score_resamples for i in usable]).reshape(len(usable), -1).T
+                value = spearman(np.array(screen, dtype=float), np.array([swept[i] for i in usable], dtype=float))
+                drawn = [
+                    spearman(np.array(screen, dtype=float), row) for row in resamples[:500] if np.isfinite(row).all()
+                ]
+                found = Estimate.of(
+                    np.nan if value is None else value,
+                    np.array([each for each in drawn if each is not None]),
+                    len(usable),
+                )
+                rows.append(
+                    {
+                        "screen": name,
+                        "coefficient": coefficient,
+                        "spearman": found.value,
+                        "low": found.low,
+                        "high": found.high,
+                        "layers": found.n,
+                    }
+                )
+        return pandas.DataFrame(rows, columns=["screen", "coefficient", "spearman", "low", "high", "layers"])
+
+    def save(self, folder: str | Path) -> None:
+        """Write layer_sweep.json beside the rows that `select_layer` keeps in the folder; `load` reads both."""
+        cells = [
+            {
+                "layer": layer,
+                "coefficient": coefficient,
+                "dose": self.doses[layer, coefficient],
+                **found.summary(),
+            }
+            for (layer, coefficient), found in self.evaluations.items()
+        ]
+        record: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "trait": self.trait,
+            "judge": self.judge,
+            "at": self.baseline.at,
+            "seed": self.baseline.seed,
+            "layers": list(self.layers),
+            "coefficients": list(self.coefficients),
+            "screens": {name: list(values) for name, values in self.screens.items()},
+            "baseline": self.baseline.summary(),
+            "cells": cells,
+        }
+        write_json(Path(folder) / SWEEP_FILE, record)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LayerSweep":
+        """The sweep of a folder in which `select_layer` ended.
+
+        Raises FileNotFoundError where there is none, ValueError where it is of another version or damaged.
+        """
+        folder = Path(folder)
+        file = folder / SWEEP_FILE
+        if not file.exists():
+            raise FileNotFoundError(f"No sweep in {folder}: make one with `persona-lens select-layer`.")
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {record['format_version']}, this persona_lens reads {FORMAT_VERSION}")
+            rollouts = read_rollouts(folder / f"{ROWS_NAME}_rollouts.jsonl")
+            scored = read_scores(folder / f"{ROWS_NAME}_scores.jsonl", rollouts)
+            found = [
+                Evaluation(
+                    record["trait"],
+                    tuple(row for row in scored if [row.rollout.intervention] == (each["interventions"] or [""])),
+                    tuple(each["interventions"]),
+                    each["at"],
+                    record["seed"],
+                )
+                for each in [record["baseline"], *record["cells"]]
+            ]
+            places = [(each["layer"], each["coefficient"]) for each in record["cells"]]
+            return cls(
+                record["trait"],
+                record["judge"],
+                tuple(record["layers"]),
+                tuple(record["coefficients"]),
+                found[0],
+                dict(zip(places, found[1:], strict=True)),
+                dict(zip(places, [each["dose"] for each in record["cells"]], strict=True)),
+                {name: tuple(values) for name, values in record["screens"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} is not a whole sweep ({error}): run `persona-lens select-layer` again."
+            ) from error

