@@ -3,13 +3,12 @@
 Knows nothing about how rows are run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
-from torch import Tensor
-
-from benchmarks.oracle import MINIMUM_COSINE, minimum_cosine
+from benchmarks.oracle import MINIMUM_COSINE
 from benchmarks.texts import Workload
 from benchmarks.timing import Contestant, Result, inspect, race
 
@@ -56,13 +55,14 @@ class Comparison:
     results: list[Result]
     tried: list[Result]
     verdicts: list[Verdict]
+    minimum: float
 
     @property
     def unequal(self) -> list[Result]:
-        """Results that the oracle does not confirm."""
-        found = [each for each in (*self.results, *self.tried) if each.minimum_cosine is not None]
-        # Put so that a cosine that is no number counts as unequal too.
-        return [result for result in found if not (result.minimum_cosine or 0.0) >= MINIMUM_COSINE]
+        """Results that do not agree with what they should be."""
+        found = [each for each in (*self.results, *self.tried) if each.agreement is not None]
+        # Put so that an agreement that is no number counts as unequal too.
+        return [result for result in found if not (result.agreement or 0.0) >= self.minimum]
 
 
 def compare(
@@ -71,23 +71,23 @@ def compare(
     contestants: Mapping[str, Variants],
     claims: Sequence[Claim],
     *,
-    expected: Tensor,
+    agreement: Callable[[Any], float],
+    minimum: float = MINIMUM_COSINE,
     repeats: int,
 ) -> Comparison:
-    """Inspect every variant of every contestant, race the best variant of each, and judge the claims by its rounds."""
+    """Inspect every variant of every contestant, race the best variant of each, and judge the claims by its rounds.
 
-    def cosine(means: Tensor) -> float:
-        return minimum_cosine(means, expected, workload.positive)
-
+    `agreement` says how far a result is what it should be; below `minimum` it counts as unequal.
+    """
     racing: dict[str, tuple[Contestant, Result]] = {}
     tried: list[Result] = []
     for label, variants in contestants.items():
-        inspected = [(variant, inspect(variant, cosine)) for variant in variants]
+        inspected = [(variant, inspect(variant, agreement)) for variant in variants]
         racing[label] = min(inspected, key=lambda pair: pair[1].first_cpu)
         tried += [result for _, result in inspected if result is not racing[label][1]]
     race(list(racing.values()), repeats)
     verdicts = [_verdict(claim, racing[claim.faster][1], racing[claim.than][1]) for claim in claims]
-    return Comparison(name, workload, repeats, [result for _, result in racing.values()], tried, verdicts)
+    return Comparison(name, workload, repeats, [result for _, result in racing.values()], tried, verdicts, minimum)
 
 
 def _verdict(claim: Claim, faster: Result, than: Result) -> Verdict:

@@ -5,7 +5,7 @@ function here is a benchmark that `python -m benchmarks` runs by its name.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.contestants import (
     with_mean_activations,
     with_stream_means,
 )
-from benchmarks.oracle import oracle_means
+from benchmarks.oracle import minimum_cosine, oracle_means
 from benchmarks.texts import Workload, shared_prompts, short_texts
 from persona_lens import load_model
 from persona_lens.chat import ChatTokens
@@ -41,18 +41,18 @@ BUDGETS = (None, 512)
 
 def extraction_texts(repeats: int) -> list[Comparison]:
     """A bridge against the bare Hugging Face forward and the reference code's loop, and what each part is worth."""
-    bridge, hf_model = _bridge(), _hugging_face()
-    workload = short_texts(bridge.tokenizer, 32)
+    model, hf_model = bridge(), _hugging_face()
+    workload = short_texts(model.tokenizer, 32)
     comparison = compare(
         "Texts on a TransformerBridge",
         workload,
         {
             "bare": [bare_hugging_face(hf_model, workload, size) for size in (32, 8, 4, 1)],
-            "stream_means": [with_stream_means(bridge, workload, budget) for budget in BUDGETS],
-            "mean_activations": [with_mean_activations(bridge, workload, BATCH_SIZE)],
+            "stream_means": [with_stream_means(model, workload, budget) for budget in BUDGETS],
+            "mean_activations": [with_mean_activations(model, workload, BATCH_SIZE)],
             "reference": [reference_loop(hf_model, workload)],
-            "unsorted": [with_mean_activations(bridge, workload, BATCH_SIZE, sort=False)],
-            "with head": [with_head(bridge, workload, BATCH_SIZE)],
+            "unsorted": [with_mean_activations(model, workload, BATCH_SIZE, sort=False)],
+            "with head": [with_head(model, workload, BATCH_SIZE)],
         },
         [
             Claim("stream_means", "bare", THROUGHPUT_GOAL),
@@ -62,7 +62,7 @@ def extraction_texts(repeats: int) -> list[Comparison]:
             Claim("mean_activations", "unsorted"),
             Claim("mean_activations", "with head"),
         ],
-        expected=_expected(workload),
+        agreement=_cosine(workload),
         repeats=repeats,
     )
     return [comparison]
@@ -83,7 +83,7 @@ def extraction_hooked(repeats: int) -> list[Comparison]:
             "mean_activations": [with_mean_activations(model, workload, BATCH_SIZE)],
         },
         [Claim("stream_means", "bare", THROUGHPUT_GOAL), Claim("mean_activations", "bare", THROUGHPUT_GOAL)],
-        expected=_expected(workload),
+        agreement=_cosine(workload),
         repeats=repeats,
     )
     return [comparison]
@@ -104,7 +104,7 @@ def _shared(
     shape: str, n_prompts: int, n_prompt_tokens: int, lengths: Sequence[int], goal: float, repeats: int
 ) -> Comparison:
     workload = shared_prompts(
-        _bridge().tokenizer,
+        bridge().tokenizer,
         f"{n_prompts} x {len(lengths)} rollouts",
         n_prompts=n_prompts,
         n_prompt_tokens=n_prompt_tokens,
@@ -117,16 +117,16 @@ def _shared(
         {
             # From 3 to 10 rows hardly differ where lengths are equal; where they are not, more rows only pad more.
             "bare": [bare_hugging_face(_hugging_face(), workload, 5)],
-            "stream_means": [with_stream_means(_bridge(), workload, budget) for budget in budgets],
+            "stream_means": [with_stream_means(bridge(), workload, budget) for budget in budgets],
         },
         [Claim("stream_means", "bare", goal)],
-        expected=_expected(workload),
+        agreement=_cosine(workload),
         repeats=repeats,
     )
 
 
 @cache
-def _bridge() -> Model:
+def bridge() -> Model:
     return _resident(load_model())
 
 
@@ -161,5 +161,6 @@ def _double() -> Any:
     return copy.deepcopy(_hugging_face()).double()
 
 
-def _expected(workload: Workload) -> Float[Tensor, "row layer d_model"]:
-    return torch.stack([_oracle(row) for row in workload.rows])
+def _cosine(workload: Workload) -> Callable[[Tensor], float]:
+    expected = torch.stack([_oracle(row) for row in workload.rows])
+    return lambda means: minimum_cosine(means, expected, workload.positive)

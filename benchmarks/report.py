@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.comparison import Comparison, Verdict
-from benchmarks.oracle import MINIMUM_COSINE
 from benchmarks.timing import Result
 
 
@@ -26,7 +25,7 @@ def show(console: Console, comparison: Comparison) -> None:
     title = f"{comparison.name}: {work.name}, {work.n_tokens} real tokens, n = {comparison.repeats}"
     table = Table(title=title, title_justify="left")
     table.add_column("contestant")
-    for heading in ("min s", "median s", "CPU s", "tokens/s", "padded", "forwards", "peak MiB", "1 - cosine"):
+    for heading in ("min s", "median s", "CPU s", "tokens/s", "padded", "forwards", "peak MiB", "1 - agreement"):
         table.add_column(heading, justify="right")
     for result in comparison.results:
         table.add_row(result.name, *_times(result, work.n_tokens), *_facts(result))
@@ -51,7 +50,7 @@ def _times(result: Result, n_tokens: int) -> list[str]:
 
 def _facts(result: Result) -> list[str]:
     peak = "-" if result.peak_extra_mib is None else f"{result.peak_extra_mib:.0f}"
-    distance = "-" if result.minimum_cosine is None else f"{1 - result.minimum_cosine:.0e}"
+    distance = "-" if result.agreement is None else f"{1 - result.agreement:.0e}"
     return [str(result.padded_tokens), str(result.forwards), peak, distance]
 
 
@@ -72,7 +71,6 @@ def as_json(comparisons: list[Comparison]) -> dict[str, Any]:
     return {
         "format_version": 1,
         "machine": machine(),
-        "minimum_cosine_allowed": MINIMUM_COSINE,
         "comparisons": [
             {
                 "name": comparison.name,
@@ -80,6 +78,7 @@ def as_json(comparisons: list[Comparison]) -> dict[str, Any]:
                 "rows": len(comparison.workload.rows),
                 "tokens": comparison.workload.n_tokens,
                 "repeats": comparison.repeats,
+                "minimum_agreement": comparison.minimum,
                 "contestants": [asdict(result) for result in comparison.results],
                 "tried_once": [asdict(result) for result in comparison.tried],
                 "claims": [asdict(verdict) | {"held": verdict.held} for verdict in comparison.verdicts],

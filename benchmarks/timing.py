@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do the work. `run` gives row means `[row layer d_model]`, or None where nothing is read."""
+    """One way to do the work. `run` gives its result, such as row means or texts, or None where nothing is read."""
 
     name: str
-    run: Callable[[], Tensor | None]
+    run: Callable[[], Any]
     embedding: nn.Module
     """The token embedding of the model that `run` runs: its calls are the forwards, its inputs the padded tokens."""
 
@@ -34,14 +35,14 @@ class Result:
     padded_tokens: int
     peak_extra_mib: float | None
     """Peak resident memory above what was resident before, of the first run; None where it cannot be measured."""
-    minimum_cosine: float | None
-    """None for a contestant that only runs the model."""
+    agreement: float | None
+    """With what it should be: a cosine, or a share of equal rows; None for a contestant that only runs the model."""
     first_cpu: float
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
 
-def inspect(contestant: Contestant, cosine: Callable[[Tensor], float]) -> Result:
+def inspect(contestant: Contestant, agreement: Callable[[Any], float]) -> Result:
     """The first run, which also warms up: what it computes, how many forwards and tokens, how much memory."""
     shapes: list[int] = []
     counting = contestant.embedding.register_forward_hook(
@@ -50,7 +51,7 @@ def inspect(contestant: Contestant, cosine: Callable[[Tensor], float]) -> Result
     started = time.process_time()
     try:
         with peak_extra_mib() as peak:
-            means = contestant.run()
+            found = contestant.run()
     finally:
         counting.remove()
     return Result(
@@ -58,7 +59,7 @@ def inspect(contestant: Contestant, cosine: Callable[[Tensor], float]) -> Result
         forwards=len(shapes),
         padded_tokens=sum(shapes),
         peak_extra_mib=peak[0] if peak else None,
-        minimum_cosine=None if means is None else cosine(means),
+        agreement=None if found is None else agreement(found),
         first_cpu=time.process_time() - started,
     )
 

@@ -7,6 +7,7 @@ Knows nothing about what the rows mean.
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,25 @@ class JsonLines:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_whole(path: Path, contents: bytes) -> None:
+    """Write a file whole or not at all: an older one of that name stays until the new one is on the disk.
+
+    Raises OSError in one sentence where the folder is missing or cannot be written to.
+    """
+    # Beside the target, so that the move stays on one file system; not by tempfile, whose files only their owner reads.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(contents)
+        os.replace(unfinished, path)
+    except OSError as error:
+        remedy = "name a file in an existing folder that you may write to"
+        raise OSError(f"Cannot write {path} ({error.strerror}): {remedy}.") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def ensure_writable(path: Path) -> None:

@@ -167,6 +167,15 @@ def test_generated_text_follows_the_references_rule(tiny_model, tiny_hf_model, r
         assert found != naive.greedy(tiny_hf_model, row.prompt, STEPS, stops)
 
 
+@pytest.mark.parametrize("way", ["ours", "TransformerLens with a cache", "TransformerLens without"])
+def test_generated_text_with_learned_positions_follows_the_references_rule(tiny_gpt2, tiny_hf_gpt2, way):
+    vectors, stops = some_vectors(tiny_gpt2), {tiny_gpt2.tokenizer.eos_token_id}
+    lengths = [len(IDS[0])] if way.endswith("without") else None
+    with steer(tiny_gpt2, vectors, 1.5, at="response", prompt_lengths=lengths):
+        found = spoken(tiny_gpt2, IDS[0], way)
+    assert found == steered_greedy(tiny_hf_gpt2, IDS[0], STEPS, stops, vectors, COEFFICIENTS[:3], "response")
+
+
 @pytest.mark.parametrize("cached", [True, False], ids=["with a cache", "without"])
 @pytest.mark.parametrize("at", ["response", "prompt"])
 def test_left_padding_does_not_change_generated_text(

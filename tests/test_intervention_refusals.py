@@ -164,6 +164,14 @@ def test_coefficients_for_fewer_rows_than_prompts_are_refused(tiny_model):
         generate(tiny_model, [[5, 6]] * 4, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("one_layer", [True, False], ids=["one layer", "every layer"])
+def test_activations_to_ablate_around_with_a_row_too_many_are_refused(tiny_model, one_layer):
+    # Hugging Face's hidden states begin with the embedding: every layer would be given the row of the one below
+    vectors, hidden_states = some_vectors(tiny_model), random_tensor(5, 32)
+    with pytest.raises(ValueError, match=r"around.*\[5, 32\]"):
+        ablate(tiny_model, vectors.at(1) if one_layer else vectors, around=hidden_states).__enter__()
+
+
 # --- positions -----------------------------------------------------------------------------------------------------
 
 

@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_tokenizer, reentrant, b
     bridge = bridge_from_transformers(wrapped, tiny_tokenizer)
     wrapped.train()
     vectors, runs = some_vectors(bridge), []
-    bridge.blocks[1].mlp.register_forward_hook(lambda *_: runs.append(1))
+    bridge.blocks[1].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
 
     def steered_gradients():
         with ExitStack() as stack:
@@ -199,7 +199,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_tokenizer, reentrant, b
 def test_an_adapter_around_the_model_is_steered_too(tiny_tokenizer, at):
     peft = pytest.importorskip("peft")
     bridge = bridge_from_transformers(tiny.llama(tiny_tokenizer), tiny_tokenizer)
-    config = peft.LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False)
+    config = peft.LoraConfig(r=2, target_modules=r".*(q_proj|down_proj)\._original_component", init_lora_weights=False)
     adapted = peft.get_peft_model(bridge.original_model, config)
     vectors, tokens = some_vectors(bridge), TOKENS[:1]
     lengths = None if at == "all" else [4]
@@ -209,19 +209,11 @@ def test_an_adapter_around_the_model_is_steered_too(tiny_tokenizer, at):
             found = adapted(tokens).logits
         places = slice(None) if at == "all" else slice(3, None)
         additions = {layer: 2 * row.double() for layer, row in enumerate(vectors.directions)}
-        with added_to_blocks(bridge, additions, places):
+        with naive.added_at(bridge.original_model, additions, places):
             expected = adapted(tokens).logits
     torch.testing.assert_close(found, expected, **EXACT)
     assert not torch.allclose(found, plain)
     assert adapter_gradients(bridge, adapted, vectors)
-
-
-PROJECTIONS = r".*(q_proj|down_proj)\._original_component"
-
-
-def added_to_blocks(bridge, additions, places):
-    """`naive.added_at` on the blocks that a bridge has put into its model."""
-    return naive.added_at(bridge.original_model, additions, places)
 
 
 def adapter_gradients(bridge, adapted, vectors):

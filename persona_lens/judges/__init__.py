@@ -4,8 +4,9 @@ A judge runs with every intervention suspended and adapters off, so a measure ne
 (arXiv:2507.21509, sections 2.2 and B). A missing score is None, never 0.
 """
 
-from persona_lens.judges.classifier import ClassifierJudge, CrossValidation, TextClassifier
+from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
 from persona_lens.judges.coherence import CoherenceScale
+from persona_lens.judges.cross_validation import CrossValidation
 from persona_lens.judges.keep import KeepReport, keep_pairs, pair_rollouts
 from persona_lens.judges.lexicon import SentimentJudge
 from persona_lens.judges.likelihood import intervened_log_likelihoods, mean_log_likelihoods

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,49 +21,23 @@ from jaxtyping import Float64, Int
 from safetensors import SafetensorError, safe_open
 from scipy.sparse import csr_matrix
 from scipy.special import expit
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold
 
+from persona_lens.judges.cross_validation import (
+    READING,
+    CrossValidation,
+    cross_validate,
+    fit_regression,
+    make_vectorizer,
+    number_groups,
+    terms_per_row,
+)
 from persona_lens.judges.scores import Score
+from persona_lens.records import write_whole
 from persona_lens.rollouts import Rollout
-from persona_lens.statistics import auc, question_resamples
 from persona_lens.traits import Trait
 
 FORMAT_VERSION = 1
-N_FOLDS = 5
-N_RESAMPLES = 200
-MIN_TEXTS_PER_TERM = 2
-# How text becomes numbers is part of the file format: a change here is a new format version.
-_READING = {"token_pattern": r"(?u)\b\w\w+\b", "ngram_range": [1, 2], "sublinear_tf": True, "norm": "l2"}
 _HEADER = "persona_lens_classifier"
-
-
-@dataclass(frozen=True)
-class CrossValidation:
-    """How well classifiers fitted on the other groups of texts tell the held-out ones apart.
-
-    `auc` pools the probabilities of all folds, and [`low`, `high`] is its 95 % interval over resampled groups; None
-    where a side could not be scored at all. `n_unscored` texts had no term known to their fold and are left out.
-    """
-
-    auc: float | None
-    low: float | None
-    high: float | None
-    n_positive: int
-    n_negative: int
-    n_unscored: int
-    n_groups: int
-    n_folds: int
-
-    def __str__(self) -> str:
-        missing = self.auc is None or self.low is None
-        found = "none" if missing else f"{self.auc:.3f} (95 % {self.low:.3f} to {self.high:.3f})"
-        return (
-            f"AUC {found} on held-out groups: {self.n_positive} positive and {self.n_negative} negative texts, "
-            f"{self.n_unscored} unscored, {self.n_groups} groups, {self.n_folds} folds"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,31 +90,31 @@ class TextClassifier:
         if blank := sum(not text.strip() for text in texts):
             raise ValueError(f"{blank} of the {len(texts)} texts are blank and teach nothing: leave them out.")
         is_positive = np.arange(len(texts)) < len(positive)
-        numbered = _number_groups(texts if groups is None else groups, is_positive, labels)
-        vectorizer, regression = _fit_sklearn(texts, is_positive)
+        numbered = number_groups(texts if groups is None else groups, is_positive, labels)
+        vectorizer, regression = fit_regression(texts, is_positive)
         return cls(
             terms=tuple(vectorizer.get_feature_names_out().tolist()),
             idf=vectorizer.idf_,
             coefficients=regression.coef_[0],
             intercept=float(cast(Any, regression.intercept_)[0]),
             labels=labels,
-            validation=_cross_validate(texts, is_positive, numbered, seed),
+            validation=cross_validate(texts, is_positive, numbered, seed),
         )
 
     def probability(self, texts: Sequence[str]) -> Float64[np.ndarray, " text"]:
         """The probability of the positive label; NaN for a text without a known term, such as an empty one."""
         features = self._features(texts)
         found = expit(features @ self.coefficients + self.intercept)
-        return np.where(_terms_per_row(features) > 0, found, np.nan)
+        return np.where(terms_per_row(features) > 0, found, np.nan)
 
     def known_terms(self, texts: Sequence[str]) -> Int[np.ndarray, " text"]:
         """How many different known words and pairs of words each text has."""
-        return _terms_per_row(self._features(texts))
+        return terms_per_row(self._features(texts))
 
     @cached_property
     def weights_hash(self) -> str:
         """Twelve hexadecimal digits that change with anything that shapes a probability, and with the labels."""
-        digest = hashlib.sha256(json.dumps([self.terms, self.labels, _READING]).encode())
+        digest = hashlib.sha256(json.dumps([self.terms, self.labels, READING]).encode())
         digest.update(self._weights.astype("<f8").tobytes())
         return digest.hexdigest()[:12]
 
@@ -157,21 +130,11 @@ class TextClassifier:
             raise ValueError(
                 f"A classifier is saved as .safetensors, got {path.name!r}: change the ending of the name."
             )
-        header = {"format_version": FORMAT_VERSION, "reading": _READING, "labels": self.labels, "terms": self.terms}
+        header = {"format_version": FORMAT_VERSION, "reading": READING, "labels": self.labels, "terms": self.terms}
         header["validation"] = asdict(self.validation)
         tensors = {"idf": self.idf, "coefficients": self.coefficients, "intercept": np.array([self.intercept])}
         contents = safetensors.numpy.save(tensors, metadata={_HEADER: json.dumps(header, allow_nan=False)})
-        # Beside the target, so that the move stays on one file system.
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        try:
-            unfinished.write_bytes(contents)
-            os.replace(unfinished, path)
-        except OSError as error:
-            remedy = "name a file in an existing folder that you may write to"
-            raise OSError(f"Cannot write {path} ({error.strerror}): {remedy}.") from error
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
+        write_whole(path, contents)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TextClassifier":
@@ -202,8 +165,8 @@ class TextClassifier:
 
     @classmethod
     def _from_parts(cls, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> "TextClassifier":
-        if header["reading"] != _READING:
-            raise ValueError(f"it reads text by {header['reading']}, and this format by {_READING}")
+        if header["reading"] != READING:
+            raise ValueError(f"it reads text by {header['reading']}, and this format by {READING}")
         positive, negative = _check_texts(header["labels"], "label")
         return cls(
             terms=tuple(_check_texts(header["terms"], "term")),
@@ -220,7 +183,7 @@ class TextClassifier:
 
     @cached_property
     def _vectorizer(self) -> Any:
-        vectorizer = _make_vectorizer(vocabulary=self.terms)
+        vectorizer = make_vectorizer(vocabulary=self.terms)
         vectorizer.idf_ = self.idf
         return vectorizer
 
@@ -266,77 +229,3 @@ def _check_texts(texts: Sequence[str], label: str) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"{label} text {number} is no string but {type(text).__name__}: pass responses as text.")
     return list(texts)
-
-
-def _number_groups(groups: Sequence[Hashable], is_positive: np.ndarray, labels: tuple[str, str]) -> np.ndarray:
-    """The groups as numbers from 0; raises ValueError where a side cannot be spread over the folds."""
-    if len(groups) != len(is_positive):
-        raise ValueError(f"Expected one group a text, {len(is_positive)} in all, got {len(groups)}.")
-    order: dict[Hashable, int] = {}
-    numbered = np.array([order.setdefault(group, len(order)) for group in groups], dtype=int)
-    for label, side in zip(labels, (is_positive, ~is_positive), strict=True):
-        if (found := len(set(numbered[side].tolist()))) < N_FOLDS:
-            raise ValueError(
-                f"Cross-validation needs {label} texts in {N_FOLDS} different groups at least, got {int(side.sum())} "
-                f"texts in {found}: add texts (identical ones are one group)."
-            )
-    return numbered
-
-
-def _make_vectorizer(**settings: Any) -> Any:
-    return TfidfVectorizer(**cast(Any, {**_READING, "ngram_range": tuple(_READING["ngram_range"])} | settings))
-
-
-def _terms_per_row(features: Any) -> np.ndarray:
-    # A known term never has the value 0: an idf is 1 at least.
-    return np.diff(features.indptr)
-
-
-def _fit_sklearn(texts: Sequence[str], is_positive: np.ndarray) -> tuple[Any, Any]:
-    vectorizer = _make_vectorizer(min_df=MIN_TEXTS_PER_TERM)
-    try:
-        features = vectorizer.fit_transform(texts)
-    except ValueError as error:
-        raise ValueError(
-            f"No word of two letters or more occurs in {MIN_TEXTS_PER_TERM} of the {len(texts)} texts: fit on more."
-        ) from error
-    # Features of unit length spread over many terms: at scikit-learn's own C = 1 all probabilities crowd the middle.
-    regression = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000)
-    return vectorizer, regression.fit(features, is_positive)
-
-
-def _cross_validate(texts: list[str], is_positive: np.ndarray, groups: np.ndarray, seed: int) -> CrossValidation:
-    held_out = np.full(len(texts), np.nan)
-    # Stratified, because a pooled AUC is biased downwards where the folds' shares of positives differ.
-    folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=seed)
-    for train, test in folds.split(np.zeros(len(texts)), is_positive, groups):
-        vectorizer, regression = _fit_sklearn([texts[row] for row in train], is_positive[train])
-        features = vectorizer.transform([texts[row] for row in test])
-        found = regression.predict_proba(features)[:, 1]
-        held_out[test] = np.where(_terms_per_row(features) > 0, found, np.nan)
-    scored = ~np.isnan(held_out)
-    n_groups = int(groups.max()) + 1
-    low, high = _interval(held_out[scored], is_positive[scored], groups[scored], n_groups, seed)
-    return CrossValidation(
-        auc=auc(held_out[scored & is_positive], held_out[scored & ~is_positive]),
-        low=low,
-        high=high,
-        n_positive=int(is_positive.sum()),
-        n_negative=int((~is_positive).sum()),
-        n_unscored=int((~scored).sum()),
-        n_groups=n_groups,
-        n_folds=N_FOLDS,
-    )
-
-
-def _interval(
-    probabilities: np.ndarray, is_positive: np.ndarray, groups: np.ndarray, n_groups: int, seed: int
-) -> tuple[float, float] | tuple[None, None]:
-    weights = question_resamples(n_groups, N_RESAMPLES, seed)[:, groups]
-    drawn = [row for row in weights if row[is_positive].any() and row[~is_positive].any()]
-    if not drawn:
-        return None, None
-    # Not `resampled_auc`: it holds a table of all pairs of texts, and labelled sets can be large.
-    found = [float(roc_auc_score(is_positive, probabilities, sample_weight=row)) for row in drawn]
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)

@@ -6,7 +6,7 @@ confirmed on evaluation questions, against random directions of equal norm.
 Knows nothing about pictures or files of other tools.
 """
 
-from persona_lens.layer_selection.dose_response import DoseResponse, dose_response
+from persona_lens.layer_selection.doses import DoseResponse, dose_response
 from persona_lens.layer_selection.screens import SCREENS, fixed_texts
 from persona_lens.layer_selection.selection import select_layer
 from persona_lens.layer_selection.sweep import LayerChoice, LayerSweep

@@ -7,7 +7,6 @@ Knows nothing about the algebra of vectors: their parts go in and come out by fi
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from persona_lens.records import write_whole
 from persona_lens.vectors.layer_statistics import LayerStatistics
 from persona_lens.vectors.provenance import Provenance
 
@@ -35,17 +35,7 @@ def write_vector_file(path: str | os.PathLike[str], parts: Mapping[str, Any]) ->
         raise ValueError(f"Vectors are saved as .safetensors, got {path.name!r}: change the ending of the name.")
     tensors, header = _disassemble(parts)
     contents = safetensors.torch.save(tensors, metadata={_HEADER: json.dumps(header, allow_nan=False)})
-    # Beside the target, so that the move stays on one file system; not by tempfile, whose files only their owner reads.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_bytes(contents)
-        os.replace(unfinished, path)
-    except OSError as error:
-        remedy = "name a file in an existing folder that you may write to"
-        raise OSError(f"Cannot write {path} ({error.strerror}): {remedy}.") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+    write_whole(path, contents)
 
 
 def read_vector_file(path: str | os.PathLike[str]) -> dict[str, Any]:

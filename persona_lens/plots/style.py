@@ -1,0 +1,126 @@
+"""The one look of all pictures: colours, titles, grids of cells, and how numbers and foreign text are written.
+
+Blue and vermilion are Okabe and Ito's; they, cividis, and red against blue stay apart for every kind of colour vision.
+Knows nothing about what is drawn.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+from math import isnan
+from typing import Any
+
+from persona_lens.evaluation import Evaluation
+
+INSTALL_COMMAND = 'pip install "persona-lens[plots]"'
+
+BLUE, PALE_BLUE, VERMILION = "#0072B2", "rgba(0, 114, 178, 0.2)", "#D55E00"
+INK, GREY, BLANK = "#222222", "#9A9A9A", "#E4E4E4"
+SEQUENTIAL, DIVERGING = "Cividis", "RdBu_r"
+DASHED = {"color": INK, "width": 1.5, "dash": "dash"}
+
+
+def graph_objects() -> Any:
+    """Plotly's module of figures, or an ImportError that says how to install it."""
+    try:
+        import plotly.graph_objects
+    except ImportError as error:
+        raise ImportError(f"Plots are made with plotly, which is not installed: {INSTALL_COMMAND}") from error
+    return plotly.graph_objects
+
+
+def styled_figure(title: str, notes: Sequence[str] = (), figure: Any = None) -> Any:
+    """A figure with a title, a smaller line for each note, and room for the legend between them and the plot."""
+    figure = graph_objects().Figure() if figure is None else figure
+    figure.update_layout(
+        template="simple_white",
+        width=900,
+        height=500,
+        font={"family": "Open Sans, Helvetica, Arial, sans-serif", "size": 14, "color": INK},
+        title={
+            "text": f"<b>{title}</b>" + "".join(f"<br>{small(note)}" for note in notes),
+            "font": {"size": 19},
+            "x": 0.02,
+            "y": 0.97,
+            "yanchor": "top",
+        },
+        margin={"l": 75, "r": 30, "t": 75 + 20 * len(notes), "b": 70},
+        legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom", "font": {"size": 13}},
+    )
+    return figure
+
+
+def add_grid(
+    figure: Any,
+    values: Sequence[Sequence[float | None]],
+    hover: Sequence[Sequence[str]],
+    *,
+    name: str,
+    decimals: int,
+    scale: str,
+    ends: tuple[float, float],
+) -> None:
+    """Cells with their numbers, on a ground of grey that shows where there is none."""
+    low, high = ends
+    figure.add_heatmap(
+        z=values,
+        text=[["" if each is None else number(each, decimals) for each in row] for row in values],
+        texttemplate="%{text}",
+        hovertext=hover,
+        hoverinfo="text",
+        colorscale=scale,
+        zmin=low,
+        zmax=high,
+        xgap=2,
+        ygap=2,
+        colorbar={"title": {"text": name}, "tickvals": [low + (high - low) * part / 4 for part in range(5)]},
+    )
+    figure.update_layout(plot_bgcolor=BLANK)
+
+
+def index_axis(names: Sequence[str]) -> dict[str, Any]:
+    """Names at places 0, 1, 2 ..., at most forty of them.
+
+    As categories of plotly's, names that repeat would be one place, and names that look like numbers would be numbers.
+    """
+    step = 1 + (len(names) - 1) // 40
+    places = list(range(0, len(names), step))
+    return {"tickvals": places, "ticktext": [names[place] for place in places], "ticks": "", "showline": False}
+
+
+def hover_text(found: Evaluation, place: str) -> str:
+    """Both scores with their intervals and n."""
+    return (
+        f"<b>{place}</b><br>trait score {found.trait_score}, n = {found.trait_score.n}<br>coherence {found.coherence}, "
+        f"n = {found.coherence.n}<br>{len(found.scored)} answers, {found.missing} without a trait score"
+    )
+
+
+def dose_text(dose: float | None) -> str:
+    """The relative dose in brackets, nothing where it is unknown."""
+    return "" if dose is None else f" (dose {dose:.2f} of the residual norm)"
+
+
+def number(value: float | None, decimals: int = 2) -> str:
+    """The number, "-" where it is missing."""
+    # Adding 0.0 turns a rounded -0.0 into 0.
+    return "-" if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
+def known(numbers: Iterable[float]) -> list[float | None]:
+    """Numbers with None for NaN."""
+    return [None if isnan(each) else each for each in numbers]
+
+
+def small(text: str) -> str:
+    """Text of a second line."""
+    return f'<span style="font-size:14px">{text}</span>'
+
+
+def safe(text: str) -> str:
+    """Text that plotly shows letter for letter, cut where it would run out of the picture.
+
+    Quotes stay, because plotly knows no entities for them; a dollar sign would begin a formula.
+    """
+    line = " ".join(text.split())
+    line = line if len(line) <= 60 else line[:59] + "…"
+    return html.escape(line, quote=False).replace("$", "&#36;")
