@@ -68,7 +68,9 @@ def make_calibration(trait=TRAIT, questions=()):
 
 def make_rollout(question, sample, text="so it is", intervention=""):
     system = TRAIT.system_prompt("neutral", None)
-    return Rollout("grumpy", "neutral", None, system, question, sample, text, (1, 2), "stop", "made up", 0, intervention)
+    return Rollout(
+        "grumpy", "neutral", None, system, question, sample, text, (1, 2), "stop", "made up", 0, intervention
+    )
 
 
 def make_evaluation(scores, *, coherence: float | None = 90.0, questions=None, intervention="", text="so it is"):
@@ -87,18 +89,16 @@ def make_sweep(cells, *, screens=None, baseline=(5.0, 5.0, 5.0, 5.0), questions=
     for (layer, coefficient), cell in cells.items():
         scores, coherence = cell if isinstance(cell, tuple) else (cell, 90.0)
         name = f"layer {layer} x {coefficient:g}"
-        found[layer, coefficient] = make_evaluation(
-            scores, coherence=coherence, questions=questions, intervention=name
-        )
+        found[layer, coefficient] = make_evaluation(scores, coherence=coherence, questions=questions, intervention=name)
     layers, coefficients = (tuple(dict.fromkeys(each)) for each in zip(*cells, strict=True))
     start = make_evaluation(baseline, questions=None if questions is None else questions[: len(baseline)])
     doses = {(layer, coefficient): coefficient / 10 for layer, coefficient in cells}
     return LayerSweep("grumpy", "made up", layers, coefficients, start, found, doses, screens or {})
 
 
-def keep_rows(sweep, folder):
-    """Write the rows of a sweep as `select_layer` leaves them in its folder."""
-    rows = [row for found in [sweep.baseline, *sweep.evaluations.values()] for row in found.scored]
+def keep_rows(evaluations, folder):
+    """Write the rows of evaluations as `select_layer` leaves them in its folder."""
+    rows = [row for found in evaluations for row in found.scored]
     JsonLines(folder / "sweep_rollouts.jsonl").append(asdict(row.rollout) for row in rows)
     JsonLines(folder / "sweep_scores.jsonl").append(
         {"key": row.rollout.key, "trait_score": row.trait_score, "coherence": row.coherence, "judge": "made up"}

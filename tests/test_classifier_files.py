@@ -9,7 +9,7 @@ import safetensors
 import safetensors.numpy
 
 from persona_lens.judges.classifier import TextClassifier
-from tests.classifier_cases import MIXED, fitted
+from tests.classifier_cases import MIXED, NEGATIVE, POSITIVE, fit, fitted
 
 
 @pytest.fixture(scope="module")

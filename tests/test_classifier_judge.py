@@ -2,14 +2,11 @@
 
 import importlib.util
 import json
-import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
-import safetensors.numpy
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
@@ -20,7 +17,8 @@ from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
 from persona_lens.rollouts import Rollout
 from persona_lens.statistics import auc
 from persona_lens.traits import load_trait
-from tests.classifier_cases import GROUPS, MIXED, NEGATIVE, POSITIVE, fit, fitted
+from tests.classifier_cases import GROUPS, MIXED, NEGATIVE, POSITIVE, TOPICS, fit, fitted
+
 
 @pytest.fixture(scope="module")
 def classifier():
@@ -179,6 +177,7 @@ def test_what_is_no_string_is_refused(shapes_unchecked):
 def test_weights_that_make_no_classifier_are_refused(classifier, shapes_unchecked, change, message):
     whole = {"terms": ("one", "two"), "idf": np.ones(2), "coefficients": np.ones(2), "intercept": 0.0}
     with pytest.raises(ValueError, match=message):
+        TextClassifier(**whole | change, labels=("up", "down"), validation=classifier.validation)
 
 
 # The judge

@@ -95,9 +95,10 @@ def test_every_layer_is_changed_along_its_own_vector():
 def test_steering_adds_the_coefficient_times_the_vector(seed, coefficient):
     vector = make_vectors(seed=seed).at(2)
     found = Steer(vector, coefficient).apply(RESID)
-    for row, place, index in torch.cartesian_prod(*map(torch.arange, RESID.shape)).tolist():
-        slow = float(RESID[row, place, index]) + coefficient * float(vector.direction[index])
-        assert float(found[row, place, index]) == pytest.approx(slow, abs=1e-10)
+    direction = vector.direction.tolist()
+    for row, place in torch.cartesian_prod(torch.arange(2), torch.arange(5)).tolist():
+        slow = [h + coefficient * v for h, v in zip(RESID[row, place].tolist(), direction, strict=True)]
+        assert found[row, place].tolist() == pytest.approx(slow, abs=1e-10)
 
 
 @pytest.mark.parametrize("coefficient", [0, 0.0, torch.zeros(2), torch.zeros(2, 1)], ids=["int", "0.0", "[2]", "[2,1]"])
@@ -175,11 +176,9 @@ def test_ablating_leaves_no_projection_and_touches_nothing_else(seed, scale):
     assert max(abs(value) for row in projections(found, vector) for value in row) < 1e-12
 
 
-@given(seed=SEEDS)
-def test_ablating_twice_is_ablating_once(seed):
-    ablate = Ablate([make_vectors(seed=seed).at(1), KIND.at(1)])
-    once = ablate.apply(RESID)
-    assert_same_up_to_rounding(ablate.apply(once), once)
+def test_ablating_twice_is_ablating_once():
+    once = Ablate([EVIL.at(1), KIND.at(1)]).apply(RESID)
+    assert_same_up_to_rounding(Ablate([EVIL.at(1), KIND.at(1)]).apply(once), once)
 
 
 @given(seed=SEEDS)
@@ -210,8 +209,8 @@ def test_around_has_a_row_for_every_layer():
 
 
 def test_half_precision_is_ablated_to_its_own_rounding():
-    found = Ablate(EVIL.at(1)).apply(RESID.bfloat16())
-    assert torch.equal(found, orthogonal_part(RESID.bfloat16().double(), EVIL.at(1)).bfloat16())
+    exact = orthogonal_part(RESID.bfloat16().double(), EVIL.at(1))
+    assert torch.equal(Ablate(EVIL.at(1)).apply(RESID.bfloat16()), exact.bfloat16())
 
 
 # --- cap -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,17 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from persona_lens.statistics import auc, question_resamples, resampled_auc, spearman
+from persona_lens.statistics import (
+    N_RESAMPLES,
+    Estimate,
+    auc,
+    mean_estimate,
+    question_resamples,
+    resampled_auc,
+    resampled_means,
+    slopes,
+    spearman,
+)
 
 # A few whole numbers, so that ties are the rule, as well as any float.
 VALUES = st.one_of(st.integers(-2, 2).map(float), st.floats(-1e6, 1e6))
@@ -90,3 +100,96 @@ def test_resamples_repeat_by_seed():
     one, again, other = (question_resamples(6, 20, seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
+
+
+# --- means, slopes and their intervals -----------------------------------------------------------------------------
+
+SCORES = st.lists(st.one_of(st.none(), st.floats(0, 100)), min_size=1, max_size=12)
+
+
+def drawn_values(values, questions, names, counts):
+    """The rows of one resample, each written out as often as its question was drawn; missing ones are not there."""
+    return [
+        value
+        for name, count in zip(names, counts, strict=True)
+        for value, question in zip(values, questions, strict=True)
+        if question == name and value is not None
+        for _ in range(count)
+    ]
+
+
+@given(values=SCORES, data=st.data())
+def test_resampled_means_are_those_of_rows_repeated_as_often_as_their_question_was_drawn(values, data):
+    questions = [data.draw(st.integers(0, 3)) for _ in values]
+    weights = question_resamples(4, 5, seed=data.draw(st.integers(0, 9)))
+    numbers = np.array([np.nan if value is None else value for value in values])
+    found = resampled_means(numbers, np.array(questions), weights)
+    for mean, counts in zip(found, weights, strict=True):
+        rows = drawn_values(values, questions, range(4), counts)
+        assert np.isnan(mean) if not rows else mean == pytest.approx(sum(rows) / len(rows), abs=1e-9)
+
+
+def test_an_interval_is_that_of_a_loop_over_resamples_of_questions():
+    values = [0.0, 10.0, None, 35.0, 80.0, 20.0, None]
+    questions = ["b", "a", "a", "c", "d", "b", "e"]
+    means = []
+    for counts in question_resamples(5, N_RESAMPLES, 3):
+        rows = drawn_values(values, questions, ["b", "a", "c", "d", "e"], counts)
+        means += [sum(rows) / len(rows)] if rows else []
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert mean_estimate(values, questions, seed=3) == pytest.approx((29.0, low, high, 5))
+
+
+@given(values=SCORES)
+def test_a_mean_is_over_the_rows_that_have_a_value(values):
+    known = [value for value in values if value is not None]
+    found = mean_estimate(values, [str(index) for index in range(len(values))])
+    assert found.n == len(known)
+    assert found.value == (pytest.approx(sum(known) / len(known), abs=1e-9) if known else None)
+
+
+def test_a_mean_over_one_question_has_no_interval():
+    assert mean_estimate([10.0, 30.0], ["why", "why"]) == Estimate(20.0, None, None, 2)
+
+
+def test_an_interval_repeats_by_seed():
+    one, again, other = (mean_estimate([1.0, 5.0, 6.0], ["a", "b", "c"], seed=seed) for seed in (1, 1, 2))
+    assert one == again
+    assert one.value == other.value
+
+
+def test_an_estimate_leaves_out_the_resamples_that_are_undefined():
+    resamples = np.array([1.0, np.nan, 2.0, 3.0, np.nan])
+    assert Estimate.of(2.0, resamples, 7) == pytest.approx((2.0, *np.percentile([1, 2, 3], [2.5, 97.5]), 7))
+
+
+def test_an_undefined_value_has_no_interval():
+    assert Estimate.of(float("nan"), np.array([1.0, 2.0]), 4) == Estimate(None, None, None, 4)
+    assert Estimate.of(1.0, np.array([1.0, np.nan]), 4) == Estimate(1.0, None, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(12.34, 1.0, 20.06, 5), "12.3 [1.0, 20.1]"),
+        (Estimate(12.34, None, None, 5), "12.3"),
+        (Estimate(None, None, None, 0), "-"),
+    ],
+)
+def test_an_estimate_reads_as_a_number_with_its_interval(estimate, text):
+    assert str(estimate) == text
+
+
+@given(
+    x=st.lists(st.integers(-20, 20).map(float), min_size=2, max_size=6, unique=True),
+    seed=st.integers(0, 99),
+)
+def test_slopes_are_those_of_polyfit(x, seed):
+    y = np.random.default_rng(seed).uniform(0, 100, (3, len(x)))
+    expected = [np.polyfit(x, row, 1)[0] for row in y]
+    np.testing.assert_allclose(slopes(np.array(x), y), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_slope_is_undefined_where_a_point_is():
+    found = slopes(np.array([0.0, 1.0, 2.0]), np.array([[0.0, np.nan, 4.0], [0.0, 2.0, 4.0]]))
+    np.testing.assert_array_equal(found, [np.nan, 2.0])
