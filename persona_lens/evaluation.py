@@ -7,7 +7,7 @@ Knows nothing about which layer or coefficient is best.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +41,7 @@ class Evaluation:
     """
 
     trait: str
-    scored: tuple[ScoredRollout, ...]
+    scored: tuple[ScoredRollout, ...] = field(repr=False)
     interventions: tuple[str, ...] = ()
     at: str = "response"
     seed: int = 0
@@ -71,8 +71,11 @@ class Evaluation:
     def trait_score_resamples(self) -> np.ndarray:
         """The mean trait score in every bootstrap resample, the same questions being drawn in evaluations of one seed.
 
-        So differences and slopes of evaluations over the same questions are paired.
+        So differences and slopes of evaluations over the same questions are paired. NaN for one question, which
+        resampling cannot vary.
         """
+        if len(self.questions) < 2:
+            return np.full(N_RESAMPLES, np.nan)
         place = {question: index for index, question in enumerate(sorted(self.questions))}
         questions = np.array([place[question] for question in self._questions])
         values = np.array([np.nan if row.trait_score is None else row.trait_score for row in self.scored], dtype=float)

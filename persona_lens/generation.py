@@ -96,8 +96,10 @@ def _check(
             f"Sampling needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
             f"got {steps}, {temperature} and {top_p}."
         )
-    repeats = any(attached.row_wise for attached in attachments(model))
-    if len(keys) != len(prompts) or (len(set(keys)) != len(prompts) and not repeats):
+    row_wise = [count for attached in attachments(model) for count in attached.n_rows]
+    if unlike := [count for count in row_wise if count != len(prompts)]:
+        raise ValueError(f"Steering has coefficients for {unlike[0]} rows, and there are {len(prompts)} prompts.")
+    if len(keys) != len(prompts) or (len(set(keys)) != len(prompts) and not row_wise):
         raise ValueError(f"Sampling needs one distinct key a row, got {len(set(keys))} keys for {len(prompts)} rows.")
     room = int(model.cfg.n_ctx) - steps
     for index, prompt in enumerate(prompts):
@@ -113,7 +115,7 @@ PrefixSharing = Literal["whole prompt", "all but its last token", "nothing"]
 
 def _prefix_sharing(model: Model, prompts: Sequence[Sequence[int]]) -> PrefixSharing:
     """How much of a prompt is the same for all rows that have it, under the interventions that are attached."""
-    row_wise = [attached.at for attached in attachments(model) if attached.row_wise]
+    row_wise = [attached.at for attached in attachments(model) if attached.n_rows]
     if not row_wise:
         return "whole prompt"
     only_response = all(isinstance(at, str) and at == "response" for at in row_wise)

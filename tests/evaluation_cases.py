@@ -1,7 +1,7 @@
 """A small trait, a judge that counts a letter, and made-up evaluations, for tests of what steering does to answers."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from persona_lens.records import JsonLines
 from persona_lens.rollouts import Rollout
 from persona_lens.statistics import N_RESAMPLES, question_resamples
 from persona_lens.traits import InstructionPair, Trait
+from tests.intervention_cases import some_vectors
 
 TRAIT = Trait(
     name="grumpy",
@@ -59,6 +60,14 @@ class FittedLetterJudge(LetterJudge):
 
     def used_questions(self, trait):
         return self.used
+
+
+def planted_vectors(model, hf_model, letter="z", layer=3):
+    """Random directions, but at one late layer the unembedding's row of a letter, which makes the model say it."""
+    vectors = some_vectors(model, TRAIT.name)
+    directions = vectors.directions.clone()
+    directions[layer] = hf_model.lm_head.weight[model.tokenizer.convert_tokens_to_ids(letter)].detach()
+    return replace(vectors, directions=directions * (40 / directions.norm(dim=-1, keepdim=True)))
 
 
 def make_calibration(trait=TRAIT, questions=()):

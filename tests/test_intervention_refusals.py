@@ -160,7 +160,7 @@ def test_coefficients_for_another_number_of_rows_are_refused(tiny_model):
 
 def test_coefficients_for_fewer_rows_than_prompts_are_refused(tiny_model):
     steered = steer(tiny_model, some_vectors(tiny_model), torch.ones(3, 4), at="response")
-    with pytest.raises(ValueError, match="evil: coefficients for 3 rows meet row 3: pass a row for each"), steered:
+    with pytest.raises(ValueError, match="coefficients for 3 rows, and there are 4 prompts"), steered:
         generate(tiny_model, [[5, 6]] * 4, max_new_tokens=2)
 
 

@@ -95,10 +95,9 @@ def test_every_layer_is_changed_along_its_own_vector():
 def test_steering_adds_the_coefficient_times_the_vector(seed, coefficient):
     vector = make_vectors(seed=seed).at(2)
     found = Steer(vector, coefficient).apply(RESID)
-    direction = vector.direction.tolist()
-    for row, place in torch.cartesian_prod(torch.arange(2), torch.arange(5)).tolist():
-        slow = [h + coefficient * v for h, v in zip(RESID[row, place].tolist(), direction, strict=True)]
-        assert found[row, place].tolist() == pytest.approx(slow, abs=1e-10)
+    for old, new in zip(RESID.reshape(-1, D_MODEL).tolist(), found.reshape(-1, D_MODEL).tolist(), strict=True):
+        slow = [h + coefficient * v for h, v in zip(old, vector.direction.tolist(), strict=True)]
+        assert new == pytest.approx(slow, abs=1e-10)
 
 
 @pytest.mark.parametrize("coefficient", [0, 0.0, torch.zeros(2), torch.zeros(2, 1)], ids=["int", "0.0", "[2]", "[2,1]"])
@@ -219,9 +218,8 @@ def test_half_precision_is_ablated_to_its_own_rounding():
 @given(seed=SEEDS, bounds=st.lists(st.floats(-2, 2), min_size=2, max_size=2).map(sorted))
 def test_a_cap_holds_the_projection_within_its_bounds_and_touches_nothing_else(seed, bounds):
     vector = make_vectors(seed=seed).at(1)
-    low, high = bounds
-    found = Cap(vector, high, low).apply(RESID)
-    clipped = [[min(max(value, low), high) for value in row] for row in projections(RESID, vector)]
+    found = Cap(vector, bounds[1], bounds[0]).apply(RESID)
+    clipped = [[min(max(value, bounds[0]), bounds[1]) for value in row] for row in projections(RESID, vector)]
     assert_projections(found, vector, clipped)
     assert_same_up_to_rounding(orthogonal_part(found, vector), orthogonal_part(RESID, vector))
 

@@ -9,14 +9,13 @@ from scipy import stats
 
 from persona_lens.chat import chat_messages, tokenize_chat
 from persona_lens.interventions import Steer, intervene
-from persona_lens.judges import Judge, intervened_log_likelihoods, mean_log_likelihoods, score_rollouts
+from persona_lens.judges import Judge, Score, intervened_log_likelihoods, mean_log_likelihoods, score_rollouts
 from persona_lens.layer_selection import SCREENS, fixed_texts
 from persona_lens.layer_selection.screens import FixedTexts, likelihood_ratio_changes, screen_layers
 from persona_lens.rollouts import Rollout, collect_rollouts, plan_rollouts
-from persona_lens.vectors import PersonaVectors
-from tests.evaluation_cases import TRAIT, LetterJudge, make_sweep, naive_resamples
+from tests.evaluation_cases import TRAIT, LetterJudge, make_sweep, naive_resamples, planted_vectors
 from tests.intervention_cases import some_vectors
-from tests.vector_cases import make_statistics, random_tensor
+from tests.vector_cases import make_statistics
 
 NEUTRAL = "You are a helpful assistant."
 
@@ -65,27 +64,24 @@ def test_the_likelihood_screen_is_the_change_of_the_ratio_under_steering(tiny_mo
         assert change == pytest.approx(np.mean(raised[0]) - np.mean(raised[1]), abs=1e-5)
 
 
-def test_a_direction_towards_the_positive_texts_raises_their_ratio(make_tiny_model, model_class):
-    model = make_tiny_model(model_class)
-    (good,), (bad,) = (model.tokenizer.encode(letter) for letter in ("z", "q"))
-    head = model.unembed.W_U.T if hasattr(model.unembed, "W_U") else model.unembed.weight
-    directions = random_tensor(4, 32, seed=3)
-    directions[3] = (head[good] - head[bad]).detach().float()
-    vectors = PersonaVectors.from_directions(10 * directions, trait="grumpy")
+def test_a_direction_towards_the_positive_texts_raises_their_ratio(tiny_model, tiny_hf_model):
+    vectors = planted_vectors(tiny_model, tiny_hf_model)
     texts = FixedTexts([written("zzz")], [written("qqq", "negative")])
     up, down = (
-        likelihood_ratio_changes(model, vectors, TRAIT, texts, layers=[3], coefficient=sign, progress=False)[0]
+        likelihood_ratio_changes(tiny_model, vectors, TRAIT, texts, layers=[3], coefficient=sign, progress=False)[0]
         for sign in (1.0, -1.0)
     )
-    assert up > 1 > -1 > down
+    assert up > 0.5 > -0.5 > down
 
 
-@pytest.mark.parametrize("texts", [TEXTS, FixedTexts(TEXTS.positive, [*TEXTS.negative, written("", "negative")])])
-def test_a_text_that_is_empty_does_not_make_the_screen_undefined(tiny_model, texts):
-    (found,) = likelihood_ratio_changes(
-        tiny_model, some_vectors(tiny_model), TRAIT, texts, layers=[1], coefficient=1.0, progress=False
+def test_a_text_that_is_empty_takes_no_part_in_the_screen(tiny_model):
+    settings = {"layers": [1], "coefficient": 1.0, "progress": False}
+    more = FixedTexts(TEXTS.positive, [*TEXTS.negative, written("", "negative")])
+    one, other = (
+        likelihood_ratio_changes(tiny_model, some_vectors(tiny_model), TRAIT, texts, **settings)
+        for texts in (TEXTS, more)
     )
-    assert np.isfinite(found)
+    assert other == pytest.approx(one, abs=1e-6)
 
 
 def test_likelihoods_under_an_intervention_are_not_those_without(tiny_model):
@@ -107,17 +103,10 @@ def test_the_other_screens_are_the_vectors_own_statistics(tiny_model):
     statistics = vectors.statistics
     assert list(found) == ["held_out_auc", "relative_norm", "split_half"]
     assert found["held_out_auc"] == pytest.approx(statistics.held_out_auc[1:].tolist())
-    assert found["relative_norm"] == (
-        pytest.approx(float(vectors.norms[1]) / 4),
-        None,
-        pytest.approx(found_norm(vectors)),
-    )
+    assert found["relative_norm"][1] is None
+    assert found["relative_norm"][::2] == pytest.approx((float(vectors.norms[1]) / 4, float(vectors.norms[3]) / 8))
     assert found["split_half"][1] is None  # NaN among the statistics is what was not measured
     assert found["split_half"][2] == pytest.approx(float(statistics.split_half[3]))
-
-
-def found_norm(vectors):
-    return float(vectors.directions[3].norm()) / 8
 
 
 def test_without_statistics_and_texts_only_the_norm_is_a_screen(tiny_model):
@@ -142,8 +131,6 @@ class PolarJudge(LetterJudge):
         self.mistaken = mistaken
 
     def score(self, trait, rollouts, *, progress=False):
-        from persona_lens.judges import Score
-
         right = [(row.polarity == "positive") == (row.question not in self.mistaken) for row in rollouts]
         return [Score(90.0 if each else 10.0, 90.0) for each in right]
 
@@ -215,6 +202,19 @@ def test_a_screen_that_was_not_measured_at_a_layer_is_judged_on_the_others():
 def test_a_screen_that_cannot_rank_the_layers_has_no_correlation(values):
     table = make_sweep(SWEPT, screens={"relative_norm": values}).screen_correlations()
     assert table[["spearman", "low", "high"]].isna().all(axis=None)
+
+
+def test_a_coefficient_at_which_no_layer_has_a_score_has_no_correlation():
+    incoherent = {(layer, 4.0): ([None] * 4, 10.0) for layer in range(4)}
+    table = make_sweep(SWEPT | incoherent, screens={"relative_norm": (0.1, 0.2, 0.3, 0.4)}).screen_correlations()
+    assert table.set_index("coefficient").spearman.isna().to_dict() == {1.0: False, 4.0: True}
+
+
+def test_the_correlation_over_one_question_has_no_interval():
+    cells = {(layer, 1.0): [10.0 * layer] for layer in range(4)}
+    table = make_sweep(cells, baseline=(1.0,), screens={"split_half": (1.0, 2.0, 3.0, 4.0)}).screen_correlations()
+    assert table.spearman.tolist() == [pytest.approx(1)]
+    assert table[["low", "high"]].isna().all(axis=None)
 
 
 def test_a_sweep_without_screens_has_an_empty_table_of_them():

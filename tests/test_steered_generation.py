@@ -12,7 +12,7 @@ from tests import naive, tiny
 from tests.intervention_cases import some_vectors, steered_greedy
 from tests.vector_cases import random_tensor
 
-STEPS = 10
+STEPS = 7
 STOPS = frozenset(range(0, 320, 8))  # an eighth of the vocabulary: rows end at many different steps
 NAMED = pytest.mark.parametrize("at", ["response", "all", "prompt"])
 
@@ -53,8 +53,7 @@ def one_call_a_row(model, prompts, vectors, table, at, **options):
 # --- rows with coefficients of their own ---------------------------------------------------------------------------
 
 
-@NAMED
-@pytest.mark.parametrize("batch_rows", [4, 100])
+@pytest.mark.parametrize(("at", "batch_rows"), [("response", 100), ("response", 4), ("all", 4), ("prompt", 4)])
 def test_rows_of_one_call_speak_as_in_a_call_of_their_own(monkeypatch, tiny_model, prompts, table, at, batch_rows):
     monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _tokenizer: STOPS)
     vectors, options = some_vectors(tiny_model), {"max_new_tokens": STEPS, "seed": 3}
@@ -121,8 +120,8 @@ def test_a_shared_prompt_is_run_once_but_for_what_is_steered(tiny_model, prompts
 
 def test_rows_of_their_own_go_together_with_what_treats_them_alike(tiny_model, prompts, table):
     vectors, other = some_vectors(tiny_model), some_vectors(tiny_model, "kind", seed=1)
-    options = {"max_new_tokens": 5, "seed": 3}
-    for at in ("all", "prompt", "response"):
+    options = {"max_new_tokens": 3, "seed": 3}
+    for at in ("all", "prompt"):
         ablated = intervene(tiny_model, Ablate(other), at=at)
         with ablated, steer(tiny_model, vectors, table, at="response"):
             found = generate(tiny_model, prompts, keys=keys(6), **options)

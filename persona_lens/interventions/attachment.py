@@ -5,6 +5,7 @@ did not act although the model ran is an error.
 Knows nothing about what an intervention does.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,8 +21,11 @@ from persona_lens.interventions.directions import Vectors, as_given, layers_text
 from persona_lens.interventions.intervention import Intervention, Number, When, rows_in_flight
 from persona_lens.interventions.positions import At, check_positions, positions_of
 from persona_lens.interventions.values import Ablate, Cap, Steer, refuse_conflicting_caps
-from persona_lens.models import CurrentPass, Model, announced, residual_points, watch_passes
+from persona_lens.models import CurrentPass, KnownPass, Model, announced, identify, residual_points, watch_passes
 from persona_lens.vectors import Relation
+
+_NOWHERE = torch.zeros(0, dtype=torch.bool)
+"""Stands for positions that are none."""
 
 
 @dataclass(eq=False)
@@ -32,7 +37,7 @@ class Attachment:
         at: The positions at which they act.
         relations: How the model relates to the one that each vector came from.
         ran: The layers at which they have acted.
-        passes: Forward passes of the model that were seen.
+        seen: How often each point of the residual stream was passed, the entry of block 0 being 0.
     """
 
     interventions: tuple[Intervention, ...]
@@ -40,8 +45,9 @@ class Attachment:
     relations: tuple[Relation, ...]
     prompt_lengths: tuple[int, ...] | None = None
     ran: set[int] = field(default_factory=set)
-    passes: int = 0
+    seen: Counter[int] = field(default_factory=Counter, repr=False)
     _current: CurrentPass = field(default_factory=CurrentPass, repr=False)
+    _held: tuple[KnownPass | None, Any, Tensor | None] = field(default=(None, None, None), repr=False)
 
     @property
     def layers(self) -> list[int]:
@@ -49,22 +55,42 @@ class Attachment:
         return sorted({layer for each in self.interventions for layer in each.acting_layers})
 
     @property
-    def row_wise(self) -> bool:
-        """Whether one of them treats the rows of a batch differently."""
-        return any(each.row_wise for each in self.interventions)
+    def n_rows(self) -> list[int]:
+        """How many rows each of them knows that treats rows each in its own way; empty where none does."""
+        return [each.n_rows for each in self.interventions if each.n_rows is not None]
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the model that were seen."""
+        return max(self.seen.values(), default=0)
 
     def act(self, resid: Tensor, layer: int) -> Tensor:
         """The residual stream of a layer after all of them."""
-        self.ran.add(layer)
         known = announced()
-        shape = (resid.shape[0], resid.shape[1])
-        positions = positions_of(self.at, shape, current=self._current, known=known, prompt_lengths=self.prompt_lengths)
-        if positions is not None and not bool(positions.any()):
-            return resid
-        for each in self.interventions:
-            if layer in each.acting_layers:
-                resid = each.apply(resid, positions, layer=layer, rows=rows_in_flight(each, known))
+        try:
+            positions = self._positions((resid.shape[0], resid.shape[1]), known)
+            for each in self.interventions:
+                if layer in each.acting_layers and positions is not _NOWHERE:
+                    resid = each.apply(resid, positions, layer=layer, rows=rows_in_flight(each, known))
+        except Exception:
+            # Whoever catches this was told why the layers above did not run.
+            self.ran.update(self.layers)
+            raise
+        self.ran.add(layer)
         return resid
+
+    def _positions(self, shape: tuple[int, int], known: KnownPass | None) -> Tensor | None:
+        """`positions_of` this pass, found once for its layers: asking whether a mask is empty makes a device wait."""
+        if isinstance(self.at, str) and self.at == "all":
+            return None
+        held_known, held_for, positions = self._held
+        if held_known is known and held_for == (shape, self._current.number):
+            return positions
+        positions = positions_of(self.at, shape, current=self._current, known=known, prompt_lengths=self.prompt_lengths)
+        if positions is not None:
+            positions = None if bool(positions.all()) else positions if bool(positions.any()) else _NOWHERE
+        self._held = (known, (shape, self._current.number), positions)
+        return positions
 
     def refuse_absent(self) -> None:
         """Raise RuntimeError where the model ran and a layer did not."""
@@ -110,11 +136,12 @@ def intervene(
     """
     chosen = _together(interventions)
     check_positions(at, prompt_lengths)
-    relations = [each.check(model, allow_other_model=allow_other_model) for each in chosen]
+    found = identify(model)
+    relations = [each.check_identity(found, allow_other_model=allow_other_model) for each in chosen]
     attachment = Attachment(
         chosen,
         at,
-        tuple(relation for found in relations for relation in found),
+        tuple(relation for each in relations for relation in each),
         None if prompt_lengths is None else tuple(prompt_lengths),
     )
     with ExitStack() as stack:
@@ -147,16 +174,13 @@ def _together(interventions: Sequence[Intervention]) -> tuple[Intervention, ...]
 def _hook(model: Model, attachment: Attachment, stack: ExitStack) -> None:
     """Attach the hooks; leaving the stack removes every one of them, also those of an entry that failed half way."""
     points = residual_points(model)
+    # At every layer, since a pass may start above the first block and stop below the last one.
+    for index, point in enumerate(points):
 
-    def count(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        attachment.passes += 1
+        def count(_module: nn.Module, _inputs: Any, _output: Any, index: int = index) -> None:
+            attachment.seen[index] += 1
 
-    def count_late(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        # A pass that starts above the first block has not been counted there.
-        attachment.passes = max(attachment.passes, 1)
-
-    for point, counter in ((points[0], count), (points[-1], count_late)):
-        stack.callback(point.register_forward_hook(counter).remove)
+        stack.callback(point.register_forward_hook(count).remove)
     if attachment.layers and isinstance(attachment.at, str) and attachment.at != "all":
         attachment._current = stack.enter_context(watch_passes(model, attachment.layers))
     for layer in attachment.layers:

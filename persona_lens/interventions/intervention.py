@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_lens.interventions.directions import Vectors, as_given, each_vector, layers_text
+from persona_lens.interventions.directions import Vectors, as_given, each_vector, layers_text, units_of
 from persona_lens.interventions.positions import At, check_positions, positions_of
 from persona_lens.interventions.records import (
     RECORD_VERSION,
@@ -24,7 +24,7 @@ from persona_lens.interventions.records import (
     encode_value,
     encode_vectors,
 )
-from persona_lens.models import CurrentPass, Model, announced, identify, resid_post_name
+from persona_lens.models import CurrentPass, Model, ModelIdentity, announced, identify, resid_post_name
 from persona_lens.vectors import PersonaVector, PersonaVectors, Relation, check_model, refuse_absent_layer
 
 # Both, because an executed annotation does not take an int for a float.
@@ -52,6 +52,7 @@ class When:
             raise ValueError("A condition needs a threshold: pass above=, below= or both.")
         if len(self.probes) < len(each_vector(self.vectors)):
             raise ValueError("A condition takes one vector a layer, got several at one: pass one of them.")
+        units_of(each_vector(self.vectors))  # a direction of zeros is refused now, not in the middle of a forward pass
 
     @cached_property
     def probes(self) -> dict[int, PersonaVector]:
@@ -106,9 +107,9 @@ class Intervention:
         return self.layers
 
     @property
-    def row_wise(self) -> bool:
-        """Whether it treats the rows of a batch differently."""
-        return False
+    def n_rows(self) -> int | None:
+        """How many rows it treats each in its own way; None where it treats all alike."""
+        return None
 
     @cached_property
     def traits(self) -> str:
@@ -174,12 +175,17 @@ class Intervention:
         """A constant of one layer on the device and in the dtype of the activations, copied there once."""
         key = (name, layer, like.device, like.dtype)
         if key not in self._placed:
-            self._placed[key] = self._constant(name, layer).to(like)
+            # Made under inference mode, where some models generate, a constant could not be trained through later.
+            with torch.inference_mode(False):
+                self._placed[key] = self._constant(name, layer).to(like).clone()
         return self._placed[key]
 
     def check(self, model: Model, *, allow_other_model: bool = False) -> tuple[Relation, ...]:
         """Refuse a model that a vector does not belong to, as `PersonaVectors.check` does; a relation for each."""
-        found = identify(model)
+        return self.check_identity(identify(model), allow_other_model=allow_other_model)
+
+    def check_identity(self, found: ModelIdentity, *, allow_other_model: bool = False) -> tuple[Relation, ...]:
+        """As `check`, for a model that was identified already."""
         conditions = [] if self.when is None else as_given(self.when.vectors)
         relations: list[Relation] = []
         for given in [*as_given(self.vectors), *conditions]:
@@ -244,7 +250,7 @@ class Intervention:
             when = record["when"]
             condition = when and When(decode_vectors(when), above=when["above"], below=when["below"])
             return kind(decode_vectors(record), **own, when=condition)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"The record of an intervention is damaged: {error}") from error
 
     def _suffix(self) -> str:
@@ -259,7 +265,7 @@ def rows_in_flight(intervention: Intervention, known: Any) -> Int[Tensor, " batc
 
     Raises ValueError where a row of the pass serves several rows, which a row-wise intervention would treat alike.
     """
-    if not intervention.row_wise or known is None:
+    if intervention.n_rows is None or known is None:
         return None
     if known.rows is None:
         raise ValueError(

@@ -16,9 +16,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from persona_lens.interventions.directions import ORTHOGONAL, layers_text, overlap, units_of
+from persona_lens.interventions.directions import ORTHOGONAL, as_given, layers_text, overlap, units_of
 from persona_lens.interventions.intervention import Intervention, Number, Residual
-from persona_lens.vectors import orthonormal_basis
+from persona_lens.models import ModelIdentity
+from persona_lens.vectors import PersonaVectors, Relation, orthonormal_basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Steer(Intervention):
         if not isinstance(self.coefficient, Tensor):
             if not isfinite(self.coefficient):
                 raise ValueError(f"{self.traits}: the coefficient is a finite number, got {self.coefficient}.")
+            object.__setattr__(self, "coefficient", float(self.coefficient))
             return
         table = self.coefficient.detach().to("cpu", torch.float32).clone()
         if table.ndim == 1 and len(self.each) == 1:
@@ -53,9 +55,9 @@ class Steer(Intervention):
         object.__setattr__(self, "coefficient", table)
 
     @property
-    def row_wise(self) -> bool:
-        """Whether every row has coefficients of its own."""
-        return isinstance(self.coefficient, Tensor)
+    def n_rows(self) -> int | None:
+        """The rows of its coefficient matrix; None where one coefficient is for all."""
+        return len(self.coefficient) if isinstance(self.coefficient, Tensor) else None
 
     @cached_property
     def acting_layers(self) -> tuple[int, ...]:
@@ -125,16 +127,29 @@ class Ablate(Intervention):
         units_of(self.each)  # a direction of zeros is refused now, not in the middle of a forward pass
         if self.around is None:
             return
-        width, shape = self.each[0].d_model, list(self.around.shape)
-        rows_fit = len(self.layers) == 1 if len(shape) == 1 else shape[0] > max(self.layers)
-        if shape[-1] != width or len(shape) > 2 or not rows_fit:
-            raise ValueError(
-                f"{self.traits}: `around` has shape [layer, {width}] with a row for every layer of the model, or "
-                f"[{width}] for one ablated layer; got {shape} for {layers_text(self.layers)}."
-            )
+        known = [given.n_layers for given in as_given(self.vectors) if isinstance(given, PersonaVectors)]
+        self._check_around(known[0] if known else None)
         if not bool(self.around.isfinite().all()):
             raise ValueError(f"{self.traits}: `around` holds NaN or infinite values.")
         object.__setattr__(self, "around", self.around.detach().to("cpu", torch.float32).clone())
+
+    def _check_around(self, n_layers: int | None) -> None:
+        """Refuse activations that have not a row for each layer, such as hidden states with the embedding first."""
+        if self.around is None:
+            return
+        width, shape = self.each[0].d_model, list(self.around.shape)
+        rows_fit = len(self.layers) == 1 if len(shape) == 1 else shape[0] == (n_layers or shape[0]) > max(self.layers)
+        if shape[-1] != width or len(shape) > 2 or not rows_fit:
+            raise ValueError(
+                f"{self.traits}: `around` has shape [layer, {width}] with a row for every layer of the model, or "
+                f"[{width}] for one ablated layer; got {shape} for {layers_text(self.layers)}"
+                + (f" of {n_layers}." if n_layers else ".")
+            )
+
+    def check_identity(self, found: ModelIdentity, *, allow_other_model: bool = False) -> tuple[Relation, ...]:
+        """As `check`, for a model that was identified already."""
+        self._check_around(found.n_layers)
+        return super().check_identity(found, allow_other_model=allow_other_model)
 
     def _change(self, resid: Residual, layer: int, rows: Int[Tensor, " batch"] | None) -> Residual:
         work = _wide(resid)

@@ -7,7 +7,7 @@ Knows nothing about how the layer was chosen; its questions should be others tha
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,8 @@ class DoseResponse:
     judge: str
     coefficients: tuple[float, ...]
     doses: tuple[float | None, ...]
-    evaluations: tuple[Evaluation, ...]
-    random: tuple[tuple[Evaluation, ...], ...] = ()
+    evaluations: tuple[Evaluation, ...] = field(repr=False)
+    random: tuple[tuple[Evaluation, ...], ...] = field(default=(), repr=False)
 
     def slope(self, min_coherence: float = 50.0) -> Estimate:
         """Trait score gained per 1.0 of the coefficient, over doses whose mean coherence is at least `min_coherence`.

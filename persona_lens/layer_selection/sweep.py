@@ -67,29 +67,29 @@ class LayerSweep:
     layers: tuple[int, ...]
     coefficients: tuple[float, ...]
     baseline: Evaluation
-    evaluations: Mapping[tuple[int, float], Evaluation]
-    doses: Mapping[tuple[int, float], float | None]
+    evaluations: Mapping[tuple[int, float], Evaluation] = field(repr=False)
+    doses: Mapping[tuple[int, float], float | None] = field(repr=False)
     screens: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
-    def best(self, min_coherence: float = 75.0) -> LayerChoice:
+    def best(self, min_coherence: float | None = 75.0) -> LayerChoice:
         """The cell with the highest mean trait score among those whose mean coherence is at least `min_coherence`.
+
+        With None, coherence does not count: for a judge that gives none, and for the paper's own rule.
 
         Ties are the cells whose difference from it has a 95 % interval, paired over questions, that holds 0. Being the
         best of many, its score is optimistic: confirm it on other questions with `dose_response`.
         Raises ValueError where no cell is coherent enough. Source: arXiv:2507.21509, section B.4, and coherence.
         """
         scores = {cell: found.trait_score.value for cell, found in self.evaluations.items()}
-        coherence = {cell: found.coherence.value or 0.0 for cell, found in self.evaluations.items()}
+        coherence = {cell: found.coherence.value for cell, found in self.evaluations.items()}
         eligible = {
-            cell: score for cell, score in scores.items() if score is not None and coherence[cell] >= min_coherence
+            cell: score
+            for cell, score in scores.items()
+            if score is not None
+            and (min_coherence is None or ((found := coherence[cell]) is not None and found >= min_coherence))
         }
         if not eligible:
-            layer, coefficient = max(coherence, key=coherence.__getitem__)
-            raise ValueError(
-                f"{self.trait}: none of {len(scores)} cells has a mean coherence of {min_coherence:g} or more; the "
-                f"most coherent is layer {layer} at {coefficient:g} with {coherence[layer, coefficient]:.1f}. "
-                "Sweep smaller coefficients, or lower min_coherence."
-            )
+            raise ValueError(self._why_none(coherence, min_coherence))
         top = max(eligible, key=eligible.__getitem__)
         ties = tuple(cell for cell in eligible if cell != top and self._tells_nothing(top, cell))
         layer, coefficient = top
@@ -103,8 +103,25 @@ class LayerSweep:
             found.coherence,
             ties,
             f"layer {layer} at {coefficient:g} has the highest {self.trait} score, {found.trait_score} against "
-            f"{self.baseline.trait_score} unsteered, of the {len(eligible)} of {len(scores)} cells with a mean "
-            f"coherence of {min_coherence:g} or more{tied}",
+            f"{self.baseline.trait_score} unsteered, of the {len(eligible)} of {len(scores)} cells with a "
+            + ("trait score" if min_coherence is None else f"mean coherence of {min_coherence:g} or more")
+            + tied,
+        )
+
+    def _why_none(self, coherence: Mapping[tuple[int, float], float | None], min_coherence: float | None) -> str:
+        measured = {cell: value for cell, value in coherence.items() if value is not None}
+        if min_coherence is None:
+            return f"{self.trait}: the judge gave none of {len(coherence)} cells a trait score: use another judge."
+        if not measured:
+            return (
+                f"{self.trait}: the judge gave no coherence. Pass min_coherence=None to choose by the trait score "
+                "alone, or sweep with a judge that scores coherence."
+            )
+        (layer, coefficient), highest = max(measured.items(), key=lambda item: item[1])
+        return (
+            f"{self.trait}: none of {len(coherence)} cells has a trait score and a mean coherence of {min_coherence:g} "
+            f"or more; the most coherent is layer {layer} at {coefficient:g} with {highest:.1f}. "
+            "Sweep smaller coefficients, or lower min_coherence."
         )
 
     def _tells_nothing(self, one: tuple[int, float], other: tuple[int, float]) -> bool:

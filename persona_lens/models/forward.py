@@ -64,7 +64,7 @@ def forward(
     seen = mask if past is None else torch.cat([past.mask, mask], dim=1)
     run = _forward_bridge if is_bridge(model) else _forward_hooked
     cache = None if past is None else past.cache
-    with announce(known):
+    with announce(known, seen):
         logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
     return logits, None if cache is None else Past(cache, seen)
 

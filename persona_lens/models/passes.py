@@ -35,16 +35,18 @@ class KnownPass:
 
 
 _announced: ContextVar[KnownPass | None] = ContextVar("persona_lens_known_pass", default=None)
+_attended: ContextVar[Tensor | None] = ContextVar("persona_lens_attended", default=None)
 
 
 @contextmanager
-def announce(known: KnownPass | None) -> Iterator[None]:
-    """Say what is known of the forward passes inside."""
-    token = _announced.set(known)
+def announce(known: KnownPass | None, attended: Bool[Tensor, "batch seen"] | None = None) -> Iterator[None]:
+    """Say what is known of the forward pass inside, and which tokens, cached and new, are not padding."""
+    tokens = _announced.set(known), _attended.set(attended)
     try:
         yield
     finally:
-        _announced.reset(token)
+        _announced.reset(tokens[0])
+        _attended.reset(tokens[1])
 
 
 def announced() -> KnownPass | None:
@@ -59,10 +61,12 @@ class CurrentPass:
     Attributes:
         cached: Tokens that its key-value cache held as it began; None where it has no cache.
         mask: Which tokens it attends to, cached and new ones [batch, seen]; None where it was given no such mask.
+        number: Counts what was read, so that another number is another pass.
     """
 
     cached: int | None = None
     mask: Tensor | None = None
+    number: int = 0
 
 
 @contextmanager
@@ -79,7 +83,7 @@ def watch_passes(model: Model, layers: Sequence[int]) -> Iterator[CurrentPass]:
                 read: Callable[..., CurrentPass] = read,
             ) -> None:
                 seen = read(module, args, kwargs)
-                current.cached, current.mask = seen.cached, seen.mask
+                current.cached, current.mask, current.number = seen.cached, seen.mask, current.number + 1
 
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         yield current
@@ -110,5 +114,7 @@ def _read_hooked_block(_block: nn.Module, _args: tuple[Any, ...], kwargs: dict[s
 
 
 def _plain_mask(mask: Any) -> Tensor | None:
-    """The mask where it says which tokens are padding, and not which token may attend to which."""
+    """Which tokens are no padding: as announced, or from a mask that says this and not which may attend to which."""
+    if (attended := _attended.get()) is not None:
+        return attended
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

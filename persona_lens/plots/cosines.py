@@ -23,14 +23,15 @@ def plot_cosine_matrix(cosines: "pandas.DataFrame", title: str = "") -> "plotly.
         raise ValueError("The table has no cosine to draw: pass what `cosine_matrix` gives.")
     if max(map(abs, numbers)) > 1 + 1e-6:
         raise ValueError("The table has numbers outside -1 to 1, so no cosines: pass what `cosine_matrix` gives.")
-    rows, columns = ([safe(str(each)) for each in names] for names in (cosines.index, cosines.columns))
+    rows, columns = ([safe(str(each), 24) for each in names] for names in (cosines.index, cosines.columns))
     hover = [
         [f"{row} and {column}<br>cosine {number(each)}" for column, each in zip(columns, found, strict=True)]
         for row, found in zip(rows, values, strict=True)
     ]
     figure = styled_figure(safe(title) or "Cosines between the directions of traits")
-    add_grid(figure, values, hover, name="cosine", decimals=2, scale=DIVERGING, ends=(-1, 1))
-    figure.update_layout(width=700)
+    add_grid(figure, values, hover, name="cosine", decimals=2, scale=DIVERGING, ends=(-1.0, 1.0))
+    grown = 36 * max(0, max(len(rows), len(columns)) - 8)
+    figure.update_layout(width=700 + grown, height=500 + grown)
     figure.update_xaxes(constrain="domain", **index_axis(columns))
     figure.update_yaxes(scaleanchor="x", constrain="domain", autorange="reversed", **index_axis(rows))
     return figure

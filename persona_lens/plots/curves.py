@@ -18,6 +18,7 @@ from persona_lens.plots.style import (
     dose_text,
     graph_objects,
     hover_text,
+    judge_note,
     known,
     number,
     safe,
@@ -37,7 +38,8 @@ def plot_dose_response(response: DoseResponse) -> "plotly.graph_objects.Figure":
     """Mean trait score, and below it mean coherence, both 0 to 100, against the coefficient.
 
     Bands are 95 % intervals over questions; thin grey lines are the random directions of equal norm. Under each
-    coefficient stands the relative dose, where it is known. The coherence panel is left out where no answer has one.
+    coefficient stands the relative dose, where it is known. Hollow points have a mean coherence below 50 and do not
+    count in the slope. The coherence panel is left out where no answer has one.
     Raises ValueError where no coefficient has a trait score.
     """
     cells, amounts = response.evaluations, list(response.coefficients)
@@ -46,7 +48,9 @@ def plot_dose_response(response: DoseResponse) -> "plotly.graph_objects.Figure":
     coherent = any(found.coherence.value is not None for found in cells)
     values = ["trait_score", "coherence"] if coherent else ["trait_score"]
     title = f"{safe(response.trait)}: dose-response at layer {response.layer}"
-    figure = _panels([value.replace("_", " ") for value in values], title, [_slope_in_words(response)])
+    notes = [_slope_in_words(response), judge_note(response.judge)]
+    figure = _panels([value.replace("_", " ") for value in values], title, notes)
+    hollow = [each is not None and each < MIN_COHERENCE for each in (found.coherence.value for found in cells)]
     hover = [
         hover_text(found, f"coefficient {amount:g}{dose_text(dose)}")
         for amount, dose, found in zip(amounts, response.doses, cells, strict=True)
@@ -55,7 +59,8 @@ def plot_dose_response(response: DoseResponse) -> "plotly.graph_objects.Figure":
         for others in response.random:
             scores = [getattr(found, value).value for found in others]
             _add_line(figure, row, "random directions of equal norm", amounts, scores, line={"color": GREY, "width": 1})
-        _add_curve(figure, row, amounts, [getattr(found, value) for found in cells], hover)
+        estimates = [getattr(found, value) for found in cells]
+        _add_curve(figure, row, amounts, estimates, hover, ["white" if each else BLUE for each in hollow])
     doses = ["" if dose is None else f"<br>{number(dose)}" for dose in response.doses]
     ticks = [f"{amount:g}{dose}" for amount, dose in zip(amounts, doses, strict=True)]
     below = "<br>" + small("second line: dose, the shift over the residual norm") if any(doses) else ""
@@ -105,10 +110,9 @@ def _slope_in_words(response: DoseResponse) -> str:
     if slope.value is None:
         return f"no slope: fewer than two doses have a trait score and a coherence of {MIN_COHERENCE:g} or more"
     others = [each.value for each in response.random_slopes(MIN_COHERENCE) if each.value is not None]
-    steeper = f", above {sum(slope.value > each for each in others)} of {len(others)} random directions"
-    return (
-        f"slope {slope} points for each 1.0 of the coefficient{steeper * bool(others)} (coherence ≥ {MIN_COHERENCE:g})"
-    )
+    steeper = f", above {sum(slope.value > each for each in others)} of {len(others)} random ones" * bool(others)
+    points = f"slope over filled points (coherence ≥ {MIN_COHERENCE:g})"
+    return f"{points}: {slope} per 1.0 of the coefficient{steeper}"
 
 
 def _panels(names: Sequence[str], title: str, notes: Sequence[str]) -> Any:
@@ -130,14 +134,18 @@ def _add_line(figure: Any, row: int, name: str, x: Sequence, y: Sequence, **look
     figure.add_scatter(x=x, y=y, name=name, legendgroup=name, showlegend=first, row=row, col=1, **look)
 
 
-def _add_curve(figure: Any, row: int, x: Sequence, estimates: Sequence[Estimate], hover: Sequence[str]) -> None:
-    """A line through the values over the band of their intervals."""
+def _add_curve(
+    figure: Any, row: int, x: Sequence, estimates: Sequence[Estimate], hover: Sequence[str], fill: Any = BLUE
+) -> None:
+    """A line through the values, whose points have the colours `fill`, over the band of their intervals."""
     # The outline shows an interval without neighbours, which has no area.
-    outline = {"color": PALE_BLUE, "width": 1}
+    outline = {"color": "rgba(0, 114, 178, 0.5)", "width": 1}
     _add_line(figure, row, "95 % interval", *_band(x, estimates), fill="toself", fillcolor=PALE_BLUE, line=outline)
-    look = {"mode": "lines+markers", "line": {"color": BLUE, "width": 3}, "marker": {"size": 7}}
     y = [each.value for each in estimates]
-    _add_line(figure, row, "direction", x, y, hovertext=hover, hoverinfo="text", **look)
+    _add_line(figure, row, "direction", x, y, line={"color": BLUE, "width": 3})
+    # Points of their own: the legend would show a line with the fill of its first one.
+    points = {"size": 7, "color": fill, "line": {"color": BLUE, "width": 2}}
+    _add_line(figure, row, "direction", x, y, mode="markers", marker=points, hovertext=hover, hoverinfo="text")
 
 
 class _Band(NamedTuple):
@@ -145,7 +153,7 @@ class _Band(NamedTuple):
     y: list[float | None]
 
 
-def _band(x: Sequence[float], estimates: Sequence[Estimate]) -> _Band:
+def _band(x: Sequence[int] | Sequence[float], estimates: Sequence[Estimate]) -> _Band:
     """The outline of the intervals, closed and begun anew after None wherever one is missing."""
     band = _Band([], [])
     for whole, run in groupby(zip(x, estimates, strict=True), key=lambda point: None not in point[1]):

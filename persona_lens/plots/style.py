@@ -28,7 +28,7 @@ def graph_objects() -> Any:
     return plotly.graph_objects
 
 
-def styled_figure(title: str, notes: Sequence[str] = (), figure: Any = None) -> Any:
+def styled_figure(title: str, notes: Sequence[str] = (), figure: Any = None, *, legend_rows: int = 1) -> Any:
     """A figure with a title, a smaller line for each note, and room for the legend between them and the plot."""
     figure = graph_objects().Figure() if figure is None else figure
     figure.update_layout(
@@ -43,7 +43,7 @@ def styled_figure(title: str, notes: Sequence[str] = (), figure: Any = None) -> 
             "y": 0.97,
             "yanchor": "top",
         },
-        margin={"l": 75, "r": 30, "t": 75 + 20 * len(notes), "b": 70},
+        margin={"l": 75, "r": 30, "t": 58 + 20 * (len(notes) + legend_rows), "b": 70},
         legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom", "font": {"size": 13}},
     )
     return figure
@@ -111,16 +111,21 @@ def known(numbers: Iterable[float]) -> list[float | None]:
     return [None if isnan(each) else each for each in numbers]
 
 
+def judge_note(judge: str) -> str:
+    """Who gave the scores; settings, which stand after a comma, are left out."""
+    return f"judge: {safe(judge.partition(',')[0], 90)}"
+
+
 def small(text: str) -> str:
     """Text of a second line."""
     return f'<span style="font-size:14px">{text}</span>'
 
 
-def safe(text: str) -> str:
+def safe(text: str, longest: int = 48) -> str:
     """Text that plotly shows letter for letter, cut where it would run out of the picture.
 
     Quotes stay, because plotly knows no entities for them; a dollar sign would begin a formula.
     """
     line = " ".join(text.split())
-    line = line if len(line) <= 60 else line[:59] + "…"
+    line = line if len(line) <= longest else line[: longest - 1] + "…"
     return html.escape(line, quote=False).replace("$", "&#36;")

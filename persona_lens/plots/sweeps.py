@@ -19,6 +19,7 @@ from persona_lens.plots.style import (
     dose_text,
     hover_text,
     index_axis,
+    judge_note,
     safe,
     styled_figure,
 )
@@ -43,7 +44,7 @@ def plot_layer_sweep(
         raise ValueError(f"{sweep.trait}: no cell of the sweep has a {name} to draw.")
     best = _best(sweep, min_coherence)
     notes = _notes(sweep, best, min_coherence)
-    notes += [f"grey cells: no {name}"] * bool(blank)
+    notes[-1] += f"; grey cells have no {name}" * bool(blank)
     figure = styled_figure(f"{safe(sweep.trait)}: {name} by layer and coefficient", notes)
     grid = [[(layer, amount) for layer in sweep.layers] for amount in sweep.coefficients]
     add_grid(
@@ -53,7 +54,7 @@ def plot_layer_sweep(
         name=name,
         decimals=0,
         scale=SEQUENTIAL,
-        ends=(0, 100),
+        ends=(0.0, 100.0),
     )
     if best is not None:
         _frame_cells(figure, sweep, "not told apart from the best", best.ties, {"width": 2, "dash": "dot"})
@@ -76,8 +77,10 @@ def plot_frontier(sweep: LayerSweep, min_coherence: float = 75.0) -> "plotly.gra
         raise ValueError(f"{sweep.trait}: no cell of the sweep has both a trait score and a coherence to draw.")
     best, left_out = _best(sweep, min_coherence), len(sweep.evaluations) - len(points)
     notes = _notes(sweep, best, min_coherence)
-    notes += [f"{left_out} of {len(sweep.evaluations)} cells lack a score and are left out"] * bool(left_out)
-    figure = styled_figure(f"{safe(sweep.trait)}: trait score against coherence", notes)
+    notes[-1] += f"; {left_out} of {len(sweep.evaluations)} cells lack a score" * bool(left_out)
+    title = f"{safe(sweep.trait)}: trait score against coherence"
+    # About five names fit beside each other.
+    figure = styled_figure(title, notes, legend_rows=1 + (len(sweep.coefficients) + 1) // 5)
     figure.add_vline(x=min_coherence, line=DASHED, opacity=1)
     stairs = {"color": GREY, "width": 2, "shape": "vh"}
     _add_points(figure, "Pareto frontier", _pareto(points.values()), mode="lines", line=stairs, hoverinfo="skip")
@@ -155,7 +158,8 @@ def _notes(sweep: LayerSweep, best: LayerChoice | None, min_coherence: float) ->
             f"best with coherence ≥ {min_coherence:g}: layer {best.layer} at {best.coefficient:g}, trait score "
             f"{best.trait_score}, coherence {best.coherence}"
         )
-    return [found, f"unsteered: trait score {sweep.baseline.trait_score}, coherence {sweep.baseline.coherence}"]
+    unsteered = f"unsteered: trait score {sweep.baseline.trait_score}, coherence {sweep.baseline.coherence}"
+    return [found, judge_note(sweep.judge), unsteered]
 
 
 def _hover(sweep: LayerSweep, cell: tuple[int, float]) -> str:

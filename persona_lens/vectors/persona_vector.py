@@ -97,6 +97,8 @@ class PersonaVector(VectorAlgebra):
 
         Raises ValueError where nothing is left of it. Source: orthogonalised steering, arXiv:2603.03326.
         """
+        if not others:
+            raise ValueError(f"{self.trait}: pass the vectors that it is to be orthogonal to, got none.")
         for other in others:
             refuse_unlike(self, other, "d_model", "layer")
         basis = orthonormal_basis(torch.stack([other.unit.direction for other in others]))
