@@ -237,7 +237,7 @@ def test_responses_are_as_long_as_the_runs_unless_a_length_is_given(cli, run, tm
         (("--coefficient", 0), "distinct coefficients other than 0"),
         (("--coefficient", 1, "--coefficient", 1), "distinct coefficients other than 0"),
         (("--trait", "evil"), "calibration.json is for 'grumpy', not for 'evil': name another output"),
-        (("--min-coherence", 100), "none of 2 cells has a mean coherence of 100 or more"),
+        (("--min-coherence", 100), "none of 2 cells has a trait score and a mean coherence of 100 or more"),
     ],
     ids=["layer", "zero", "repeated", "trait", "incoherent"],
 )

@@ -66,8 +66,10 @@ def test_slope_and_spearman_are_over_the_coherent_doses_alone():
     assert found.slope().value == pytest.approx(np.polyfit([-2.0, 0.0, 1.0], means, 1)[0])
     assert found.slope().n == 8
     assert found.spearman() == pytest.approx(stats.spearmanr([-2.0, 0.0, 1.0], means).statistic)
-    assert found.slope(min_coherence=40.0).value < found.slope().value
-    assert found.spearman(min_coherence=40.0) < found.spearman()
+    everything = found.slope(min_coherence=40.0)
+    means.append(0.0)
+    assert everything.value == pytest.approx(np.polyfit(found.coefficients, means, 1)[0])
+    assert found.spearman(min_coherence=40.0) == pytest.approx(stats.spearmanr(found.coefficients, means).statistic)
 
 
 def test_a_dose_without_any_score_takes_no_part():
@@ -234,6 +236,30 @@ def test_the_file_is_strict_json_with_the_numbers_of_the_result(respond, tmp_pat
     assert record["random_slopes"] == [each.value for each in found.random_slopes()]
     assert [row["coefficient"] for row in record["rows"]] == [-1.0, 0.0, 2.0]
     assert [row["dose"] for row in record["rows"]] == [None, None, None]  # the residual norm is unknown
+
+
+def test_the_folder_gives_back_the_dose_response(respond, tmp_path):
+    found = respond(output=tmp_path, per_question=2)
+    assert DoseResponse.load(tmp_path) == found
+
+
+def test_the_folder_of_a_run_on_fewer_questions_gives_back_that_one(respond, tmp_path):
+    respond(output=tmp_path, questions=[*TRAIT.evaluation_questions, "Why?"])
+    found = respond(output=tmp_path)
+    assert DoseResponse.load(tmp_path) == found
+
+
+def test_a_folder_without_a_dose_response_says_how_to_make_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No dose-response in .*: make one with `persona-lens select-layer`"):
+        DoseResponse.load(tmp_path)
+
+
+def test_a_damaged_dose_response_is_an_error(respond, tmp_path):
+    respond(output=tmp_path)
+    file = tmp_path / "dose_response.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match="format version 2, this persona_lens reads 1"):
+        DoseResponse.load(tmp_path)
 
 
 def test_a_result_without_any_score_is_strict_json_too(respond, tmp_path, monkeypatch):

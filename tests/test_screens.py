@@ -153,6 +153,7 @@ def keep_run(folder, judge: Judge):
 def test_the_fixed_texts_of_a_run_are_its_first_kept_pairs(tmp_path):
     keep_run(tmp_path, PolarJudge(mistaken=TRAIT.extraction_questions[:1]))
     found = fixed_texts(tmp_path, TRAIT, pairs=3)
+    assert found is not None
     assert [row.polarity for row in found.positive] == ["positive"] * 3
     assert [row.polarity for row in found.negative] == ["negative"] * 3
     assert {row.question for side in found for row in side} == {TRAIT.extraction_questions[1]}

@@ -117,7 +117,10 @@ def show_screens(sweep: "LayerSweep") -> None:
         return
     print("\nSpearman of cheap screens with the swept trait score, over layers:")
     rows = [
-        [name, *(f"{_number(row.spearman)} [{_number(row.low)}, {_number(row.high)}]" for row in group.itertuples())]
+        [
+            str(name),
+            *(f"{_number(row['spearman'])} [{_number(row['low'])}, {_number(row['high'])}]" for row in records(group)),
+        ]
         for name, group in table.groupby("screen", sort=False)
     ]
     print_table(["screen", *(f"x {coefficient:g}" for coefficient in sweep.coefficients)], rows)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from persona_lens.evaluation import Cell, Evaluation, evaluate_cells
+from persona_lens.evaluation import Cell, Evaluation, evaluate_cells, read_cells
 from persona_lens.interventions import NamedPositions, Steer
 from persona_lens.judges import Judge, ScoredRollout, scorable_questions, score_rollouts
 from persona_lens.models import Model
@@ -25,6 +25,9 @@ from persona_lens.vectors import PersonaVector
 
 if TYPE_CHECKING:
     import pandas
+
+FORMAT_VERSION = 1
+DOSE_FILE, ROWS_NAME = "dose_response.json", "dose"
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,42 @@ class DoseResponse:
     def summary(self) -> dict[str, Any]:
         """Slopes and rows as JSON; what is undefined is None."""
         return {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "summary": str(self),
+            "trait": self.trait,
+            "layer": self.layer,
             "judge": self.judge,
+            "at": self.evaluations[0].at,
+            "seed": self.evaluations[0].seed,
+            "coefficients": list(self.coefficients),
+            "doses": list(self.doses),
+            "cells": [[list(found.interventions) for found in cells] for cells in (self.evaluations, *self.random)],
             "slope": self.slope()._asdict(),
             "random_slopes": [each.value for each in self.random_slopes()],
             "spearman": self.spearman(),
             "rows": json.loads(self.table().reset_index().to_json(orient="records") or "[]"),
         }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "DoseResponse":
+        """The dose-response of a folder in which `dose_response` ended.
+
+        Raises FileNotFoundError where there is none, ValueError where it is of another version or damaged.
+        """
+        folder = Path(folder)
+        file = folder / DOSE_FILE
+        if not file.exists():
+            raise FileNotFoundError(f"No dose-response in {folder}: make one with `persona-lens select-layer`.")
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {record['format_version']}, this persona_lens reads {FORMAT_VERSION}")
+            shared = {name: record[name] for name in ("trait", "at", "seed")}
+            own, *random = [tuple(read_cells(folder, ROWS_NAME, cells, **shared)) for cells in record["cells"]]
+            amounts, doses = tuple(record["coefficients"]), tuple(record["doses"])
+            return cls(record["trait"], record["layer"], record["judge"], amounts, doses, own, tuple(random))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a whole dose-response ({error}): make it again.") from error
 
     def __str__(self) -> str:
         own, others = self.slope(), [each.value for each in self.random_slopes() if each.value is not None]
@@ -220,7 +251,7 @@ def dose_response(
         at=at,
         allow_other_model=allow_other_model,
         folder=folder,
-        name="dose",
+        name=ROWS_NAME,
         seed=seed,
         progress=progress,
     )
@@ -234,5 +265,5 @@ def dose_response(
         trait.name, vector.layer, judge.name(trait), tuple(amounts), doses, series[0], tuple(series[1:])
     )
     if folder is not None:
-        write_json(folder / "dose_response.json", result.summary())
+        write_json(folder / DOSE_FILE, result.summary())
     return result

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_lens.evaluation import Evaluation
-from persona_lens.judges import read_scores
+from persona_lens.evaluation import Evaluation, read_cells
 from persona_lens.records import write_json
-from persona_lens.rollouts import read_rollouts
 from persona_lens.statistics import Estimate, spearman
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ class LayerSweep:
     baseline: Evaluation
     evaluations: Mapping[tuple[int, float], Evaluation] = field(repr=False)
     doses: Mapping[tuple[int, float], float | None] = field(repr=False)
-    screens: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    screens: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict, repr=False)
 
     def best(self, min_coherence: float | None = 75.0) -> LayerChoice:
         """The cell with the highest mean trait score among those whose mean coherence is at least `min_coherence`.
@@ -235,18 +233,9 @@ class LayerSweep:
             record = json.loads(file.read_text(encoding="utf-8"))
             if record["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {record['format_version']}, this persona_lens reads {FORMAT_VERSION}")
-            rollouts = read_rollouts(folder / f"{ROWS_NAME}_rollouts.jsonl")
-            scored = read_scores(folder / f"{ROWS_NAME}_scores.jsonl", rollouts)
-            found = [
-                Evaluation(
-                    record["trait"],
-                    tuple(row for row in scored if [row.rollout.intervention] == (each["interventions"] or [""])),
-                    tuple(each["interventions"]),
-                    each["at"],
-                    record["seed"],
-                )
-                for each in [record["baseline"], *record["cells"]]
-            ]
+            cells = [each["interventions"] for each in [record["baseline"], *record["cells"]]]
+            shared = {name: record[name] for name in ("trait", "at", "seed")}
+            found = read_cells(folder, ROWS_NAME, cells, **shared)
             places = [(each["layer"], each["coefficient"]) for each in record["cells"]]
             return cls(
                 record["trait"],

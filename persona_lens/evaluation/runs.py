@@ -1,0 +1,131 @@
+"""Evaluations made: of one set of interventions, or of many cells whose rows are mixed in batched generation.
+
+Knows nothing about which cells are worth comparing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from persona_lens.evaluation.engines import Cell, CellEngine, IntervenedEngine
+from persona_lens.evaluation.result import Evaluation
+from persona_lens.interventions import Intervention, NamedPositions
+from persona_lens.judges import Judge, ScoredRollout, read_scores, scorable_questions, score_rollouts
+from persona_lens.models import Model
+from persona_lens.records import write_json
+from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts, read_rollouts
+from persona_lens.traits import Trait, load_trait
+
+RECORD_VERSION = 1
+
+
+def evaluate(
+    model: Model,
+    trait: Trait | str,
+    judge: Judge,
+    *,
+    interventions: Sequence[Intervention] = (),
+    at: NamedPositions = "response",
+    questions: Sequence[str] | None = None,
+    per_question: int = 1,
+    max_new_tokens: int = 1000,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_rows: int = 100,
+    allow_other_model: bool = False,
+    output: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Trait, coherence and diversity of the model's answers under interventions and a neutral system prompt.
+
+    Questions default to the trait's evaluation questions that the judge was not calibrated on. With one seed, a row is
+    sampled by the same random numbers under every intervention. With `output`, a folder, rollouts.jsonl, scores.jsonl,
+    evaluation.json and the interventions themselves are kept there, and a second call goes on where the first stopped.
+
+    Raises ValueError where no question is left, a vector does not belong to the model, or `output` holds another run.
+    Source: arXiv:2507.21509, section 3.2.
+    """
+    trait = load_trait(trait) if isinstance(trait, str) else trait
+    asked = scorable_questions(judge, trait, trait.evaluation_questions) if questions is None else list(questions)
+    prompts = plan_rollouts(trait, polarities=["neutral"], questions=asked, per_question=per_question)
+    plain = ModelEngine(model, max_new_tokens, temperature, top_p, batch_rows)
+    done = tuple(interventions)
+    engine = IntervenedEngine(plain, done, at, allow_other_model) if done else plain
+    folder = None if output is None else Path(output)
+    rollouts = collect_rollouts(
+        engine, prompts, seed=seed, output=folder and folder / "rollouts.jsonl", progress=progress
+    )
+    scored = score_rollouts(judge, trait, rollouts, output=folder and folder / "scores.jsonl", progress=progress)
+    words = tuple(str(each) for each in done)
+    found = Evaluation(trait.name, tuple(scored), words, at, seed)
+    if folder is not None:
+        record = {
+            "format_version": RECORD_VERSION,
+            **found.summary(),
+            "judge": judge.name(trait),
+            "engine": engine.name,
+            "done": [each.to_dict() for each in done],
+        }
+        write_json(folder / "evaluation.json", record)
+    return found
+
+
+def evaluate_cells(
+    model: Model,
+    trait: Trait,
+    judge: Judge,
+    cells: Sequence[Cell],
+    *,
+    questions: Sequence[str],
+    per_question: int = 1,
+    max_new_tokens: int = 1000,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_rows: int = 120,
+    at: NamedPositions = "response",
+    allow_other_model: bool = False,
+    folder: Path | None = None,
+    name: str = "cells",
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """An `Evaluation` without steering, and then one under each cell.
+
+    The rows of all cells are mixed in batched generation; each cell equals `evaluate` under its `Steer` alone, up to
+    the rounding of another batch shape. In `folder`, {name}_rollouts.jsonl and {name}_scores.jsonl make it resumable.
+    """
+    named = {cell.name: cell for cell in cells}
+    engine = CellEngine(
+        ModelEngine(model, max_new_tokens, temperature, top_p, batch_rows), named, at, allow_other_model
+    )
+    asked = plan_rollouts(trait, polarities=["neutral"], questions=questions, per_question=per_question)
+    # By question, so that the rows of a batch share its prompt.
+    prompts = [replace(prompt, intervention=cell) for prompt in asked for cell in ("", *named)]
+    files = [folder and folder / f"{name}_{kind}.jsonl" for kind in ("rollouts", "scores")]
+    rollouts = collect_rollouts(engine, prompts, seed=seed, output=files[0], progress=progress)
+    scored = score_rollouts(judge, trait, rollouts, output=files[1], progress=progress)
+    rows: dict[str, list[ScoredRollout]] = {cell: [] for cell in ("", *named)}
+    for row in scored:
+        rows[row.rollout.intervention].append(row)
+    return [
+        Evaluation(trait.name, tuple(rows[cell]), (cell,) if cell else (), at, seed)
+        for cell in ("", *(cell.name for cell in cells))
+    ]
+
+
+def read_cells(
+    folder: Path, name: str, cells: Sequence[Sequence[str]], *, trait: str, at: str, seed: int
+) -> list[Evaluation]:
+    """The evaluations that `evaluate_cells` made in a folder, for each of the given `Evaluation.interventions`.
+
+    Raises FileNotFoundError where a file is missing, ValueError where a cell has no rows.
+    """
+    rollouts = read_rollouts(folder / f"{name}_rollouts.jsonl")
+    wanted = {cell[0] if cell else "" for cell in cells}
+    rows: dict[str, list[ScoredRollout]] = {cell: [] for cell in wanted}
+    for row in read_scores(folder / f"{name}_scores.jsonl", [row for row in rollouts if row.intervention in wanted]):
+        rows[row.rollout.intervention].append(row)
+    if empty := [cell for cell in wanted if not rows[cell]]:
+        raise ValueError(f"{folder / name}_rollouts.jsonl has no rows of {empty[0]!r}")
+    return [Evaluation(trait, tuple(rows[cell[0] if cell else ""]), tuple(cell), at, seed) for cell in cells]
