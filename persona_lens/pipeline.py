@@ -7,6 +7,7 @@ Knows nothing of its own: each line is a function that can be called alone.
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def extract_persona_vectors(
     calibration = calibration_prompts(judge, trait)
     plan = ExtractionPlan(trait.name, engine.name, len(prompts), len(calibration), limit)
     if progress:
-        tqdm.write(str(plan))
+        tqdm.write(str(plan), file=sys.stderr)
 
     rollouts = collect_rollouts(engine, prompts, seed=seed, output=_in(folder, "rollouts.jsonl"), progress=progress)
     calibrate(judge, trait, engine, folder=folder, seed=seed, progress=progress)
@@ -109,7 +110,7 @@ def extract_persona_vectors(
         min_pairs=min_pairs,
     )
     if progress:
-        tqdm.write(str(report))
+        tqdm.write(str(report), file=sys.stderr)
     vectors = extract_from_responses(
         model,
         [positive.rollout.conversation() for positive, _ in kept],

@@ -177,9 +177,12 @@ def plan_rollouts(
     """
     if per_question < 1:
         raise ValueError(f"per_question must be at least 1, got {per_question}.")
+    asked = list(trait.extraction_questions if questions is None else questions)
+    if len(set(asked)) < len(asked):
+        raise ValueError(f"{trait.name}: {len(asked) - len(set(asked))} questions are repeated: ask each once.")
     return [
         Prompt(trait.name, polarity, instruction, trait.system_prompt(polarity, instruction), question, sample)
-        for question in (trait.extraction_questions if questions is None else questions)
+        for question in asked
         for polarity in polarities
         for instruction in ([None] if polarity == "neutral" else range(len(trait.instructions)))
         for sample in range(per_question)

@@ -276,7 +276,7 @@ def test_a_vectors_file_needs_a_trait_and_an_output(cli, run, options, words):
 @pytest.mark.slow
 def test_select_layer_sweeps_the_real_model(cli, embedded_bridge, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *_, **__: embedded_bridge)
-    trait = load_trait("optimistic")
+    trait = replace(load_trait("optimistic"), instructions=load_trait("optimistic").instructions[:2])
     sides = [
         [
             Conversation(tuple(chat_messages("Be brief.", question)), text, question, "0")

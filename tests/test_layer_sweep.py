@@ -45,7 +45,7 @@ UNMEASURED = {(0, 1.0): ([10.0, 20.0], None), (1, 1.0): ([30.0, 40.0], None), (2
 
 
 def test_a_coherence_that_nobody_measured_is_not_0():
-    with pytest.raises(ValueError, match="grumpy: the judge gave no coherence.*min_coherence=None"):
+    with pytest.raises(ValueError, match=r"grumpy: the judge gave no coherence.*min_coherence=None"):
         make_sweep(UNMEASURED).best()
 
 

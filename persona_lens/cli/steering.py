@@ -52,7 +52,7 @@ def select_layer(
 
     Example: persona-lens select-layer runs/demo --coefficient 2 --coefficient 4 --n-questions 4
     """
-    from persona_lens.layer_selection import dose_response
+    from persona_lens.layer_selection import dose_response, fixed_texts
     from persona_lens.layer_selection import select_layer as sweep_layers
     from persona_lens.pipeline import calibrated_judge
 
@@ -62,7 +62,8 @@ def select_layer(
         raise typer.BadParameter("--output is needed where the vectors are given as a file")
     amounts = tuple(coefficient or (1.0, 2.0, 4.0))
     ready = load(model, model_class, threads)
-    judge = calibrated_judge(ready, found.trait, folder, max_new_tokens=found.max_new_tokens, seed=seed)
+    source = found.folder or folder
+    judge = calibrated_judge(ready, found.trait, source, max_new_tokens=found.max_new_tokens, seed=seed)
     shared: dict[str, Any] = {
         "judge": judge,
         "per_question": per_question,
@@ -72,7 +73,14 @@ def select_layer(
     }
     questions = found.trait.extraction_questions[:n_questions]
     sweep = sweep_layers(
-        ready, found.vectors, found.trait, layers=layer or None, coefficients=amounts, questions=questions, **shared
+        ready,
+        found.vectors,
+        found.trait,
+        layers=layer or None,
+        coefficients=amounts,
+        questions=questions,
+        texts=fixed_texts(source, found.trait),
+        **shared,
     )
     best = sweep.best(min_coherence)
     confirmed = None

@@ -52,7 +52,7 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """What names the cell in files: trait, layer, the vector's fingerprint and the coefficient."""
         vector = self.vector
-        return f"{vector.trait} at layer {vector.layer} [{vector.fingerprint}] x {self.coefficient:g}"
+        return f"{vector.trait} at layer {vector.layer} [{vector.fingerprint}] x {self.coefficient}"
 
 
 @dataclass

@@ -81,6 +81,18 @@ class Evaluation:
     def _questions(self) -> list[str]:
         return [row.rollout.question for row in self.scored]
 
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What tells its rows from others in one file, and how they were scored: what `read_cells` wants."""
+        samples = {row.rollout.sample for row in self.scored}
+        return {
+            "trait": self.trait,
+            "questions": self.questions,
+            "per_question": max(samples, default=-1) + 1,
+            "at": self.at,
+            "seed": self.seed,
+        }
+
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON."""
         return {

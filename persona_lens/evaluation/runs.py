@@ -12,7 +12,7 @@ from persona_lens.evaluation.result import Evaluation
 from persona_lens.interventions import Intervention, NamedPositions
 from persona_lens.judges import Judge, ScoredRollout, read_scores, scorable_questions, score_rollouts
 from persona_lens.models import Model
-from persona_lens.records import write_json
+from persona_lens.records import ensure_writable, write_json
 from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts, read_rollouts
 from persona_lens.traits import Trait, load_trait
 
@@ -53,6 +53,9 @@ def evaluate(
     done = tuple(interventions)
     engine = IntervenedEngine(plain, done, at, allow_other_model) if done else plain
     folder = None if output is None else Path(output)
+    if folder is not None:
+        ensure_writable(folder / "scores.jsonl")
+        ensure_writable(folder / "evaluation.json")
     rollouts = collect_rollouts(
         engine, prompts, seed=seed, output=folder and folder / "rollouts.jsonl", progress=progress
     )
@@ -103,6 +106,8 @@ def evaluate_cells(
     # By question, so that the rows of a batch share its prompt.
     prompts = [replace(prompt, intervention=cell) for prompt in asked for cell in ("", *named)]
     files = [folder and folder / f"{name}_{kind}.jsonl" for kind in ("rollouts", "scores")]
+    if files[1] is not None:
+        ensure_writable(files[1])
     rollouts = collect_rollouts(engine, prompts, seed=seed, output=files[0], progress=progress)
     scored = score_rollouts(judge, trait, rollouts, output=files[1], progress=progress)
     rows: dict[str, list[ScoredRollout]] = {cell: [] for cell in ("", *named)}
@@ -115,16 +120,29 @@ def evaluate_cells(
 
 
 def read_cells(
-    folder: Path, name: str, cells: Sequence[Sequence[str]], *, trait: str, at: str, seed: int
+    folder: Path,
+    name: str,
+    cells: Sequence[Sequence[str]],
+    *,
+    trait: str,
+    questions: Sequence[str],
+    per_question: int,
+    at: str,
+    seed: int,
 ) -> list[Evaluation]:
     """The evaluations that `evaluate_cells` made in a folder, for each of the given `Evaluation.interventions`.
 
-    Raises FileNotFoundError where a file is missing, ValueError where a cell has no rows.
+    The rest are the parts of `Evaluation.plan`: the folder may hold more questions or samples than these. Raises
+    FileNotFoundError where a file is missing, ValueError where a cell has no rows.
     """
-    rollouts = read_rollouts(folder / f"{name}_rollouts.jsonl")
-    wanted = {cell[0] if cell else "" for cell in cells}
+    wanted, asked = {cell[0] if cell else "" for cell in cells}, set(questions)
+    rollouts = [
+        row
+        for row in read_rollouts(folder / f"{name}_rollouts.jsonl")
+        if row.trait == trait and row.intervention in wanted and row.question in asked and row.sample < per_question
+    ]
     rows: dict[str, list[ScoredRollout]] = {cell: [] for cell in wanted}
-    for row in read_scores(folder / f"{name}_scores.jsonl", [row for row in rollouts if row.intervention in wanted]):
+    for row in read_scores(folder / f"{name}_scores.jsonl", rollouts):
         rows[row.rollout.intervention].append(row)
     if empty := [cell for cell in wanted if not rows[cell]]:
         raise ValueError(f"{folder / name}_rollouts.jsonl has no rows of {empty[0]!r}")

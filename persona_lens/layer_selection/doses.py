@@ -18,7 +18,7 @@ from persona_lens.evaluation import Cell, Evaluation, evaluate_cells, read_cells
 from persona_lens.interventions import NamedPositions, Steer
 from persona_lens.judges import Judge, ScoredRollout, scorable_questions, score_rollouts
 from persona_lens.models import Model
-from persona_lens.records import write_json
+from persona_lens.records import ensure_writable, write_json
 from persona_lens.statistics import Estimate, slopes, spearman
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVector
@@ -139,8 +139,7 @@ class DoseResponse:
             "trait": self.trait,
             "layer": self.layer,
             "judge": self.judge,
-            "at": self.evaluations[0].at,
-            "seed": self.evaluations[0].seed,
+            "plan": self.evaluations[0].plan,
             "coefficients": list(self.coefficients),
             "doses": list(self.doses),
             "cells": [[list(found.interventions) for found in cells] for cells in (self.evaluations, *self.random)],
@@ -164,10 +163,9 @@ class DoseResponse:
             record = json.loads(file.read_text(encoding="utf-8"))
             if record["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {record['format_version']}, this persona_lens reads {FORMAT_VERSION}")
-            shared = {name: record[name] for name in ("trait", "at", "seed")}
-            own, *random = [tuple(read_cells(folder, ROWS_NAME, cells, **shared)) for cells in record["cells"]]
+            series = [tuple(read_cells(folder, ROWS_NAME, cells, **record["plan"])) for cells in record["cells"]]
             amounts, doses = tuple(record["coefficients"]), tuple(record["doses"])
-            return cls(record["trait"], record["layer"], record["judge"], amounts, doses, own, tuple(random))
+            return cls(record["trait"], record["layer"], record["judge"], amounts, doses, series[0], tuple(series[1:]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a whole dose-response ({error}): make it again.") from error
 
@@ -237,6 +235,8 @@ def dose_response(
     directions = [vector, *random_directions(vector, random, seed=seed)]
     cells = [Cell(direction, amount) for direction in directions for amount in amounts if amount]
     folder = None if output is None else Path(output)
+    if folder is not None:
+        ensure_writable(folder / DOSE_FILE)
     baseline, *found = evaluate_cells(
         model,
         trait,

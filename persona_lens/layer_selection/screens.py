@@ -89,7 +89,11 @@ def likelihood_ratio_changes(
     """How much steering each layer raises the mean log-likelihood per token of positive over negative texts, in nats.
 
     The texts are read after their question under a neutral system prompt, and the ratio without steering is taken off.
+    Empty texts are left out; raises ValueError where a side has no others.
     """
+    texts = FixedTexts(*([row for row in side if not row.is_empty] for side in texts))
+    if not (texts.positive and texts.negative):
+        raise ValueError(f"{trait.name}: the likelihood screen needs texts of both sides that are not empty.")
     neutral = trait.system_prompt("neutral", None)
     rows: list[ChatTokens] = [
         each.tokenize(model.tokenizer, system_prompt=neutral) for each in [*texts.positive, *texts.negative]

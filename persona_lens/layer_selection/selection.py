@@ -3,6 +3,7 @@
 Knows nothing about how the best cell is chosen from the result.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def select_layer(
         rows = len(asked) * per_question * (len(cells) + 1)
         tqdm.write(
             f"{trait.name}: {len(layers)} layers x {len(amounts)} coefficients x {len(asked)} questions, "
-            f"{rows} rollouts with the unsteered ones, at most {rows * max_new_tokens:,} sampled tokens."
+            f"{rows} rollouts with the unsteered ones, at most {rows * max_new_tokens:,} sampled tokens.",
+            file=sys.stderr,
         )
     baseline, *found = evaluate_cells(
         model,

@@ -4,7 +4,7 @@ Knows nothing about how answers were sampled or judged.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ import numpy as np
 
 from persona_lens.evaluation import Evaluation, read_cells
 from persona_lens.records import write_json
-from persona_lens.statistics import Estimate, spearman
+from persona_lens.statistics import N_RESAMPLES, Estimate, spearman
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT_VERSION = 1
 SWEEP_FILE, ROWS_NAME = "layer_sweep.json", "sweep"
+RANK_RESAMPLES = 500
 
 
 @dataclass(frozen=True)
@@ -165,34 +166,28 @@ class LayerSweep:
         """
         import pandas
 
-        rows = []
-        for name, values in self.screens.items():
-            for coefficient in self.coefficients:
-                cells = [self.evaluations[layer, coefficient] for layer in self.layers]
-                swept = [cell.trait_score.value for cell in cells]
-                usable = [i for i, pair in enumerate(zip(values, swept, strict=True)) if None not in pair]
-                screen = [values[i] for i in usable]
-                resamples = np.array([cells[i].trait_score_resamples for i in usable]).reshape(len(usable), -1).T
-                value = spearman(np.array(screen, dtype=float), np.array([swept[i] for i in usable], dtype=float))
-                drawn = [
-                    spearman(np.array(screen, dtype=float), row) for row in resamples[:500] if np.isfinite(row).all()
-                ]
-                found = Estimate.of(
-                    np.nan if value is None else value,
-                    np.array([each for each in drawn if each is not None]),
-                    len(usable),
-                )
-                rows.append(
-                    {
-                        "screen": name,
-                        "coefficient": coefficient,
-                        "spearman": found.value,
-                        "low": found.low,
-                        "high": found.high,
-                        "layers": found.n,
-                    }
-                )
+        rows = [
+            {"screen": name, "coefficient": coefficient, **self._ranked(values, coefficient)}
+            for name, values in self.screens.items()
+            for coefficient in self.coefficients
+        ]
         return pandas.DataFrame(rows, columns=["screen", "coefficient", "spearman", "low", "high", "layers"])
+
+    def _ranked(self, screen: Sequence[float | None], coefficient: float) -> dict[str, Any]:
+        """Spearman of a screen with the trait score at one coefficient, over layers that have both."""
+        cells = [self.evaluations[layer, coefficient] for layer in self.layers]
+        both = [
+            (value, cell)
+            for value, cell in zip(screen, cells, strict=True)
+            if value is not None and cell.trait_score.value is not None
+        ]
+        x = np.array([value for value, _ in both], dtype=float)
+        swept = spearman(x, np.array([cell.trait_score.value for _, cell in both], dtype=float))
+        resamples = np.array([cell.trait_score_resamples for _, cell in both]).reshape(len(both), N_RESAMPLES).T
+        drawn = [spearman(x, row) for row in resamples[:RANK_RESAMPLES] if np.isfinite(row).all()]
+        known = np.array([each for each in drawn if each is not None], dtype=float)
+        found = Estimate.of(np.nan if swept is None else swept, known, len(both))
+        return {"spearman": found.value, "low": found.low, "high": found.high, "layers": found.n}
 
     def save(self, folder: str | Path) -> None:
         """Write layer_sweep.json beside the rows that `select_layer` keeps in the folder; `load` reads both."""
@@ -209,8 +204,7 @@ class LayerSweep:
             "format_version": FORMAT_VERSION,
             "trait": self.trait,
             "judge": self.judge,
-            "at": self.baseline.at,
-            "seed": self.baseline.seed,
+            "plan": self.baseline.plan,
             "layers": list(self.layers),
             "coefficients": list(self.coefficients),
             "screens": {name: list(values) for name, values in self.screens.items()},
@@ -234,8 +228,7 @@ class LayerSweep:
             if record["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {record['format_version']}, this persona_lens reads {FORMAT_VERSION}")
             cells = [each["interventions"] for each in [record["baseline"], *record["cells"]]]
-            shared = {name: record[name] for name in ("trait", "at", "seed")}
-            found = read_cells(folder, ROWS_NAME, cells, **shared)
+            found = read_cells(folder, ROWS_NAME, cells, **record["plan"])
             places = [(each["layer"], each["coefficient"]) for each in record["cells"]]
             return cls(
                 record["trait"],
