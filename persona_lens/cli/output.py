@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from persona_lens.layer_selection import LayerChoice, LayerSweep
+    from persona_lens.evaluation import Evaluation
+    from persona_lens.layer_selection import DoseResponse, LayerChoice, LayerSweep
     from persona_lens.traits import Trait
     from persona_lens.vectors import PersonaVectors
 
@@ -91,8 +93,8 @@ def show_doses(sweep: "LayerSweep", trait: "Trait", *, min_coherence: float) -> 
             cells.append(str(mean_estimate([row.trait_score for row in scored], questions)))
         except ImportError:
             cells.append("")
-        example = " ".join(found.scored[0].rollout.response.split())
-        rows.append([*cells, str(found.coherence), example[:60]])
+        example = found.scored[0].rollout.response
+        rows.append([*cells, str(found.coherence), shorten(example, 40, placeholder="...")])
     head = ["coefficient", "dose", f"{sweep.trait} [95 %]", "sentiment lexicon", "coherence", "first answer"]
     print(f"\nSteering layer {best.layer}, with intervals over {len(sweep.baseline.questions)} questions:")
     print_table(head, rows)
@@ -100,14 +102,40 @@ def show_doses(sweep: "LayerSweep", trait: "Trait", *, min_coherence: float) -> 
 
 
 def show_sweep(sweep: "LayerSweep", best: "LayerChoice") -> None:
-    """Print every layer with the trait score and coherence of each coefficient; the chosen layer has a star."""
+    """Print every layer with the trait score and mean coherence of each coefficient; the chosen layer has a star."""
+
+    def shown(cell: "Evaluation") -> str:
+        coherence = "-" if cell.coherence.value is None else f"{cell.coherence.value:.0f}"
+        return f"{cell.trait_score} / {coherence}"
+
     head = ["layer", *(f"x {coefficient:g}: {sweep.trait} / coherence" for coefficient in sweep.coefficients)]
-    rows = [["none", f"{sweep.baseline.trait_score} / {sweep.baseline.coherence}"]]
+    rows = [["none", shown(sweep.baseline)]]
     for layer in sweep.layers:
         cells = [sweep.evaluations[layer, coefficient] for coefficient in sweep.coefficients]
         star = "*" * (layer == best.layer)
-        rows.append([f"{star}{layer}", *(f"{cell.trait_score} / {cell.coherence}" for cell in cells)])
+        rows.append([f"{star}{layer}", *map(shown, cells)])
     print_table(head, rows)
+
+
+def show_confirmation(response: "DoseResponse") -> None:
+    """Print what the chosen direction does on other questions, beside random directions of equal norm."""
+    head = [
+        "coefficient",
+        "dose",
+        f"{response.trait} [95 %]",
+        "coherence",
+        "random directions: mean (lowest to highest)",
+    ]
+    rows = []
+    for found, row in zip(response.evaluations, records(response.table()), strict=True):
+        dose = "" if row["dose"] is None else f"{row['dose']:+.2f}"
+        known = row["random_mean"] is not None
+        others = f"{row['random_mean']:.1f} ({row['random_low']:.1f} to {row['random_high']:.1f})" if known else "-"
+        rows.append([f"{row['coefficient']:g}", dose, str(found.trait_score), str(found.coherence), others])
+    n_questions = len(response.evaluations[0].questions)
+    print(f"\nConfirmed at layer {response.layer} on {n_questions} evaluation questions:")
+    print_table(head, rows)
+    print(f"{response}.")
 
 
 def show_screens(sweep: "LayerSweep") -> None:

@@ -16,7 +16,14 @@ from persona_lens.cli.options import (
     ThreadsOption,
     app,
 )
-from persona_lens.cli.output import print_columns, say, show_doses, show_screens, show_sweep, sweep_as_json
+from persona_lens.cli.output import (
+    print_columns,
+    show_confirmation,
+    show_doses,
+    show_screens,
+    show_sweep,
+    sweep_as_json,
+)
 
 if TYPE_CHECKING:
     from persona_lens.interventions import Intervention
@@ -96,8 +103,7 @@ def select_layer(
     show_screens(sweep)
     show_doses(sweep, found.trait, min_coherence=min_coherence)
     if confirmed is not None:
-        say("Confirmed on evaluation questions:")
-        print(confirmed)
+        show_confirmation(confirmed)
 
 
 @app.command()
