@@ -18,7 +18,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import tiny
+from tests import executed_types, tiny
+
+# The jaxtyping hook looks the checker up by name, as an attribute that exists once its module was imported.
+assert executed_types.checked
 
 # Parallel workers share the cores, and one thread makes sums repeat bit for bit.
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from persona_lens.interventions.directions import Vectors, as_given, layers_text
-from persona_lens.interventions.intervention import Intervention, Number, When, rows_in_flight
+from persona_lens.interventions.intervention import Intervention, When, rows_in_flight
 from persona_lens.interventions.positions import At, check_positions, positions_of
 from persona_lens.interventions.values import Ablate, Cap, Steer, refuse_conflicting_caps
 from persona_lens.models import CurrentPass, KnownPass, Model, announced, identify, residual_points, watch_passes
@@ -202,7 +202,7 @@ def _module(model: Model) -> nn.Module:
 def steer(
     model: Model,
     vectors: Vectors,
-    coefficient: Number | Float[Tensor, "row vector"] | Float[Tensor, " row"] = 1.0,
+    coefficient: float | Float[Tensor, "row vector"] | Float[Tensor, " row"] = 1.0,
     *,
     at: At = "all",
     when: When | None = None,
@@ -239,8 +239,8 @@ def cap(
     model: Model,
     vectors: Vectors,
     *,
-    maximum: Number | Float[Tensor, " vector"] | None = None,
-    minimum: Number | Float[Tensor, " vector"] | None = None,
+    maximum: float | Float[Tensor, " vector"] | None = None,
+    minimum: float | Float[Tensor, " vector"] | None = None,
     at: At = "all",
     when: When | None = None,
     prompt_lengths: Sequence[int] | None = None,

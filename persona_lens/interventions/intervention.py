@@ -27,8 +27,6 @@ from persona_lens.interventions.records import (
 from persona_lens.models import CurrentPass, Model, ModelIdentity, announced, identify, resid_post_name
 from persona_lens.vectors import PersonaVector, PersonaVectors, Relation, check_model, refuse_absent_layer
 
-# Both, because an executed annotation does not take an int for a float.
-Number = float | int
 Residual = Float[Tensor, "batch pos d_model"]
 
 
@@ -44,8 +42,8 @@ class When:
 
     vectors: Vectors
     _: KW_ONLY
-    above: Number | None = None
-    below: Number | None = None
+    above: float | None = None
+    below: float | None = None
 
     def __post_init__(self) -> None:
         if self.above is None and self.below is None:

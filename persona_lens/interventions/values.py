@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_lens.interventions.directions import ORTHOGONAL, as_given, layers_text, overlap, units_of
-from persona_lens.interventions.intervention import Intervention, Number, Residual
+from persona_lens.interventions.intervention import Intervention, Residual
 from persona_lens.models import ModelIdentity
 from persona_lens.vectors import PersonaVectors, Relation, orthonormal_basis
 
@@ -32,7 +32,7 @@ class Steer(Intervention):
     [row] where there is one vector.
     """
 
-    coefficient: Number | Float[Tensor, "row vector"] | Float[Tensor, " row"] = 1.0
+    coefficient: float | Float[Tensor, "row vector"] | Float[Tensor, " row"] = 1.0
     kind: ClassVar[str] = "steer"
 
     def __post_init__(self) -> None:
@@ -178,8 +178,8 @@ class Cap(Intervention):
     other. Raises ValueError for bounds that no projection can meet.
     """
 
-    maximum: Number | Float[Tensor, " vector"] | None = None
-    minimum: Number | Float[Tensor, " vector"] | None = None
+    maximum: float | Float[Tensor, " vector"] | None = None
+    minimum: float | Float[Tensor, " vector"] | None = None
     kind: ClassVar[str] = "cap"
 
     def __post_init__(self) -> None:

@@ -14,8 +14,6 @@ from torch import Tensor
 from persona_lens.vectors.provenance import Provenance
 
 Vector = TypeVar("Vector", bound="VectorAlgebra")
-# Both, because an executed annotation does not take an int for a float.
-Number = float | int
 
 
 class VectorAlgebra:
@@ -34,15 +32,15 @@ class VectorAlgebra:
         undone = self.trait.startswith("-") and " " not in self.trait
         return self._map(operator.neg, self.trait[1:] if undone else f"-{_grouped(self.trait)}")
 
-    def __mul__(self: Vector, factor: Number) -> Vector:
-        if not isinstance(factor, Number):
+    def __mul__(self: Vector, factor: float) -> Vector:
+        if not isinstance(factor, float | int):
             return NotImplemented
         return self._map(lambda tensor: factor * tensor, f"{factor:g} * {_grouped(self.trait)}")
 
     __rmul__ = __mul__
 
-    def __truediv__(self: Vector, divisor: Number) -> Vector:
-        if not isinstance(divisor, Number):
+    def __truediv__(self: Vector, divisor: float) -> Vector:
+        if not isinstance(divisor, float | int):
             return NotImplemented
         return self._map(lambda tensor: tensor / divisor, f"{_grouped(self.trait)} / {divisor:g}")
 
