@@ -205,9 +205,9 @@ def test_select_layer_prints_json_for_scripts(cli, run):
 
 
 def test_the_choice_is_confirmed_on_evaluation_questions(cli, run):
-    code, out, err = cli(*selected(run))
+    code, out, _ = cli(*selected(run))
     assert code == 0
-    assert "Confirmed on evaluation questions" in err
+    assert f"on {len(TRAIT.evaluation_questions)} evaluation questions" in " ".join(out.split())
     assert "points for each 1.0 of the coefficient" in " ".join(out.split())
     asked = {row.question for row in read_rollouts(run / "dose_rollouts.jsonl")}
     assert asked == set(TRAIT.evaluation_questions)
