@@ -140,6 +140,7 @@ class _Decoder:
         self.stops = stop_tokens(model.tokenizer)
         self.said: list[list[int]] = [[] for _ in prompts]
         self.stopped = [False] * len(prompts)
+        self.running: tuple[Tensor | None, Tensor] = (None, rows)  # one tensor for as long as the same rows run
 
     def steps(self) -> Iterator[None]:
         """Run the batch, pausing after each sampled token."""
@@ -190,7 +191,9 @@ class _Decoder:
     ) -> tuple[Float[Tensor, "row d_vocab"], Past]:
         column = tokens.to(model_device(self.model))[:, None]
         everywhere = torch.ones_like(column).bool()
-        known = KnownPass(self.rows[active], prompt=everywhere if of_prompt else ~everywhere, response=everywhere)
+        if self.running[0] is not active:
+            self.running = (active, self.rows[active])
+        known = KnownPass(self.running[1], prompt=everywhere if of_prompt else ~everywhere, response=everywhere)
         logits, past_after = forward(self.model, column, everywhere, past=past, last_logits=1, known=known)
         assert logits is not None
         assert past_after is not None

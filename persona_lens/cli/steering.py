@@ -139,16 +139,13 @@ def steer(
     variants = _variants(given, chosen, coefficient, ablate, cap)
     ready = load(model, model_class, threads)
     ids = tokenize_chat(ready.tokenizer, chat_messages(system, prompt)).prompt
-    texts: dict[str, str] = {}
-    for intervention in [None, *variants]:
 
-        def answer() -> str:
-            settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-            return ready.tokenizer.decode(generate(ready, [ids], **settings)[0].tokens, skip_special_tokens=True)
+    def answer() -> str:
+        done = generate(ready, [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return ready.tokenizer.decode(done[0].tokens, skip_special_tokens=True)
 
-        if intervention is None:
-            texts["no intervention"] = answer()
-            continue
+    texts = {"no intervention": answer()}
+    for intervention in variants:
         with intervene(ready, intervention, at=at):
             texts[str(intervention)] = answer()
     if as_json:

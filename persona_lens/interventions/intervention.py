@@ -24,7 +24,7 @@ from persona_lens.interventions.records import (
     encode_value,
     encode_vectors,
 )
-from persona_lens.models import CurrentPass, Model, ModelIdentity, announced, identify, resid_post_name
+from persona_lens.models import CurrentPass, KnownPass, Model, ModelIdentity, announced, identify, resid_post_name
 from persona_lens.vectors import PersonaVector, PersonaVectors, Relation, check_model, refuse_absent_layer
 
 Residual = Float[Tensor, "batch pos d_model"]
@@ -258,7 +258,7 @@ class Intervention:
 _SHARED = {"vectors", "when"}
 
 
-def rows_in_flight(intervention: Intervention, known: Any) -> Int[Tensor, " batch"] | None:
+def rows_in_flight(intervention: Intervention, known: KnownPass | None) -> Int[Tensor, " batch"] | None:
     """Which rows of the plan a pass runs; None where its batch is the plan.
 
     Raises ValueError where a row of the pass serves several rows, which a row-wise intervention would treat alike.

@@ -9,7 +9,7 @@ Knows nothing about hooks, caches or which forward pass runs.
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import einsum, rearrange
@@ -81,17 +81,36 @@ class Steer(Intervention):
     def _change(self, resid: Residual, layer: int, rows: Int[Tensor, " batch"] | None) -> Residual:
         if not isinstance(self.coefficient, Tensor):
             return resid + self._place("delta", layer, resid)
-        count = len(self.coefficient)
-        if (len(resid) != count) if rows is None else (int(rows.max()) >= count):
-            got = f"a batch of {len(resid)}" if rows is None else f"row {int(rows.max())}"
+        return resid + self._row_deltas(resid, layer, rows)
+
+    def _row_deltas(
+        self, resid: Residual, layer: int, rows: Int[Tensor, " batch"] | None
+    ) -> Float[Tensor, "batch 1 d_model"]:
+        """What is added to each row of a batch, kept because a decode loop asks for the same rows step after step."""
+        key = (layer, resid.device, resid.dtype)
+        held = self._held.get(key)
+        if held is None or held[0] is not rows or len(held[1]) != len(resid):
+            self._refuse_unfitting(len(resid), rows)
+            work = _wide(resid)
+            table, directions = self._place("coefficients", layer, work), self._place("directions", layer, work)
+            with torch.inference_mode(False):
+                chosen = table if rows is None else table[rows.to(table.device)]
+                delta = einsum(chosen, directions, "batch vector, vector d_model -> batch d_model")
+                held = (rows, rearrange(delta, "batch d_model -> batch 1 d_model").to(resid.dtype))
+            self._held[key] = held
+        return held[1]
+
+    def _refuse_unfitting(self, batch: int, rows: Int[Tensor, " batch"] | None) -> None:
+        count = self.n_rows or 0
+        if (batch != count) if rows is None else (int(rows.max()) >= count):
+            got = f"a batch of {batch}" if rows is None else f"row {int(rows.max())}"
             raise ValueError(
                 f"{self.traits}: coefficients for {count} rows meet {got}: pass a row for each of the batch."
             )
-        work = _wide(resid)
-        table, directions = self._place("coefficients", layer, work), self._place("directions", layer, work)
-        chosen = table if rows is None else table[rows.to(table.device)]
-        delta = einsum(chosen, directions, "batch vector, vector d_model -> batch d_model")
-        return resid + rearrange(delta, "batch d_model -> batch 1 d_model").to(resid)
+
+    @cached_property
+    def _held(self) -> dict[Any, tuple[Tensor | None, Tensor]]:
+        return {}
 
     def _constant(self, name: str, layer: int) -> Tensor:
         columns = self._at(layer)
