@@ -93,6 +93,17 @@ class Evaluation:
             "seed": self.seed,
         }
 
+    @property
+    def columns(self) -> dict[str, float | int | None]:
+        """Its numbers as a row of a table."""
+        scores = {"trait_score": self.trait_score, "coherence": self.coherence}
+        ends = {
+            name + end: value
+            for name, found in scores.items()
+            for end, value in (("", found.value), ("_low", found.low), ("_high", found.high))
+        }
+        return {**ends, "diversity": self.diversity, "n": len(self.scored), "missing": self.missing}
+
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON."""
         return {

@@ -55,12 +55,7 @@ def select_layer(
     trait = load_trait(trait) if isinstance(trait, str) else trait
     layers = list(range(vectors.n_layers)) if layers is None else sorted(set(layers))
     amounts = [float(coefficient) for coefficient in coefficients]
-    if not amounts or 0.0 in amounts or len(set(amounts)) < len(amounts) or not layers:
-        raise ValueError(
-            f"A sweep needs layers, and distinct coefficients other than 0 (which is always swept); got {list(layers)} "
-            f"and {amounts}."
-        )
-    cells = {(layer, amount): Cell(vectors.at(layer), amount) for layer in layers for amount in amounts}
+    cells = _cells(vectors, layers, amounts)
     Steer(vectors).check(model, allow_other_model=allow_other_model)
     asked = scorable_questions(judge, trait, trait.extraction_questions if questions is None else questions)
     folder = None if output is None else Path(output)
@@ -117,3 +112,14 @@ def select_layer(
     if folder is not None:
         sweep.save(folder)
     return sweep
+
+
+def _cells(
+    vectors: PersonaVectors, layers: Sequence[int], coefficients: Sequence[float]
+) -> dict[tuple[int, float], Cell]:
+    if not coefficients or 0.0 in coefficients or len(set(coefficients)) < len(coefficients) or not layers:
+        raise ValueError(
+            f"A sweep needs layers, and distinct coefficients other than 0 (which is always swept); got {list(layers)} "
+            f"and {list(coefficients)}."
+        )
+    return {(layer, amount): Cell(vectors.at(layer), amount) for layer in layers for amount in coefficients}

@@ -145,15 +145,7 @@ class LayerSweep:
                 "layer": layer,
                 "coefficient": coefficient,
                 "dose": 0.0 if layer < 0 else self.doses[layer, coefficient],
-                "trait_score": found.trait_score.value,
-                "trait_score_low": found.trait_score.low,
-                "trait_score_high": found.trait_score.high,
-                "coherence": found.coherence.value,
-                "coherence_low": found.coherence.low,
-                "coherence_high": found.coherence.high,
-                "diversity": found.diversity,
-                "n": len(found.scored),
-                "missing": found.missing,
+                **found.columns,
             }
             for (layer, coefficient), found in cells.items()
         ]
