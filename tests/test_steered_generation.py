@@ -8,6 +8,7 @@ from persona_lens.chat import ChatTokens, chat_messages, collate, tokenize_chat
 from persona_lens.generation import generate
 from persona_lens.interventions import Ablate, Steer, When, intervene, steer
 from persona_lens.judges.likelihood import mean_log_likelihoods
+from persona_lens.models import suspended
 from tests import naive, tiny
 from tests.intervention_cases import some_vectors, steered_greedy
 from tests.vector_cases import random_tensor
@@ -127,6 +128,12 @@ def test_rows_of_their_own_go_together_with_what_treats_them_alike(tiny_model, p
             found = generate(tiny_model, prompts, keys=keys(6), **options)
         with intervene(tiny_model, Ablate(other), at=at):
             assert found == one_call_a_row(tiny_model, prompts, vectors, table, "response", **options)
+
+
+def test_suspended_rows_of_their_own_ask_nothing_of_a_generation(tiny_model, prompts, table):
+    plain = generate(tiny_model, prompts[:2], max_new_tokens=STEPS)
+    with steer(tiny_model, some_vectors(tiny_model), table, at="response"), suspended(tiny_model):
+        assert generate(tiny_model, prompts[:2], max_new_tokens=STEPS) == plain
 
 
 def test_a_condition_holds_for_each_row_by_itself(tiny_model, prompts, table):

@@ -38,6 +38,7 @@ class Attachment:
         relations: How the model relates to the one that each vector came from.
         ran: The layers at which they have acted.
         seen: How often each point of the residual stream was passed, the entry of block 0 being 0.
+        handle: The id of its hook at the entry of block 0.
     """
 
     interventions: tuple[Intervention, ...]
@@ -46,6 +47,7 @@ class Attachment:
     prompt_lengths: tuple[int, ...] | None = None
     ran: set[int] = field(default_factory=set)
     seen: Counter[int] = field(default_factory=Counter, repr=False)
+    handle: int = field(default=-1, repr=False)
     _current: CurrentPass = field(default_factory=CurrentPass, repr=False)
     _held: tuple[KnownPass | None, Any, Tensor | None] = field(default=(None, None, None), repr=False)
 
@@ -106,8 +108,9 @@ _attached: WeakKeyDictionary[nn.Module, list[Attachment]] = WeakKeyDictionary()
 
 
 def attachments(model: Model) -> tuple[Attachment, ...]:
-    """The interventions that are attached to a model now, outermost first."""
-    return tuple(_attached.get(_module(model), ()))
+    """The interventions that act on a model now, outermost first; none while they are suspended."""
+    entry = residual_points(model)[0]
+    return tuple(each for each in _attached.get(_module(model), ()) if each.handle in entry._forward_hooks)
 
 
 @contextmanager
@@ -180,7 +183,10 @@ def _hook(model: Model, attachment: Attachment, stack: ExitStack) -> None:
         def count(_module: nn.Module, _inputs: Any, _output: Any, index: int = index) -> None:
             attachment.seen[index] += 1
 
-        stack.callback(point.register_forward_hook(count).remove)
+        handle = point.register_forward_hook(count)
+        stack.callback(handle.remove)
+        if index == 0:
+            attachment.handle = handle.id
     if attachment.layers and isinstance(attachment.at, str) and attachment.at != "all":
         attachment._current = stack.enter_context(watch_passes(model, attachment.layers))
     for layer in attachment.layers:
