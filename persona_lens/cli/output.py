@@ -141,13 +141,16 @@ def show_confirmation(response: "DoseResponse") -> None:
 def show_screens(sweep: "LayerSweep") -> None:
     """Print how well each cheap screen ranks the layers as the sweep does."""
     table = sweep.screen_correlations()
-    if table.empty:
+    if all(row["spearman"] is None for row in records(table)):  # fewer than three layers have no ranks
         return
     print("\nSpearman of cheap screens with the swept trait score, over layers:")
     rows = [
         [
             str(name),
-            *(f"{_number(row['spearman'])} [{_number(row['low'])}, {_number(row['high'])}]" for row in records(group)),
+            *(
+                "-" if row["low"] is None else f"{row['spearman']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+                for row in records(group)
+            ),
         ]
         for name, group in table.groupby("screen", sort=False)
     ]
