@@ -1,0 +1,114 @@
+"""One model on one server: its address, its key, what it calls itself, and what its errors mean.
+
+The key comes from the environment, goes to the server that it is for, and stands in no error, name or file.
+Knows nothing about requests.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from persona_lens.clients.requests import ServerError
+
+if TYPE_CHECKING:
+    import openai
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model's name on the server at `url`, and the environment variable that holds the key.
+
+    `is_ambient` says whether it is the server that the environment's own OpenAI settings are for.
+    """
+
+    model: str
+    url: str
+    key_variable: str
+    is_ambient: bool
+    needs_key: bool
+
+    @classmethod
+    def of(cls, model: str, base_url: str | None, key_variable: str | None) -> "Endpoint":
+        """The endpoint of a client's arguments; raises ValueError where the URL is none, or carries a password."""
+        url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
+        parts = urlsplit(url)
+        if parts.username or parts.password or parts.query:
+            raise ValueError("A server's URL carries no password and no query: put the key into the environment.")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"Expected a server's URL such as http://localhost:8000/v1, got {url!r}.")
+        variable = key_variable or ("PERSONA_LENS_API_KEY" if base_url else "OPENAI_API_KEY")
+        return cls(model, url, variable, not base_url, key_variable is not None or url == OPENAI_URL)
+
+    @property
+    def key(self) -> str | None:
+        """The key, None where none is set and none is needed; raises ValueError where one is."""
+        key = os.environ.get(self.key_variable, "").strip() or None
+        if key is None and self.needs_key:
+            raise ValueError(f"{self.url} wants a key: set the environment variable {self.key_variable}.")
+        return key
+
+    @property
+    def withheld_headers(self) -> dict[str, Any]:
+        """What the SDK would take from the environment's settings for OpenAI, kept from every other server."""
+        import openai
+
+        if self.is_ambient:
+            return {}
+        custom = os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()
+        names = ["OpenAI-Organization", "OpenAI-Project", *(line.partition(":")[0].strip() for line in custom)]
+        return dict.fromkeys(names, openai.Omit())
+
+    def check(self, answered: str) -> None:
+        """Raise ServerError where a model of another name answered; a server may leave its name out."""
+        if answered and not _same_model(self.model, answered):
+            raise ServerError(
+                f"{self.url} was asked for the model {self.model!r}, and {answered!r} answered: "
+                "pass that name if it is the model you mean."
+            )
+
+    def explain(self, error: "openai.OpenAIError", *, tries: int, timeout: float) -> ServerError:
+        """One sentence on what failed and what to do, without the key even where the server repeated it."""
+        import openai
+
+        if isinstance(error, openai.APITimeoutError):
+            found = f"did not answer within {timeout:g} s in {tries} tries: raise timeout, or lower concurrency."
+        elif isinstance(error, openai.APIConnectionError):
+            found = f"could not be reached in {tries} tries ({self._redacted(error.__cause__ or error)}): does it run?"
+        elif isinstance(error, openai.APIStatusError):
+            said = self._redacted(error.body or error)
+            found = f"answered {error.status_code} ({said}): {self._remedy(error, tries)}."
+        else:
+            found = f"could not be asked ({self._redacted(error)})."
+        return ServerError(f"{self.url} {found}")
+
+    def _remedy(self, error: "openai.APIStatusError", tries: int) -> str:
+        if error.status_code in (401, 403):
+            return f"set the environment variable {self.key_variable} to a key that may use {self.model!r}"
+        if error.status_code == 404:
+            return f"name a model that it serves in place of {self.model!r}, and check the URL, which mostly ends in /v1"
+        if error.status_code == 429:
+            return f"{tries} tries were too many for it, so lower concurrency or wait; what was answered is kept"
+        if error.status_code >= 500:
+            return f"so did {tries} tries; what was answered is kept, try again later"
+        return "it does not take this request"
+
+    def _redacted(self, said: object) -> str:
+        said = said.get("message") or said if isinstance(said, dict) else said
+        text, key = " ".join(str(said).split()), self.key
+        return shorten(text.replace(key, "[key]") if key else text, 300, placeholder=" ...")
+
+
+def _same_model(asked: str, answered: str) -> bool:
+    """Whether a server that was asked for one name and gives another means the same model.
+
+    A folder before the name, and a date, a quantisation or `:latest` after it, make no difference.
+    """
+    one, other = (re.split(r"[/\\]", name.casefold())[-1] for name in (asked, answered))
+    shorter, longer = sorted((one, other), key=len)
+    rest = longer.removeprefix(shorter)
+    return one == other or (len(rest) < len(longer) and re.fullmatch(r":latest|[-.:@].*\d.*", rest) is not None)
