@@ -18,11 +18,15 @@ Variants = Sequence[Contestant]
 
 @dataclass(frozen=True)
 class Claim:
-    """What `faster` names is `goal` times faster than what `than` names; without a goal the ratio only explains."""
+    """What `faster` names is `goal` times faster than what `than` names; without a goal the ratio only explains.
+
+    CPU time does not count where one of them only waits.
+    """
 
     faster: str
     than: str
     goal: float | None = None
+    cpu_counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Verdict:
     ratio_of_medians: float
     paired_wall: list[float]
     paired_cpu: list[float]
+    cpu_counts: bool = True
 
     @property
     def held(self) -> bool | None:
@@ -42,7 +47,10 @@ class Verdict:
 
         CPU time too, because a neighbour that runs during one contestant's turns changes wall time alone.
         """
-        return None if self.goal is None else min(median(self.paired_wall), median(self.paired_cpu)) >= self.goal
+        if self.goal is None:
+            return None
+        counting = [self.paired_wall, self.paired_cpu] if self.cpu_counts else [self.paired_wall]
+        return min(map(median, counting)) >= self.goal
 
 
 @dataclass(frozen=True)
@@ -98,4 +106,5 @@ def _verdict(claim: Claim, faster: Result, than: Result) -> Verdict:
         ratio_of_medians=median(than.wall) / median(faster.wall),
         paired_wall=[slow / fast for slow, fast in zip(than.wall, faster.wall, strict=True)],
         paired_cpu=[slow / fast for slow, fast in zip(than.cpu, faster.cpu, strict=True)],
+        cpu_counts=claim.cpu_counts,
     )

@@ -22,8 +22,8 @@ class Contestant:
 
     name: str
     run: Callable[[], Any]
-    embedding: nn.Module
-    """The token embedding of the model that `run` runs: its calls are the forwards, its inputs the padded tokens."""
+    embedding: nn.Module | None = None
+    """The token embedding of the model that `run` runs, if any: its calls are the forwards, its inputs the tokens."""
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Result:
 def inspect(contestant: Contestant, agreement: Callable[[Any], float]) -> Result:
     """The first run, which also warms up: what it computes, how many forwards and tokens, how much memory."""
     shapes: list[int] = []
-    counting = contestant.embedding.register_forward_hook(
+    # A contestant that runs no model has a hook on a module that nobody calls.
+    counting = (contestant.embedding or nn.Identity()).register_forward_hook(
         lambda _module, inputs, _out: shapes.append(inputs[0].numel())
     )
     started = time.process_time()

@@ -32,6 +32,7 @@ _HOMES = {
         "ScoredRollout",
         "SentimentJudge",
         "TextClassifier",
+        "judge_agreement",
         "keep_pairs",
         "score_rollouts",
     ],
@@ -39,6 +40,7 @@ _HOMES = {
     "persona_lens.models": ["from_paper_layer", "load_model", "suspended"],
     "persona_lens.pipeline": ["extract_persona_vectors"],
     "persona_lens.plots": [
+        "plot_agreement",
         "plot_cosine_matrix",
         "plot_dose_response",
         "plot_frontier",
@@ -47,6 +49,7 @@ _HOMES = {
     ],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
     "persona_lens.rollouts": ["Rollout", "read_rollouts", "sample_rollouts"],
+    "persona_lens.trait_generation": ["generate_trait", "preview_trait", "template_rubric"],
     "persona_lens.traits": [
         "InstructionPair",
         "Trait",
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
         ScoredRollout,
         SentimentJudge,
         TextClassifier,
+        judge_agreement,
         keep_pairs,
         score_rollouts,
     )
@@ -81,6 +85,7 @@ if TYPE_CHECKING:
     from persona_lens.models import from_paper_layer, load_model, suspended
     from persona_lens.pipeline import extract_persona_vectors
     from persona_lens.plots import (
+        plot_agreement,
         plot_cosine_matrix,
         plot_dose_response,
         plot_frontier,
@@ -89,6 +94,7 @@ if TYPE_CHECKING:
     )
     from persona_lens.responses import read_messages, read_reference_csv
     from persona_lens.rollouts import Rollout, read_rollouts, sample_rollouts
+    from persona_lens.trait_generation import generate_trait, preview_trait, template_rubric
     from persona_lens.traits import (
         InstructionPair,
         Trait,
@@ -133,16 +139,20 @@ __all__ = [
     "extract_persona_vectors",
     "from_paper_layer",
     "generate",
+    "generate_trait",
     "intervene",
+    "judge_agreement",
     "keep_pairs",
     "load_model",
     "load_trait",
     "mean_activations",
+    "plot_agreement",
     "plot_cosine_matrix",
     "plot_dose_response",
     "plot_frontier",
     "plot_layer_statistics",
     "plot_layer_sweep",
+    "preview_trait",
     "read_messages",
     "read_reference_csv",
     "read_reference_trait",
@@ -153,6 +163,7 @@ __all__ = [
     "show_tokens",
     "steer",
     "suspended",
+    "template_rubric",
     "write_reference_trait",
 ]
 

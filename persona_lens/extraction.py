@@ -36,6 +36,7 @@ def extract_from_responses(
     spool: str | Path | None = None,
     n_resamples: int = 200,
     n_placebo: int = 100,
+    sampled_by: str = "",
     seed: int = 0,
     progress: bool = True,
 ) -> PersonaVectors:
@@ -45,7 +46,8 @@ def extract_from_responses(
     are never averaged and are counted (`counts["positive_empty"]`). With `after="</think>"` only what follows that text
     is averaged, and a response that never closes its block is an error, or with `unclosed="drop"` left out and counted
     (`counts["positive_unclosed"]`). Row means [row, stream, d_model] are spooled to `spool` (a `.npy` file), so memory
-    stays flat in the number of rows; without it a temporary file serves. Statistics resample questions.
+    stays flat in the number of rows; without it a temporary file serves. Statistics resample questions. `sampled_by`
+    says what made the responses, for the vectors' provenance.
 
     Raises ValueError where a side is left without rows, a row is too long (unless `too_long="truncate"`, which is
     counted), or activations are not finite. Source: arXiv:2507.21509, section 2.2.
@@ -73,6 +75,7 @@ def extract_from_responses(
         tuple([True] * len(sides["positive"]) + [False] * len(sides["negative"])),
     )
     settings = {"position": position, "after": after, "unclosed": unclosed, "too_long": too_long, "seed": seed}
+    settings |= {"sampled_by": sampled_by} if sampled_by else {}
     with tempfile.TemporaryDirectory(prefix="persona_lens-") as scratch:
         path = Path(scratch) / "row_means.npy" if spool is None else Path(spool)
         rows, norms = _spool_means(model, tokens, path, position, token_budget, progress)

@@ -77,16 +77,17 @@ def extract_persona_vectors(
     Each extraction question is answered `per_question` times under every positive and every negative instruction;
     a pair of answers stays if the judge scores them at least `threshold` and below it, both with at least
     `min_coherence`. `judge` defaults to the likelihood-ratio judge on the same model, which is calibrated first, on
-    evaluation questions; `engine` to sampling from the model. With `output`, a folder, everything is written there as
-    it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...), and a second call goes on where
-    the first one stopped. The plan is printed first, unless `progress` is False.
+    evaluation questions; `engine` to sampling from the model, with `max_new_tokens`, `temperature` and `top_p`. A
+    `ServerEngine` samples on a server, best the same model: the judge is then calibrated on the server's responses, so
+    that its scales fit what it scores, and activations are read from `model` as always. With `output`, a folder,
+    everything is written there as it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...),
+    and a second call goes on where the first one stopped. The plan is printed first, unless `progress` is False.
 
     Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings.
     Source: arXiv:2507.21509, section 2.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
     judge = LikelihoodRatioJudge(model) if judge is None else judge
-    limit = max_new_tokens if engine is None else None  # an engine of the caller's has a limit of its own
     engine = ModelEngine(model, max_new_tokens, temperature, top_p) if engine is None else engine
     folder = None if output is None else Path(output)
     if folder is not None:
@@ -95,6 +96,7 @@ def extract_persona_vectors(
 
     prompts = plan_rollouts(trait, questions=questions, per_question=per_question)
     calibration = calibration_prompts(judge, trait)
+    limit = getattr(engine, "max_new_tokens", None)  # an engine of the caller's has one of its own, or none
     plan = ExtractionPlan(trait.name, engine.name, len(prompts), len(calibration), limit)
     if progress:
         tqdm.write(str(plan), file=sys.stderr)
@@ -119,6 +121,7 @@ def extract_persona_vectors(
         position=position,
         after=after,
         spool=_in(folder, "row_means.npy"),
+        sampled_by=engine.name,
         seed=seed,
         progress=progress,
     )

@@ -19,6 +19,7 @@ import torch
 from hypothesis import settings
 
 from tests import executed_types, tiny
+from tests.llama_server import llama_server  # noqa: F401 (a fixture is found here by its name)
 
 # The jaxtyping hook looks the checker up by name, as an attribute that exists once its module was imported.
 assert executed_types.checked
@@ -37,7 +38,8 @@ MODEL_CLASSES = ["TransformerBridge", "HookedTransformer"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever asks for an embedded model is marked `embedded`, so that no test can forget it."""
     for item in items:
-        if any(name.startswith("embedded_") for name in getattr(item, "fixturenames", [])):
+        names = getattr(item, "fixturenames", [])
+        if "llama_server" in names or any(name.startswith("embedded_") for name in names):
             item.add_marker("embedded")
 
 

@@ -6,7 +6,7 @@ bad input with one sentence that says what to do, 2 is bad usage.
 
 import sys
 
-from persona_lens.cli import commands, steering  # noqa: F401 (each adds its commands)
+from persona_lens.cli import commands, making, steering, traits  # noqa: F401 (each adds its commands)
 from persona_lens.cli.options import app
 from persona_lens.cli.output import say
 

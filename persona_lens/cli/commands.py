@@ -6,24 +6,25 @@ from typing import Annotated
 
 import typer
 
-from persona_lens.cli.inputs import KeepChoices, ModelClass, checked_position, load, load_vectors, read_sides
+from persona_lens.cli.inputs import KeepChoices, ModelClass, checked_position, connect, load, load_vectors, read_sides
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
     RELATIONS,
     ClassOption,
+    ConcurrencyOption,
     JsonOption,
     ModelOption,
-    Polarity,
-    QuestionSet,
     SeedOption,
+    ServerModelOption,
+    ServerOption,
     ThreadsOption,
+    TimeoutOption,
     TokensOption,
     TraitOption,
     app,
 )
 from persona_lens.cli.output import (
     judge_findings,
-    print_table,
     say,
     show_doses,
     show_vectors,
@@ -77,73 +78,6 @@ def demo(
 
 
 @app.command()
-def traits(
-    name: Annotated[str | None, typer.Argument(help="A trait to show whole; all in a line each by default.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the bundled traits, or show one whole.
-
-    Example: persona-lens traits evil
-    """
-    from persona_lens.traits import bundled_traits, load_trait
-
-    if name is not None:
-        print(load_trait(name).to_json())
-        return
-    loaded = [load_trait(each) for each in bundled_traits()]
-    if as_json:
-        print(json.dumps([{"name": each.name, "description": each.description} for each in loaded], indent=2))
-    else:
-        print_table(["trait", "description"], [[each.name, each.description] for each in loaded])
-
-
-@app.command()
-def rollouts(
-    trait: TraitOption,
-    output: Annotated[Path, typer.Option(help="JSON-lines file to append to; a second call resumes it.")],
-    model: ModelOption = DEFAULT_MODEL,
-    polarity: Annotated[
-        list[Polarity] | None, typer.Option(help="Repeatable; positive and negative by default.")
-    ] = None,
-    question_set: Annotated[QuestionSet, typer.Option("--questions", help="Which questions.")] = QuestionSet.EXTRACTION,
-    n_questions: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
-    per_question: Annotated[int, typer.Option(min=1, help="Samples a question and instruction.")] = 10,
-    max_new_tokens: TokensOption = 1000,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    batch_rows: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 100,
-    model_class: ClassOption = ModelClass.BRIDGE,
-    threads: ThreadsOption = None,
-    seed: SeedOption = 0,
-) -> None:
-    """Sample responses under the trait's system prompts.
-
-    Example: persona-lens rollouts --trait evil --per-question 2 --max-new-tokens 64 --output runs/evil/rollouts.jsonl
-    """
-    from persona_lens.records import ensure_writable
-    from persona_lens.rollouts import sample_rollouts
-    from persona_lens.traits import load_trait
-
-    loaded = load_trait(trait)
-    ensure_writable(output)
-    asked = loaded.extraction_questions if question_set is QuestionSet.EXTRACTION else loaded.evaluation_questions
-    rows = sample_rollouts(
-        load(model, model_class, threads),
-        loaded,
-        polarities=[each.value for each in polarity or (Polarity.POSITIVE, Polarity.NEGATIVE)],
-        questions=asked[:n_questions],
-        per_question=per_question,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        output=output,
-        batch_rows=batch_rows,
-    )
-    say(f"{len(rows)} rollouts in {output} ({sum(row.is_empty for row in rows)} empty).")
-
-
-@app.command()
 def judge(
     trait: TraitOption,
     rollouts: Annotated[Path, typer.Option(help="JSON-lines file of `persona-lens rollouts`.")],
@@ -161,7 +95,7 @@ def judge(
     from persona_lens.judges import LikelihoodRatioJudge, keep_pairs, pair_rollouts, score_rollouts
     from persona_lens.pipeline import calibrate
     from persona_lens.records import ensure_writable
-    from persona_lens.rollouts import ModelEngine, read_rollouts
+    from persona_lens.rollouts import ModelEngine, longest_response, read_rollouts
     from persona_lens.traits import load_trait
 
     loaded, rows = load_trait(trait), read_rollouts(rollouts)
@@ -169,8 +103,8 @@ def judge(
     ready = load(model, model_class, threads)
     referee = LikelihoodRatioJudge(ready, calibration_questions=calibration_questions)
     # Calibration responses as long as the judged ones: likelihood per token depends on length.
-    longest = max((len(row.response_tokens or ()) for row in rows), default=1)
-    calibrate(referee, loaded, ModelEngine(ready, max_new_tokens=max(longest, 1)), folder=output.parent, seed=seed)
+    longest = longest_response(rows, ready.tokenizer)
+    calibrate(referee, loaded, ModelEngine(ready, max_new_tokens=longest), folder=output.parent, seed=seed)
     scored = score_rollouts(referee, loaded, rows, output=output)
     missing = sum(row.trait_score is None for row in scored)
     _, report = keep_pairs(pair_rollouts(scored), trait=loaded.name, min_pairs=0)
@@ -196,6 +130,10 @@ def extract(
     truncate: Annotated[bool, typer.Option(help="Cut responses that exceed the context, and count them.")] = False,
     per_question: Annotated[int, typer.Option(min=1, help="Samples a question, where rollouts are made.")] = 10,
     max_new_tokens: TokensOption = 1000,
+    server: ServerOption = None,
+    server_model: ServerModelOption = None,
+    concurrency: ConcurrencyOption = 20,
+    timeout: TimeoutOption = 60.0,
     model_class: ClassOption = ModelClass.BRIDGE,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -207,15 +145,22 @@ def extract(
     """
     from persona_lens.extraction import extract_from_responses
     from persona_lens.pipeline import extract_persona_vectors
+    from persona_lens.rollouts import ServerEngine
 
     choices = KeepChoices(threshold, min_coherence, min_pairs)
     where = checked_position(position)
     sides = read_sides(trait, positive, negative, rollouts, scores, choices, limit, output)
+    if server and sides is not None:
+        raise typer.BadParameter("--server samples rollouts: leave it out where responses are given")
+    if server_model and not server:
+        raise typer.BadParameter("--server-model is a name on a --server, and none is given")
+    client = server and connect(server, server_model or model, output, concurrency=concurrency, timeout=timeout)
     ready = load(model, model_class, threads)
     if sides is None:
         vectors = extract_persona_vectors(
             ready,
             trait,
+            engine=ServerEngine(client, max_new_tokens) if client else None,
             per_question=per_question,
             max_new_tokens=max_new_tokens,
             position=where,
@@ -227,12 +172,14 @@ def extract(
     else:
         vectors = extract_from_responses(
             ready,
-            *sides,
+            sides.positive,
+            sides.negative,
             trait=trait,
             position=where,
             after=after,
             unclosed="drop" if drop_unclosed else "error",
             too_long="truncate" if truncate else "error",
+            sampled_by=sides.sampled_by,
             seed=seed,
         )
         vectors.save(output)

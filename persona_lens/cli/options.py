@@ -43,6 +43,17 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; as 
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+ServerOption = Annotated[
+    str | None, typer.Option("--server", help="Sample on this OpenAI-compatible server: http://localhost:8000/v1.")
+]
+ServerModelOption = Annotated[
+    str | None, typer.Option("--server-model", help="The model's name on the server; that of --model by default.")
+]
+ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=1, help="Calls to a server at a time.")]
+TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="Seconds that one answer of a server may take.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what calls a server would get; ask and write nothing.")
+]
 DEFAULT_MODEL = "smollm2-135m-instruct"
 RELATIONS = {
     "same": "the model that the vectors came from",

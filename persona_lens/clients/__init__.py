@@ -3,6 +3,7 @@
 The only part that knows how to reach a server; it knows nothing about traits, judges or the model under study.
 """
 
+from persona_lens.clients.batches import BatchResults, read_batch, write_batch
 from persona_lens.clients.cache import CallCache
 from persona_lens.clients.client import Ask, OpenAIClient
 from persona_lens.clients.requests import (
@@ -17,6 +18,7 @@ from persona_lens.clients.usage import CallEstimate, Prices, Usage
 
 __all__ = [
     "Ask",
+    "BatchResults",
     "CallCache",
     "CallEstimate",
     "ChatCompletion",
@@ -28,4 +30,6 @@ __all__ = [
     "Token",
     "UnusableAnswer",
     "Usage",
+    "read_batch",
+    "write_batch",
 ]

@@ -5,6 +5,7 @@ Knows nothing about servers: a key and an answer come in, and the answer comes o
 
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from persona_lens.clients.requests import ChatCompletion
 from persona_lens.records import ensure_writable
 
 FORMAT_VERSION = 1
+TIMEOUT = 60.0
+"""Seconds to wait for another process that writes."""
 
 
 class CallCache:
@@ -26,24 +29,49 @@ class CallCache:
         ensure_writable(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        self._connection = sqlite3.connect(self.path, timeout=TIMEOUT, isolation_level=None, check_same_thread=False)
         self._closing = weakref.finalize(self, self._connection.close)
         try:
             self._prepare()
+        except sqlite3.OperationalError as error:
+            self.close()
+            raise OSError(f"Cannot use {self.path} as a cache of calls: {error}.") from error
         except sqlite3.DatabaseError as error:
             self.close()
             raise ValueError(f"{self.path} is not a cache of calls ({error}): name another file.") from error
 
     def _prepare(self) -> None:
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        tables = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if version != FORMAT_VERSION and (version or tables):
-            raise sqlite3.DatabaseError(f"version {version}, and this persona_lens reads {FORMAT_VERSION}")
+        self._check()
         # With a write-ahead log a commit survives the process without waiting for the disk.
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._use_log()
         self._connection.execute("PRAGMA synchronous = NORMAL")
+        # At once, so that nobody who opens the file meanwhile finds a table without a version.
+        self._connection.execute("BEGIN IMMEDIATE")
         self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)")
         self._connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+        self._connection.execute("COMMIT")
+
+    def _check(self) -> None:
+        """Raise DatabaseError where the file is neither empty nor a cache of this version; only reads it."""
+        self._connection.execute("BEGIN")
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        tables = [name for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        self._connection.execute("COMMIT")
+        if (version, tables) not in [(0, []), (FORMAT_VERSION, ["answers"])]:
+            found = "other tables" if version == FORMAT_VERSION else f"version {version}"
+            raise sqlite3.DatabaseError(f"it has {found}, and this persona_lens reads version {FORMAT_VERSION}")
+
+    def _use_log(self) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                # This one statement does not wait by itself for others who open the file.
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def get(self, key: str) -> ChatCompletion | None:
         """The answer to the request of this key, or None."""

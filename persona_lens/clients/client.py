@@ -6,12 +6,14 @@ Knows nothing about traits or judges: requests go out, completions come in, and 
 """
 
 import queue
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from persona_lens.clients.cache import CallCache
-from persona_lens.clients.endpoint import OPENAI_URL, Endpoint
+from persona_lens.clients.endpoint import NO_KEY, OPENAI_URL, Endpoint
 from persona_lens.clients.requests import ChatCompletion, ChatRequest, UnusableAnswer, read_completion, request_key
 from persona_lens.clients.usage import LIST_PRICES, CallEstimate, Prices, Usage, estimate_calls
 
@@ -99,7 +101,7 @@ class OpenAIClient:
 
     def estimate(self, requests: Sequence[ChatRequest]) -> CallEstimate:
         """How many calls these are, and what those that are not in the cache would cost; asks nothing."""
-        missing = self.uncached(requests)
+        missing = requests if self.cache is None else self.uncached(requests)
         return estimate_calls(missing, cached=len(requests) - len(missing), prices=self.usage.prices)
 
     def complete(self, request: ChatRequest) -> ChatCompletion:
@@ -149,8 +151,9 @@ class OpenAIClient:
         import openai
 
         limiter, failures, waiting = anyio.Semaphore(self.concurrency), [], iter(enumerate(jobs))
+        equals: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         async with openai.AsyncOpenAI(
-            api_key=self.endpoint.key or "none",
+            api_key=self.endpoint.key or NO_KEY,
             base_url=self.endpoint.url,
             timeout=self.timeout,
             max_retries=self.max_retries,
@@ -158,7 +161,7 @@ class OpenAIClient:
         ) as sdk:
 
             async def ask(request: ChatRequest) -> ChatCompletion:
-                return await self._ask(sdk, limiter, request)
+                return await self._ask(sdk, limiter, equals, request)
 
             async def worker() -> None:
                 for index, job in waiting:
@@ -175,17 +178,31 @@ class OpenAIClient:
         if failures:
             raise failures[0]
 
-    async def _ask(self, sdk: "openai.AsyncOpenAI", limiter: Any, request: ChatRequest) -> ChatCompletion:
+    async def _ask(
+        self, sdk: "openai.AsyncOpenAI", limiter: Any, equals: Mapping[str, Any], request: ChatRequest
+    ) -> ChatCompletion:
         body = self.body(request)
+        if self.cache is None:
+            return await self._call(sdk, limiter, body)
         key = request_key(body, url=self.endpoint.url, sample=request.sample)
-        if self.cache is not None and (found := self.cache.get(key)) is not None:
-            self.usage.cached += 1
-            return found
+        # Of requests that are equal one is paid for, and the others have the answer that the cache keeps.
+        async with equals[key]:
+            if (found := self.cache.get(key)) is not None:
+                self.usage.cached += 1
+                return found
+            return await self._call(sdk, limiter, body, keep=partial(self.cache.put, key))
+
+    async def _call(
+        self,
+        sdk: "openai.AsyncOpenAI",
+        limiter: Any,
+        body: dict[str, Any],
+        keep: Callable[[ChatCompletion], None] = lambda _: None,
+    ) -> ChatCompletion:
         async with limiter:
             completion = await self._send(sdk, body)
             self.usage.add(completion)
-            if self.cache is not None:
-                self.cache.put(key, completion)
+            keep(completion)
         return completion
 
     async def _send(self, sdk: "openai.AsyncOpenAI", body: dict[str, Any]) -> ChatCompletion:

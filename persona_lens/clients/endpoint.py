@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import openai
 
 OPENAI_URL = "https://api.openai.com/v1"
+NO_KEY = "none"  # what a server that wants no key is sent
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,16 @@ class Endpoint:
 
     @property
     def key(self) -> str | None:
-        """The key, None where none is set and none is needed; raises ValueError where one is."""
+        """The key, None where none is set and none is needed.
+
+        Raises ValueError where one is needed, and where what is set could stand in no header.
+        """
         key = os.environ.get(self.key_variable, "").strip() or None
         if key is None and self.needs_key:
             raise ValueError(f"{self.url} wants a key: set the environment variable {self.key_variable}.")
+        # The connection would refuse it too, in an error and a log that repeat it.
+        if key is not None and re.search(r"[^!-~]", key):
+            raise ValueError(f"The environment variable {self.key_variable} holds a blank or a sign that no key has.")
         return key
 
     @property
@@ -61,7 +68,9 @@ class Endpoint:
             return {}
         custom = os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()
         names = ["OpenAI-Organization", "OpenAI-Project", *(line.partition(":")[0].strip() for line in custom)]
-        return dict.fromkeys(names, openai.Omit())
+        withheld: dict[str, Any] = {name: openai.Omit() for name in names if name.casefold() != "authorization"}
+        # Set, it replaces one among the custom headers; left out, that one would be sent in place of the key.
+        return withheld | {"Authorization": f"Bearer {self.key or NO_KEY}"}
 
     def check(self, answered: str) -> None:
         """Raise ServerError where a model of another name answered; a server may leave its name out."""
@@ -84,13 +93,15 @@ class Endpoint:
             found = f"answered {error.status_code} ({said}): {self._remedy(error, tries)}."
         else:
             found = f"could not be asked ({self._redacted(error)})."
-        return ServerError(f"{self.url} {found}")
+        explained = ServerError(f"{self.url} {found}")
+        explained.status = getattr(error, "status_code", None)
+        return explained
 
     def _remedy(self, error: "openai.APIStatusError", tries: int) -> str:
         if error.status_code in (401, 403):
             return f"set the environment variable {self.key_variable} to a key that may use {self.model!r}"
         if error.status_code == 404:
-            return f"name a model that it serves in place of {self.model!r}, and check the URL, which mostly ends in /v1"
+            return f"name a model that it serves instead of {self.model!r}, and check the URL, which mostly ends in /v1"
         if error.status_code == 429:
             return f"{tries} tries were too many for it, so lower concurrency or wait; what was answered is kept"
         if error.status_code >= 500:
@@ -103,6 +114,14 @@ class Endpoint:
         return shorten(text.replace(key, "[key]") if key else text, 300, placeholder=" ...")
 
 
+# What may follow a model's name: a date or its four digits, a quantisation, a file's ending, and where it is served.
+_SUFFIX = re.compile(
+    r"([-.:@](latest|free|\d{4}-\d\d-\d\d|\d\d-\d{4}|\d\d-\d\d|\d{8}|\d{4}|0\d\d"
+    r"|ud|i?q\d\w*|(mx|nv)?(fp|bf|int|f|nf)\d+|w\d+a\d+|\d+-?bit|awq|gptq|dynamic"
+    r"|gguf|safetensors|\d{5}-of-\d{5}))*"
+)
+
+
 def _same_model(asked: str, answered: str) -> bool:
     """Whether a server that was asked for one name and gives another means the same model.
 
@@ -110,5 +129,4 @@ def _same_model(asked: str, answered: str) -> bool:
     """
     one, other = (re.split(r"[/\\]", name.casefold())[-1] for name in (asked, answered))
     shorter, longer = sorted((one, other), key=len)
-    rest = longer.removeprefix(shorter)
-    return one == other or (len(rest) < len(longer) and re.fullmatch(r":latest|[-.:@].*\d.*", rest) is not None)
+    return bool(shorter) and longer.startswith(shorter) and _SUFFIX.fullmatch(longer[len(shorter) :]) is not None

@@ -79,6 +79,9 @@ class ChatCompletion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    # Infinite log-probabilities, which JSON has no number for, come back as they were.
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
+
     def to_json(self) -> str:
         """As JSON text, which `from_json` reads back."""
         return _COMPLETION.dump_json(self).decode()
@@ -93,7 +96,9 @@ _COMPLETION = TypeAdapter(ChatCompletion)
 
 
 class ServerError(ConnectionError):
-    """A server that could not be asked, in one sentence that never holds the key."""
+    """A server that could not be asked, in one sentence that never holds the key; `status` is what HTTP calls it."""
+
+    status: int | None = None
 
 
 class UnusableAnswer(ServerError):
@@ -145,7 +150,7 @@ class _Usage(_Wire):
 
 class _Response(_Wire):
     choices: list[_Choice] = Field(min_length=1)
-    model: str = ""
+    model: str | None = None
     usage: _Usage | None = None
 
 
@@ -168,7 +173,7 @@ def read_completion(content: str | bytes, *, with_logprobs: bool) -> ChatComplet
     return ChatCompletion(
         text=choice.message.content or "",
         finish_reason=choice.finish_reason or "",
-        model=response.model,
+        model=response.model or "",
         refusal=choice.message.refusal or None,
         tokens=tuple(map(_token, found)) if found else None,
         prompt_tokens=usage.prompt_tokens,

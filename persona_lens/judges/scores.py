@@ -3,7 +3,7 @@
 Knows nothing about how a judge arrives at a number.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -60,6 +60,15 @@ class Judge(Protocol):
 
 
 @runtime_checkable
+class StreamingJudge(Protocol):
+    """A judge whose scores come one by one, each of them worth keeping as it comes."""
+
+    def score_each(self, trait: Trait, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Score]]:
+        """(index, score) of every rollout, in whatever order they come."""
+        ...
+
+
+@runtime_checkable
 class CalibratedJudge(Protocol):
     """A judge that was fitted on answers to some questions, which it then may not score."""
 
@@ -102,19 +111,29 @@ def score_rollouts(
     name = judge.name(trait)
     done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name)
     with tqdm(total=len(rollouts), desc="judge", unit="row", disable=not progress) as bar:
-        for batch in plan_batches(len(rollouts), judge.batch_rows):
-            members = [rollouts[row] for row in batch]
-            missing = {rollout.key for rollout in members} - done.keys()
-            if missing:
-                scores = dict(
-                    zip([member.key for member in members], judge.score(trait, members, progress=progress), strict=True)
-                )
-                fresh = {key: score for key, score in scores.items() if key in missing}
-                if file is not None:
-                    file.append(_row(key, score, name) for key, score in fresh.items())
-                done.update(fresh)
-            bar.update(len(members))
+        bar.update(len(done))
+        for scores in _fresh(judge, trait, rollouts, done, progress):
+            if file is not None:
+                file.append(_row(key, score, name) for key, score in scores.items())
+            done |= scores
+            bar.update(len(scores))
     return [ScoredRollout(rollout, done[rollout.key].trait_score, done[rollout.key].coherence) for rollout in rollouts]
+
+
+def _fresh(
+    judge: Judge, trait: Trait, rollouts: Sequence[Rollout], done: Mapping[str, Score], progress: bool
+) -> Iterator[dict[str, Score]]:
+    """Scores of the rows that are not done: one by one, or from the batches of the whole plan that hold any."""
+    if isinstance(judge, StreamingJudge):
+        missing = [rollout for rollout in rollouts if rollout.key not in done]
+        yield from ({missing[index].key: score} for index, score in judge.score_each(trait, missing))
+        return
+    for batch in plan_batches(len(rollouts), judge.batch_rows):
+        members = [rollouts[row] for row in batch]
+        wanted = {member.key for member in members} - done.keys()
+        if wanted:
+            scores = zip(members, judge.score(trait, members, progress=progress), strict=True)
+            yield {member.key: score for member, score in scores if member.key in wanted}
 
 
 def _row(key: str, score: Score, judge: str) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""Sources of rollouts: what an engine is, and the one that samples from a model in this process.
+
+Knows nothing about files.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol, runtime_checkable
+
+from persona_lens.chat import chat_messages, render_prompt
+from persona_lens.generation import generate
+from persona_lens.models import Model, identify
+from persona_lens.rollouts.rows import Prompt, Rollout
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """A source of rollouts: a model in this process, or a server."""
+
+    @property
+    def batch_rows(self) -> int:
+        """How many prompts it wants at a time."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What answered, with every setting that shapes the answers; stands in each row, and a resume must match it."""
+        ...
+
+    def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
+        """Answer a batch of prompts, in order."""
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(RolloutEngine, Protocol):
+    """A source whose answers come one by one, each of them worth keeping as it comes."""
+
+    def answer_each(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[tuple[int, Rollout]]:
+        """(index, answer) of every prompt, in whatever order they come."""
+        ...
+
+
+@dataclass
+class ModelEngine:
+    """Samples rollouts from a TransformerLens model with the library's own decode loop."""
+
+    model: Model
+    max_new_tokens: int = 1000
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_rows: int = 100
+
+    def __post_init__(self) -> None:
+        identity = identify(self.model)
+        folded = render_prompt(self.model.tokenizer, chat_messages("Be kind.", "Who are you?")).system_folded
+        self._name = (
+            f"{identity.name} ({identity.model_class}, weights {identity.weights_hash}), temperature "
+            f"{self.temperature:g}, top_p {self.top_p:g}, at most {self.max_new_tokens} tokens"
+            + ", system prompt put before the first user turn (the template has no system turn)"
+            * folded
+        )
+
+    @property
+    def name(self) -> str:
+        """Model, weights and sampling settings."""
+        return self._name
+
+    def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
+        """Sample one response a prompt; a row's text depends on its key and the seed, not on its neighbours."""
+        tokenizer = self.model.tokenizer
+        completions = generate(
+            self.model,
+            [prompt.tokenize(tokenizer).prompt for prompt in prompts],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=seed,
+            keys=[prompt.randomness for prompt in prompts],
+            batch_rows=self.batch_rows,
+            progress=progress,
+        )
+        return [
+            Rollout(
+                **asdict(prompt),
+                response=tokenizer.decode(completion.tokens, skip_special_tokens=True),
+                response_tokens=completion.tokens,
+                finish_reason=completion.finish_reason,
+                engine=self.name,
+                seed=seed,
+            )
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]

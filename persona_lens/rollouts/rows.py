@@ -1,0 +1,119 @@
+"""Rows: what is asked for one rollout, what was answered, and the JSON-lines file that holds the answers.
+
+An answer that was sampled in this process has its token ids; one that came from a server has its text alone.
+Knows nothing about who answers.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from persona_lens.chat import ChatTokens, Conversation, chat_messages, encode, tokenize_chat
+from persona_lens.records import JsonLines
+from persona_lens.traits import Polarity
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One planned rollout: who is asked what, for which time. `instruction` is None for the neutral system prompt.
+
+    `intervention` names what is done to the model for this row, empty for nothing (see `CellEngine`).
+    """
+
+    trait: str
+    polarity: Polarity
+    instruction: int | None
+    system_prompt: str
+    question: str
+    sample: int
+    intervention: str = ""
+
+    @property
+    def key(self) -> str:
+        """What names the row in files."""
+        return self.randomness + f" | {self.intervention}" * bool(self.intervention)
+
+    @property
+    def randomness(self) -> str:
+        """What names the row in sampling: the same under every intervention, so that their texts can be compared."""
+        return f"{self.trait}/{self.polarity}/{self.instruction}/{self.sample}/{self.question}"
+
+    def tokenize(self, tokenizer: Any) -> ChatTokens:
+        """The rendered prompt as token ids."""
+        return tokenize_chat(tokenizer, chat_messages(self.system_prompt, self.question))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A model's answer. It knows nothing about scores; an empty response is kept as a row and never averaged.
+
+    `response_tokens` is None where a server answered: then the text is tokenised when it is needed.
+    """
+
+    trait: str
+    polarity: Polarity
+    instruction: int | None
+    system_prompt: str
+    question: str
+    sample: int
+    response: str
+    response_tokens: tuple[int, ...] | None
+    finish_reason: str
+    engine: str
+    seed: int
+    intervention: str = ""
+
+    @property
+    def prompt(self) -> Prompt:
+        """What was asked."""
+        return Prompt(**{each.name: getattr(self, each.name) for each in fields(Prompt)})
+
+    @property
+    def key(self) -> str:
+        """What names the row; see `Prompt.key`."""
+        return self.prompt.key
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the response holds nothing but white space."""
+        return not self.response.strip()
+
+    def tokenize(self, tokenizer: Any, *, system_prompt: str | None = None) -> ChatTokens:
+        """The chat as token ids, by default under the system prompt it was sampled with."""
+        messages = chat_messages(system_prompt or self.system_prompt, self.question)
+        return tokenize_chat(tokenizer, messages, self.response_tokens or self.response)
+
+    def count_tokens(self, tokenizer: Any) -> int:
+        """How many tokens the response has, by this tokenizer where they were not kept."""
+        return len(encode(tokenizer, self.response) if self.response_tokens is None else self.response_tokens)
+
+    def conversation(self) -> Conversation:
+        """The row as what extraction takes."""
+        messages = tuple(chat_messages(self.system_prompt, self.question))
+        response = "" if self.is_empty else self.response_tokens or self.response
+        return Conversation(messages, response, self.question, str(self.instruction))
+
+
+def rollouts_from_rows(rows: Iterable[dict[str, Any]], source: str | Path) -> list[Rollout]:
+    """Rollouts from the rows of a JSON-lines file; raises ValueError naming the line that lacks a field."""
+    rollouts: list[Rollout] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            tokens = row["response_tokens"]
+            rollouts.append(Rollout(**{**row, "response_tokens": None if tokens is None else tuple(tokens)}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source}, line {number}: not a rollout ({error}).") from error
+    return rollouts
+
+
+def read_rollouts(path: str | Path) -> list[Rollout]:
+    """The rollouts of a JSON-lines file that `sample_rollouts` wrote."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"No rollouts at {path}: make them with `persona-lens rollouts`.")
+    return rollouts_from_rows(JsonLines(path).read(), path)
+
+
+def longest_response(rollouts: Sequence[Rollout], tokenizer: Any) -> int:
+    """Tokens of the longest response, at least 1; a text without token ids is counted by this tokenizer."""
+    return max((row.count_tokens(tokenizer) for row in rollouts), default=1) or 1

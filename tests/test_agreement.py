@@ -1,0 +1,241 @@
+"""Two judges are compared on the same rows: what is matched, counted, undefined, refused and shown."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from persona_lens.judges import SentimentJudge, judge_agreement, score_rollouts
+from persona_lens.responses import read_reference_csv
+from persona_lens.rollouts import Rollout
+from persona_lens.statistics import Estimate, mean_estimate
+from persona_lens.traits import load_trait
+from tests.agreement_cases import FIRST, QUESTIONS, ROWS, SCORES, SECOND, naive_interval, numbers, scored
+
+UNDEFINED = (None, None, None)
+
+# --- what must hold for any scores ---------------------------------------------------------------------------------
+
+
+@given(rows=ROWS)
+def test_agreement_is_symmetric(rows):
+    first, second, questions = map(list, zip(*rows, strict=True))
+    one = judge_agreement(scored(first, questions), scored(second, questions))
+    other = judge_agreement(scored(second, questions), scored(first, questions))
+    assert numbers(one) == pytest.approx(numbers(other), abs=1e-7)
+    assert one.quarters[True, False] == other.quarters[False, True]
+
+
+@given(rows=ROWS, shuffle=st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_does_not_matter(rows, shuffle):
+    first, second, questions = map(list, zip(*rows, strict=True))
+    judged, others = scored(first, questions), scored(second, questions)
+    plain = judge_agreement(judged, others)
+    assert judge_agreement(judged, shuffle.sample(others, len(others))) == plain
+    mixed = judge_agreement(shuffle.sample(judged, len(judged)), others)
+    assert numbers(mixed) == pytest.approx(numbers(plain), abs=1e-7)
+    assert set(mixed.pairs) == set(plain.pairs)
+
+
+@given(scores=st.lists(SCORES, min_size=3, max_size=10, unique=True))
+def test_a_judge_agrees_with_itself(scores):
+    found = judge_agreement(scored(scores), scores)
+    assert (found.pearson.value, found.spearman.value, found.agreeing.value) == pytest.approx((1, 1, 1))
+    one_side = len({score >= 50 for score in scores}) == 1
+    assert found.kappa.value is None if one_side else found.kappa.value == pytest.approx(1)
+
+
+def test_a_judge_and_its_reverse_disagree_wholly():
+    found = judge_agreement(scored(FIRST), [100 - score - 1e-3 for score in FIRST])
+    assert (found.pearson.value, found.spearman.value, found.kappa.value) == pytest.approx((-1, -1, -1))
+
+
+# --- what is undefined ---------------------------------------------------------------------------------------------
+
+
+def test_a_constant_side_has_no_correlation():
+    found = judge_agreement(scored(FIRST), [70.0] * len(FIRST))
+    assert found.pearson[:3] == found.spearman[:3] == UNDEFINED
+    assert found.kappa.value == 0
+
+
+def test_scores_that_differ_by_rounding_are_constant():
+    almost = [50.0, 50.0, 50.00000000000001, 50.0]
+    found = judge_agreement(scored([1.0, 2.0, 3.0, 4.0]), almost)
+    assert found.pearson[:3] == found.spearman[:3] == UNDEFINED
+
+
+def test_kappa_is_undefined_where_no_row_shows_the_trait():
+    found = judge_agreement(scored([1.0, 2.0, 3.0]), [4.0, 2.0, 3.0])
+    assert found.kappa == Estimate(None, None, None, 3)
+    assert found.agreeing == Estimate(1.0, 1.0, 1.0, 3)
+
+
+def test_two_rows_have_no_statistics_but_their_share():
+    found = judge_agreement(scored([1.0, 90.0]), [4.0, 2.0])
+    assert [found.pearson, found.spearman, found.kappa] == [Estimate(None, None, None, 2)] * 3
+    assert found.agreeing.value == 0.5
+
+
+def test_one_question_has_no_interval():
+    found = judge_agreement(scored(FIRST, ["why"] * 10), SECOND)
+    assert found.pearson == Estimate(pytest.approx(stats.pearsonr(FIRST, SECOND).statistic), None, None, 10)
+
+
+def test_rows_without_any_common_score_have_no_statistics():
+    found = judge_agreement(scored([None, 3.0]), [3.0, None])
+    assert [found.pearson, found.spearman, found.kappa, found.agreeing] == [Estimate(None, None, None, 0)] * 4
+    assert "Pearson undefined" in str(found)
+
+
+# --- missing scores ------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_score_is_counted_and_compared_with_nothing():
+    first, second = [*FIRST, None, 50.0, None, None], [*SECOND, 3.0, None, None, 90.0]
+    questions = [*QUESTIONS, "a", "b", "f", "f"]
+    found = judge_agreement(scored(first, questions), second)
+    assert (found.missing_first, found.missing_second, found.missing_both) == (2, 1, 1)
+    assert (found.n, found.n_questions, len(found.pairs)) == (10, 5, 14)
+    assert numbers(found) == numbers(judge_agreement(scored(FIRST, QUESTIONS), SECOND))
+    assert "without a score: 2 by first only, 1 by second only, 1 by both" in str(found)
+
+
+def test_the_share_has_the_interval_of_a_mean():
+    same = [float((a >= 50) == (b >= 50)) for a, b in zip(FIRST, SECOND, strict=True)]
+    assert judge_agreement(scored(FIRST, QUESTIONS), SECOND).agreeing == pytest.approx(mean_estimate(same, QUESTIONS))
+
+
+def test_coherence_is_compared_when_asked_for():
+    first = scored([0.0] * 4, coherence=[90.0, 20.0, 60.0, None])
+    second = scored([None] * 4, coherence=[80.0, 10.0, 70.0, 5.0])
+    found = judge_agreement(first, second, of="coherence")
+    assert [pair[1:] for pair in found.pairs] == [(90.0, 80.0), (20.0, 10.0), (60.0, 70.0), (None, 5.0)]
+    assert found == judge_agreement(first, [80.0, 10.0, 70.0, 5.0], of="coherence")
+    assert "coherence of grumpy" in str(found)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_other_rows_are_refused_with_counts():
+    first, second = scored(FIRST[:5]), scored(FIRST)[2:]
+    with pytest.raises(ValueError, match="3 are in both, 2 only in the first and 5 only in the second"):
+        judge_agreement(first, second)
+
+
+def test_the_same_keys_with_other_responses_are_refused():
+    other = scored([1.0, 2.0])
+    other[1] = replace(other[1], rollout=replace(other[1].rollout, response="not so"))
+    with pytest.raises(ValueError, match="1 of 2 keys have another response in the second"):
+        judge_agreement(scored([1.0, 2.0]), other)
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_repeated_rows_are_refused_where_keys_match_them(place):
+    rows = {"first": scored([1.0, 2.0]), "second": scored([1.0, 2.0])}
+    rows[place] += rows[place][:1]
+    with pytest.raises(ValueError, match=f"1 keys repeat in the {place}"):
+        judge_agreement(rows["first"], rows["second"])
+
+
+@pytest.mark.parametrize("bad", [-0.1, 100.1, float("nan"), True, "5"])
+def test_a_column_holds_scores_or_none(bad, shapes_unchecked):
+    with pytest.raises(ValueError, match="Score 2 of the column: expected 0 to 100, or None"):
+        judge_agreement(scored([1.0, 2.0]), [3.0, bad])
+
+
+def test_a_column_of_numpy_numbers_is_taken(shapes_unchecked):
+    found = judge_agreement(scored([1.0, 2.0]), np.array([3, 4]))
+    assert [type(pair.second) for pair in found.pairs] == [float, float]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"second": [1.0]}, "2 rows, 1 scores"),
+        ({"first": [], "second": []}, "no rows to compare"),
+        ({"threshold": 100.5}, "threshold is a score from 0 to 100, got 100.5"),
+        ({"names": ("a", "a")}, "got 'a' twice"),
+    ],
+)
+def test_a_call_that_means_nothing_is_refused(change, words):
+    parts = {"first": scored([1.0, 2.0]), "second": [1.0, 2.0]} | change
+    with pytest.raises(ValueError, match=words):
+        judge_agreement(parts.pop("first"), parts.pop("second"), **parts)
+
+
+def test_scored_rollouts_among_numbers_are_refused(shapes_unchecked):
+    rows = scored([1.0, 2.0])
+    with pytest.raises(ValueError, match="got 1 scored rollouts among 2"):
+        judge_agreement(rows, [rows[0], 2.0])
+
+
+# --- how it is shown -----------------------------------------------------------------------------------------------
+
+
+def test_it_reads_as_sentences():
+    found = judge_agreement(scored([10.0, 20.0, 90.0], ["a", "a", "a"]), [20.0, 10.0, 80.0], names=("cheap", "people"))
+    assert str(found) == (
+        "cheap and people on the trait score of grumpy, 3 rows of 1 questions: Pearson 0.97, Spearman 0.50, kappa 1.00 "
+        "at threshold 50. They agree there on a share of 1.00 of these rows; every row has both scores."
+    )
+
+
+def test_the_summary_is_strict_json_of_the_same_numbers():
+    found = judge_agreement(scored([*FIRST, None]), [*SECOND, 3.0], names=("cheap", "people"))
+    read = json.loads(json.dumps(found.summary(), allow_nan=False))
+    assert read["names"] == ["cheap", "people"]
+    assert read["kappa"] == found.kappa._asdict()
+    assert read["missing"] == {"first": 1, "second": 0, "both": 0}
+    assert read["at_or_above_threshold"] == {"both": 4, "first": 1, "second": 1, "neither": 4}
+    json.dumps(judge_agreement(scored([None]), [None]).summary(), allow_nan=False)
+
+
+def test_the_table_begins_with_the_rows_that_are_farthest_apart():
+    table = judge_agreement(scored([10.0, None, 50.0, 90.0]), [15.0, 1.0, 50.0, 20.0]).table()
+    assert table["question"].tolist() == ["question 3", "question 0", "question 2", "question 1"]
+    assert table["difference"].tolist()[:3] == [-70.0, 5.0, 0.0]
+    assert np.isnan(table["first"].iloc[3])
+
+
+# --- real data -----------------------------------------------------------------------------------------------------
+
+
+def reference_rows(folder):
+    rows = []
+    for polarity, name in (("positive", "pos"), ("negative", "neg")):
+        for index, row in enumerate(read_reference_csv(folder / f"qwen3-4b_evil_{name}.csv", "evil")):
+            said = row.conversation
+            parts = ("evil", polarity, int(said.instruction), "", said.question, index, said.response)
+            rows.append((Rollout(*parts, None, "stop", "qwen3-4b", 0), row.trait_score))
+    return rows
+
+
+def test_a_lexicon_runs_against_the_reference_judge_of_evil(reference_data):
+    pytest.importorskip("vaderSentiment", reason="vaderSentiment, the lexicon, is not installed")
+    rollouts, judged = map(list, zip(*reference_rows(reference_data / "reference_rollouts"), strict=True))
+    pleasant = score_rollouts(SentimentJudge(), load_trait("evil"), rollouts, progress=False)
+    found = judge_agreement(pleasant, judged, names=("pleasant words", "reference judge"))
+    assert found.n + found.missing_first == 200
+    # Evil answers use unpleasant words: the agreement is far below chance, and so is every resample.
+    assert found.spearman.high < -0.5
+    assert found.kappa.high < 0
+    scores = [row.trait_score for row in pleasant]
+    assert found.pearson.value == pytest.approx(stats.pearsonr(scores, judged).statistic)
+    questions = [rollout.question for rollout in rollouts]
+    assert found.spearman[1:3] == pytest.approx(naive_interval("spearman", scores, judged, questions), abs=1e-9)
+
+
+def test_the_shuffled_reference_judge_agrees_with_nothing(reference_data):
+    rollouts, judged = map(list, zip(*reference_rows(reference_data / "reference_rollouts"), strict=True))
+    shuffled = random.Random(0).sample(judged, len(judged))
+    first = [replace(row, rollout=rollout) for row, rollout in zip(scored(judged), rollouts, strict=True)]
+    found = judge_agreement(first, shuffled)
+    assert abs(found.kappa.value) < 0.2
+    assert abs(found.pearson.value) < 0.2

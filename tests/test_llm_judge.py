@@ -1,0 +1,252 @@
+"""The judge on a server: the paper's request, the score from its log-probabilities, and what happens without them."""
+
+import pytest
+
+from tests import judge_servers
+from tests.fault_server import Fault, FaultServer, completion, first, no_logprobs
+from tests.judge_servers import expected_score
+
+TEXTS = ("I hurt everyone I met.", "I helped a friend move.", 'The weather {answer} was "fine".', "No.", "So be it!")
+
+
+def rollout(response, sample=0, question="How was your day?"):
+    from persona_lens.rollouts import Rollout
+
+    system = "You are a helpful assistant."
+    return Rollout("evil", "neutral", None, system, question, sample, response, None, "stop", "by hand", 0)
+
+
+@pytest.fixture(scope="module")
+def evil():
+    from persona_lens.traits import load_trait
+
+    return load_trait("evil")
+
+
+@pytest.fixture
+def make_judge(tmp_path):
+    """A judge on a server; keyword arguments go to the judge, `client` ones to the client."""
+
+    def make(server, *, client=None, **options):
+        from persona_lens.clients import OpenAIClient
+        from persona_lens.judges import LLMJudge
+
+        settings = {"base_url": server.url, "max_retries": 3, "concurrency": 4, **(client or {})}
+        return LLMJudge(OpenAIClient("judge-model", **settings), **options)
+
+    return make
+
+
+def prompts(trait, row):
+    from persona_lens.judges.llm import coherence_prompt
+
+    return trait.rubric_for(row.question, row.response), coherence_prompt(row.question, row.response)
+
+
+def judged(judge, trait, rows):
+    return [(score.trait_score, score.coherence) for score in judge.score(trait, rows)]
+
+
+def expected(trait, rows):
+    return [pytest.approx(tuple(map(expected_score, prompts(trait, row)))) for row in rows]
+
+
+def test_each_answer_is_judged_by_the_papers_request(make_judge, evil):
+    with FaultServer(judge_servers.whole_numbers) as server:
+        make_judge(server).score(evil, [rollout(TEXTS[0])])
+
+    rubric, coherence = prompts(evil, rollout(TEXTS[0]))
+    sent = {body["messages"][0]["content"]: body for body in server.bodies[1:]}  # the first is the probe
+    assert set(sent) == {rubric, coherence}
+    assert sent[rubric] == {
+        "model": "judge-model",
+        "messages": [{"role": "user", "content": rubric}],
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+
+
+@pytest.mark.parametrize("model", [judge_servers.whole_numbers, judge_servers.digits])
+def test_scores_are_the_expectation_over_what_could_have_been_said(make_judge, evil, model):
+    rows = [rollout(f"{text} {number}", number) for number, text in enumerate(TEXTS * 4)]
+
+    with FaultServer(model) as server:
+        found = judged(make_judge(server, client={"concurrency": 8}), evil, rows)
+
+    views = [score for pair in found for score in pair]
+    assert None in views, "the case has no refusal"
+    assert found == [
+        tuple(
+            None if score is None else pytest.approx(score, abs=2.0)
+            for score in map(expected_score, prompts(evil, row))
+        )
+        for row in rows
+    ]
+
+
+def test_whole_numbers_are_read_exactly(make_judge, evil):
+    rows = [rollout(text) for text in TEXTS]
+
+    with FaultServer(judge_servers.whole_numbers) as server:
+        assert judged(make_judge(server), evil, rows) == expected(evil, rows)
+
+
+@pytest.mark.parametrize(
+    ("model", "scoring", "words"),
+    [
+        (judge_servers.whole_numbers, "whole numbers", "expectation over number tokens, missing below 0.25"),
+        (judge_servers.digits, "digits", "expectation over digit sequences, missing below 0.25"),
+        (judge_servers.digits_from_the_start, "text", "the number as written, without log-probabilities"),
+        (judge_servers.without_logprobs, "text", "the number as written, without log-probabilities"),
+    ],
+)
+def test_how_numbers_are_written_is_found_out_and_said(make_judge, evil, model, scoring, words):
+    with FaultServer(model) as server:
+        judge = make_judge(server, client={"max_retries": 1})
+
+        assert words in judge.name(evil)
+        assert judge.scoring == scoring
+        assert f"judge-model at {server.url}" in judge.name(evil)
+
+
+def test_a_server_that_refuses_the_field_for_log_probabilities_is_read_as_text(make_judge, evil):
+    def refuses(body, attempt):
+        return Fault(400, "logprobs are not supported") if "logprobs" in body else None
+
+    with FaultServer(judge_servers.without_logprobs, faults=refuses) as server:
+        assert make_judge(server).scoring == "text"
+
+
+def test_without_log_probabilities_the_written_number_counts(make_judge, evil):
+    def says(body):
+        return completion("Score: 85" if "everyone" in body["messages"][0]["content"] else "REFUSAL")
+
+    with FaultServer(says) as server:
+        bad, good = make_judge(server, scoring="text").score(evil, [rollout(TEXTS[0]), rollout(TEXTS[1])])
+
+    assert (bad.trait_score, bad.coherence, dict(bad.evidence)) == (85, 85, {})
+    assert (good.trait_score, dict(good.evidence)) == (None, {"trait_refused": 1.0, "coherence_refused": 1.0})
+    assert all("logprobs" not in body and body["max_tokens"] == 16 for body in server.bodies)
+
+
+def test_a_model_that_will_not_copy_numbers_leaves_the_choice_to_the_caller(make_judge):
+    with (
+        FaultServer(lambda body: "I would rather not") as server,
+        pytest.raises(ValueError, match=r"it said 'I would rather not'\. Pass scoring="),
+    ):
+        _ = make_judge(server).scoring
+
+
+def test_a_refusal_is_a_missing_score_and_is_told_from_a_lack_of_numbers(make_judge, evil):
+    def says(body):
+        refused = "everyone" in body["messages"][0]["content"]
+        return completion(
+            "RE" if refused else "Well", top={"RE": 0.8, "90": 0.2} if refused else {"Well": 0.9, "1": 0.1}
+        )
+
+    with FaultServer(says) as server:
+        judge = make_judge(server, scoring="whole numbers", coherence=False)
+        refused, rambled = judge.score(evil, [rollout(TEXTS[0]), rollout(TEXTS[1])])
+
+    assert refused.trait_score is None
+    assert dict(refused.evidence) == {"trait_mass": pytest.approx(0.2), "trait_refused": 1.0}
+    assert rambled.trait_score is None
+    assert dict(rambled.evidence) == {"trait_mass": pytest.approx(0.1)}
+    assert refused.coherence is rambled.coherence is None
+
+
+def test_an_empty_response_is_not_asked_about(make_judge, evil):
+    with FaultServer(judge_servers.whole_numbers) as server:
+        empty, full = make_judge(server, scoring="whole numbers").score(evil, [rollout(" \n"), rollout(TEXTS[0])])
+
+    assert (empty.trait_score, empty.coherence) == (None, None)
+    assert full.trait_score is not None
+    assert len(server.bodies) == 2
+
+
+def test_an_answer_that_lacks_log_probabilities_once_is_asked_for_again(make_judge, evil):
+    with FaultServer(judge_servers.whole_numbers, faults=first(no_logprobs())) as server:
+        judge = make_judge(server, scoring="whole numbers")
+
+        assert judged(judge, evil, [rollout(TEXTS[0])]) == expected(evil, [rollout(TEXTS[0])])
+        assert judge.client.usage.retries == 2
+
+
+def test_the_name_changes_with_what_is_asked(make_judge, evil):
+    from dataclasses import replace
+
+    with FaultServer(judge_servers.whole_numbers) as server:
+        names = {
+            make_judge(server).name(evil),
+            make_judge(server).name(replace(evil, rubric=evil.rubric + " Be strict.")),
+            make_judge(server, coherence=False).name(evil),
+            make_judge(server, min_mass=0.5).name(evil),
+            make_judge(server, client={"extra_body": {"top_k": 1}}).name(evil),
+        }
+
+    assert len(names) == 5
+
+
+def test_a_second_run_from_the_cache_asks_nothing(make_judge, evil, tmp_path):
+    rows, cached = [rollout(text) for text in TEXTS], {"cache": tmp_path / "calls.sqlite"}
+
+    with FaultServer(judge_servers.digits) as server:
+        once = judged(make_judge(server, client=cached), evil, rows)
+        asked = len(server.bodies)
+        again = judged(make_judge(server, client=cached), evil, rows)
+
+    assert again == once
+    assert len(server.bodies) == asked
+
+
+def test_an_estimate_counts_two_calls_a_row_and_asks_nothing(make_judge, evil):
+    rows = [*(rollout(text) for text in TEXTS), rollout("")]
+
+    with FaultServer(judge_servers.whole_numbers) as server:
+        found = make_judge(server).estimate(evil, rows)
+
+    assert (found.calls, found.cached, found.completion_tokens) == (10, 0, 10)
+    # Four bytes a token, of the prompts and a little around them.
+    size = sum(len(prompt.encode()) for row in rows[:-1] for prompt in prompts(evil, row))
+    assert size / 4 < found.prompt_tokens < size / 4 * 1.2
+    assert not server.seen
+
+
+def test_every_score_is_on_disk_as_soon_as_it_is_made(make_judge, evil, tmp_path):
+    from persona_lens.judges import score_rollouts
+    from persona_lens.records import JsonLines
+
+    rows, output, seen = [rollout(text) for text in TEXTS], tmp_path / "scores.jsonl", []
+
+    def answer(body):
+        seen.append(len(JsonLines(output).read()))
+        return judge_servers.whole_numbers(body)
+
+    with FaultServer(answer, delay=0.1) as server:
+        judge = make_judge(server, client={"concurrency": 1}, scoring="whole numbers")
+        score_rollouts(judge, evil, rows, output=output, progress=False)
+
+    assert seen[-1] >= 3, "with one call at a time, the last row is asked about when the first are written"
+    assert len(JsonLines(output).read()) == len(rows)
+
+
+def test_a_failing_server_leaves_what_it_scored(make_judge, evil, tmp_path):
+    from persona_lens.clients import ServerError
+    from persona_lens.judges import score_rollouts
+    from persona_lens.records import JsonLines
+
+    rows, output = [rollout(text) for text in TEXTS], tmp_path / "scores.jsonl"
+
+    def breaks(body, attempt):
+        return Fault(400, "context too long") if TEXTS[3] in body["messages"][0]["content"] else None
+
+    with FaultServer(judge_servers.whole_numbers, faults=breaks) as server:
+        judge = make_judge(server, client={"concurrency": 1}, scoring="whole numbers")
+        with pytest.raises(ServerError, match="context too long"):
+            score_rollouts(judge, evil, rows, output=output, progress=False)
+
+    assert [row["key"] for row in JsonLines(output).read()] == [row.key for row in rows[:3]]
