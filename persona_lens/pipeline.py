@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from persona_lens.extraction import extract_from_responses
 from persona_lens.judges import (
     Calibration,
+    CombinedJudge,
     Judge,
     KeepReport,
     LikelihoodRatioJudge,
@@ -133,9 +134,14 @@ def extract_persona_vectors(
 
 def calibration_prompts(judge: Judge, trait: Trait) -> list[Prompt]:
     """The rollouts that the judge needs before it can score this trait; none for most judges."""
-    if isinstance(judge, LikelihoodRatioJudge) and trait.name not in judge.calibrations:
-        return judge.plan_calibration(trait)
-    return []
+    fitted = _likelihood_ratio(judge)
+    return [] if fitted is None or trait.name in fitted.calibrations else fitted.plan_calibration(trait)
+
+
+def _likelihood_ratio(judge: Judge) -> LikelihoodRatioJudge | None:
+    """The judge, or the part of it that gives coherence, where that is calibrated on rollouts."""
+    part = judge.coherence_judge if isinstance(judge, CombinedJudge) else judge
+    return part if isinstance(part, LikelihoodRatioJudge) else None
 
 
 def calibrate(
@@ -148,8 +154,8 @@ def calibrate(
     progress: bool = True,
 ) -> None:
     """Calibrate a judge that needs it, from the folder's calibration.json where that was made with the same engine."""
-    prompts = calibration_prompts(judge, trait)
-    if not prompts or not isinstance(judge, LikelihoodRatioJudge):
+    prompts, referee = calibration_prompts(judge, trait), _likelihood_ratio(judge)
+    if not prompts or referee is None:
         return
     made_with = {"engine": engine.name, "seed": seed, "questions": list(dict.fromkeys(row.question for row in prompts))}
     file = _in(folder, "calibration.json")
@@ -157,11 +163,11 @@ def calibrate(
         saved = json.loads(file.read_text(encoding="utf-8"))
         if saved["made_with"] != made_with:
             raise ValueError(f"{file} was made with other settings. Choose another output, or move that file away.")
-        judge.calibrations[trait.name] = Calibration.from_dict(saved["calibration"])
+        referee.calibrations[trait.name] = Calibration.from_dict(saved["calibration"])
         return
     output = _in(folder, "calibration_rollouts.jsonl")
     rollouts = collect_rollouts(engine, prompts, seed=seed, output=output, progress=progress)
-    fitted = judge.calibrate(trait, rollouts, seed=seed, progress=progress)
+    fitted = referee.calibrate(trait, rollouts, seed=seed, progress=progress)
     if file is not None:
         write_json(file, {"made_with": made_with, "calibration": fitted.to_dict()})
 
@@ -209,9 +215,9 @@ def summarize(
             for layer, row in vectors.table().to_dict("index").items()
         ],
     }
-    if isinstance(judge, LikelihoodRatioJudge):
-        summary["judge_calibration"] = judge.calibration(trait).to_dict()
-        summary["judge_tokens"] = judge.token_count(trait, rollouts)._asdict()
+    if (fitted := _likelihood_ratio(judge)) is not None:
+        summary["judge_calibration"] = fitted.calibration(trait).to_dict()
+        summary["judge_tokens"] = fitted.token_count(trait, rollouts)._asdict()
     return summary
 
 

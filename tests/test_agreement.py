@@ -123,10 +123,17 @@ def test_coherence_is_compared_when_asked_for():
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def test_other_rows_are_refused_with_counts():
-    first, second = scored(FIRST[:5]), scored(FIRST)[2:]
-    with pytest.raises(ValueError, match="3 are in both, 2 only in the first and 5 only in the second"):
-        judge_agreement(first, second)
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (slice(0, 5), slice(2, 10), "3 are in both, 2 only in the first and 5 only in the second"),
+        (slice(0, 5), slice(0, 6), "5 are in both, 0 only in the first and 1 only in the second"),
+        (slice(0, 6), slice(0, 5), "5 are in both, 1 only in the first and 0 only in the second"),
+    ],
+)
+def test_other_rows_are_refused_with_counts(first, second, words):
+    with pytest.raises(ValueError, match=words):
+        judge_agreement(scored(FIRST)[first], scored(FIRST)[second])
 
 
 def test_the_same_keys_with_other_responses_are_refused():

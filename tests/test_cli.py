@@ -9,21 +9,6 @@ import torch
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run `persona-lens` in this process; gives exit code, standard output and standard error."""
-    from persona_lens.cli import main
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["persona-lens", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
 def csv_pair(tmp_path):
     """Two small CSV files in the reference's form."""
     head = "question,prompt,answer,question_id,evil,coherence\n"

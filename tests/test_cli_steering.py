@@ -1,7 +1,6 @@
 """`steer` and `select-layer` from the command line, on tiny models, and a short sweep of the real one."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -21,21 +20,6 @@ from tests.intervention_cases import some_vectors
 from tests.vector_cases import make_statistics
 
 QUIET = ("--threads", 1)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run `persona-lens` in this process; gives exit code, standard output and standard error."""
-    from persona_lens.cli import main
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["persona-lens", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`persona-lens generate-trait`: what it writes, what it refuses, and that nothing paid for or written is lost."""
 
 import json
-import sys
 
 import pytest
 import typer
@@ -14,18 +13,12 @@ GOOD = json.dumps(draft())
 
 
 @pytest.fixture
-def generate(monkeypatch, capsys, tmp_path):
+def generate(cli, tmp_path):
     """Run `generate-trait` against a server; gives exit code, standard output and standard error."""
-    from persona_lens.cli import main
 
     def run(server, *arguments, output=None):
         where = ["--writer", f"openai:writer@{server.url}", "--output", output or tmp_path / "pedantic.json"]
-        command = ["persona-lens", "generate-trait", NAME, "--description", DESCRIPTION, *where, *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
+        return cli("generate-trait", NAME, "--description", DESCRIPTION, *where, *arguments)
 
     return run
 
@@ -128,13 +121,9 @@ def test_an_output_that_is_no_json_file_is_bad_usage(generate, tmp_path):
     assert "must end in .json" in " ".join(err.split())
 
 
-def test_the_command_has_help_with_an_example(monkeypatch, capsys):
-    from persona_lens.cli import main
-
-    monkeypatch.setattr(sys, "argv", ["persona-lens", "generate-trait", "--help"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "Example: persona-lens generate-trait" in " ".join(capsys.readouterr().out.split())
+def test_the_command_has_help_with_an_example(cli):
+    _, out, _ = cli("generate-trait", "--help")
+    assert "Example: persona-lens generate-trait" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -146,14 +135,14 @@ def test_the_command_has_help_with_an_example(monkeypatch, capsys):
         ("openai:m@http://one/@http://two", "m", "http://one/@http://two"),
     ],
 )
-def test_a_server_is_a_model_and_a_url(spec, model, url, monkeypatch):
+def test_a_server_is_a_model_and_a_url(spec, model, url, monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    found = client_of(spec, cache=None, concurrency=3, timeout=9.0)
+    found = client_of(spec, tmp_path, concurrency=3, timeout=9.0, dry_run=True)
     assert (found.endpoint.model, found.endpoint.url) == (model, url)
     assert (found.concurrency, found.timeout, found.cache) == (3, 9.0, None)
 
 
 @pytest.mark.parametrize("spec", ["gpt-4.1", "openai:", "openai:@http://host/v1", "vllm:m", "openai:m@http://"])
-def test_a_server_of_another_form_is_bad_usage(spec):
+def test_a_server_of_another_form_is_bad_usage(spec, tmp_path):
     with pytest.raises(typer.BadParameter):
-        client_of(spec, cache=None)
+        client_of(spec, tmp_path, dry_run=True)

@@ -48,9 +48,10 @@ AMBIENT = {
 }
 
 
-def test_headers_of_the_environment_go_to_no_server_that_is_named(monkeypatch):
+@pytest.mark.parametrize("authorization", ["Authorization", "authorization"])
+def test_headers_of_the_environment_go_to_no_server_that_is_named(authorization, monkeypatch):
     for name, value in AMBIENT.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value.replace("Authorization", authorization))
     monkeypatch.setenv("PERSONA_LENS_API_KEY", SECRET)
     with FaultServer() as server:
         sent = headers_at(server)

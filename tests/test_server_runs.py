@@ -1,7 +1,6 @@
 """Runs on a server's rollouts: what they would cost, the commands, and vectors that say who sampled."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -18,25 +17,14 @@ def server():
         yield server
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run `persona-lens` in this process, where no model can be loaded; gives exit code, standard output and error."""
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch):
     from persona_lens import models
-    from persona_lens.cli import main
 
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(models, "load_model", refuse)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["persona-lens", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 # What it would cost
@@ -80,7 +68,7 @@ def test_a_dry_run_prints_the_estimate_and_neither_asks_nor_writes(cli, server, 
 
 
 def test_a_dry_run_counts_what_is_there(cli, server, tmp_path):
-    from persona_lens.cli.inputs import connect
+    from persona_lens.cli.servers import connect
 
     output = tmp_path / "r.jsonl"
     engine = ServerEngine(connect(server.url, "studied", tmp_path, concurrency=2, timeout=9.0), 20)
@@ -246,12 +234,11 @@ def test_the_judge_command_calibrates_on_answers_as_long_as_the_servers(
 def test_extract_samples_on_the_server_and_reads_activations_here(
     cli, server, make_tiny_model, tmp_path, monkeypatch, named, asked
 ):
-    from persona_lens import PersonaVectors, models, pipeline
+    from persona_lens import PersonaVectors, judges, models, pipeline
 
     model = make_tiny_model("TransformerBridge")
     monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
-    monkeypatch.setattr(pipeline, "LikelihoodRatioJudge", lambda _model: PolarityJudge())
-    monkeypatch.setattr(pipeline, "calibration_prompts", lambda *_: [])
+    monkeypatch.setattr(judges, "LikelihoodRatioJudge", lambda _model: PolarityJudge())
     monkeypatch.setattr(pipeline, "summarize", lambda *_: {})
     GRUMPY.save(tmp_path / "grumpy.json")
     run = tmp_path / "run"
@@ -267,7 +254,7 @@ def test_extract_samples_on_the_server_and_reads_activations_here(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--server", "http://localhost:1/v1"], "--server samples rollouts: leave it out where responses are given"),
+        (["--server", "http://localhost:1/v1"], "leave both out where they are given"),
         (["--server-model", "studied"], "--server-model is a name on a --server, and none is given"),
     ],
 )

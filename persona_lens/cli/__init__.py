@@ -6,9 +6,14 @@ bad input with one sentence that says what to do, 2 is bad usage.
 
 import sys
 
-from persona_lens.cli import commands, making, steering, traits  # noqa: F401 (each adds its commands)
+from persona_lens.cli import commands, judging, making, steering, traits  # noqa: F401 (each adds its commands)
 from persona_lens.cli.options import app
 from persona_lens.cli.output import say
+
+# Help lists the commands in the order in which one needs them.
+_ORDER = ["demo", "traits", "generate_trait", "rollouts", "judge", "agreement", "extract", "show"]
+_ORDER += ["select_layer", "steer"]
+app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.callback, "__name__", "")))
 
 
 def main() -> None:

@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from persona_lens.cli.inputs import KeepChoices, ModelClass, checked_position, connect, load, load_vectors, read_sides
+from persona_lens.cli.inputs import KeepChoices, ModelClass, checked_position, load, load_vectors, read_sides
+from persona_lens.cli.judging import judge_of
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
     RELATIONS,
     ClassOption,
     ConcurrencyOption,
     JsonOption,
+    JudgeOption,
     ModelOption,
     SeedOption,
     ServerModelOption,
@@ -31,6 +33,7 @@ from persona_lens.cli.output import (
     sweep_as_json,
     vectors_as_json,
 )
+from persona_lens.cli.servers import connect
 
 
 @app.command()
@@ -78,40 +81,6 @@ def demo(
 
 
 @app.command()
-def judge(
-    trait: TraitOption,
-    rollouts: Annotated[Path, typer.Option(help="JSON-lines file of `persona-lens rollouts`.")],
-    output: Annotated[Path, typer.Option(help="JSON-lines file of scores; a second call resumes it.")],
-    model: ModelOption = DEFAULT_MODEL,
-    calibration_questions: Annotated[int, typer.Option(min=2, help="Evaluation questions to calibrate on.")] = 10,
-    model_class: ClassOption = ModelClass.BRIDGE,
-    threads: ThreadsOption = None,
-    seed: SeedOption = 0,
-) -> None:
-    """Score rollouts by likelihood ratio on the model itself; its calibration is kept beside the scores.
-
-    Example: persona-lens judge --trait evil --rollouts runs/evil/rollouts.jsonl --output runs/evil/scores.jsonl
-    """
-    from persona_lens.judges import LikelihoodRatioJudge, keep_pairs, pair_rollouts, score_rollouts
-    from persona_lens.pipeline import calibrate
-    from persona_lens.records import ensure_writable
-    from persona_lens.rollouts import ModelEngine, longest_response, read_rollouts
-    from persona_lens.traits import load_trait
-
-    loaded, rows = load_trait(trait), read_rollouts(rollouts)
-    ensure_writable(output)
-    ready = load(model, model_class, threads)
-    referee = LikelihoodRatioJudge(ready, calibration_questions=calibration_questions)
-    # Calibration responses as long as the judged ones: likelihood per token depends on length.
-    longest = longest_response(rows, ready.tokenizer)
-    calibrate(referee, loaded, ModelEngine(ready, max_new_tokens=longest), folder=output.parent, seed=seed)
-    scored = score_rollouts(referee, loaded, rows, output=output)
-    missing = sum(row.trait_score is None for row in scored)
-    _, report = keep_pairs(pair_rollouts(scored), trait=loaded.name, min_pairs=0)
-    say(f"{len(scored)} scores in {output} ({missing} without a trait score). {report}.")
-
-
-@app.command()
 def extract(
     trait: TraitOption,
     output: Annotated[Path, typer.Option(help="The .safetensors file to write; without inputs, the run's folder.")],
@@ -130,6 +99,7 @@ def extract(
     truncate: Annotated[bool, typer.Option(help="Cut responses that exceed the context, and count them.")] = False,
     per_question: Annotated[int, typer.Option(min=1, help="Samples a question, where rollouts are made.")] = 10,
     max_new_tokens: TokensOption = 1000,
+    judge: JudgeOption = "likelihood",
     server: ServerOption = None,
     server_model: ServerModelOption = None,
     concurrency: ConcurrencyOption = 20,
@@ -144,22 +114,27 @@ def extract(
     Example: persona-lens extract --trait evil --positive evil_pos.csv --negative evil_neg.csv --output evil.safetensors
     """
     from persona_lens.extraction import extract_from_responses
+    from persona_lens.judges import LikelihoodRatioJudge
     from persona_lens.pipeline import extract_persona_vectors
     from persona_lens.rollouts import ServerEngine
 
     choices = KeepChoices(threshold, min_coherence, min_pairs)
     where = checked_position(position)
     sides = read_sides(trait, positive, negative, rollouts, scores, choices, limit, output)
-    if server and sides is not None:
-        raise typer.BadParameter("--server samples rollouts: leave it out where responses are given")
+    if sides is not None and (server or judge != "likelihood"):
+        raise typer.BadParameter(
+            "--server samples rollouts and --judge scores them: leave both out where they are given"
+        )
     if server_model and not server:
         raise typer.BadParameter("--server-model is a name on a --server, and none is given")
     client = server and connect(server, server_model or model, output, concurrency=concurrency, timeout=timeout)
+    chosen = judge_of(judge, output, concurrency=concurrency, timeout=timeout)
     ready = load(model, model_class, threads)
     if sides is None:
         vectors = extract_persona_vectors(
             ready,
             trait,
+            judge=chosen(lambda: LikelihoodRatioJudge(ready)),
             engine=ServerEngine(client, max_new_tokens) if client else None,
             per_question=per_question,
             max_new_tokens=max_new_tokens,

@@ -14,7 +14,6 @@ from persona_lens.cli.output import say
 
 if TYPE_CHECKING:
     from persona_lens.chat import Conversation
-    from persona_lens.clients import OpenAIClient
     from persona_lens.models import Model
     from persona_lens.traits import Trait
     from persona_lens.vectors import PersonaVectors
@@ -161,14 +160,3 @@ def load(name: str, model_class: ModelClass, threads: int | None) -> "Model":
     logging.disable_progress_bar()
     say(f"Loading {name} as {model_class.value} ...")
     return load_model(name, model_class=model_class.value)
-
-
-def connect(
-    url: str, model: str, folder: Path, *, concurrency: int, timeout: float, dry_run: bool = False
-) -> "OpenAIClient":
-    """A client of a command's server, whose answers are kept in the folder; a dry run makes no such file."""
-    from persona_lens.clients import OpenAIClient
-
-    kept = folder / "calls.sqlite"
-    cache = kept if kept.exists() or not dry_run else None
-    return OpenAIClient(model, base_url=url, concurrency=concurrency, timeout=timeout, cache=cache)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_lens.cli.inputs import ModelClass, connect, load
+from persona_lens.cli.inputs import ModelClass, load
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
     ClassOption,
@@ -23,6 +23,7 @@ from persona_lens.cli.options import (
     app,
 )
 from persona_lens.cli.output import say
+from persona_lens.cli.servers import connect
 
 if TYPE_CHECKING:
     from persona_lens.rollouts import RolloutEngine

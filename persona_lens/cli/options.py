@@ -43,6 +43,9 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; as 
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+JudgeOption = Annotated[
+    str, typer.Option("--judge", help="likelihood, classifier:FILE, openai:MODEL, or openai:MODEL@URL.")
+]
 ServerOption = Annotated[
     str | None, typer.Option("--server", help="Sample on this OpenAI-compatible server: http://localhost:8000/v1.")
 ]

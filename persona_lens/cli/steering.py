@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_lens.cli.inputs import ModelClass, load, load_run, load_vectors, selected_layer
+from persona_lens.cli.judging import judge_of
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
     ClassOption,
+    ConcurrencyOption,
     JsonOption,
+    JudgeOption,
     ModelOption,
     SeedOption,
     ThreadsOption,
+    TimeoutOption,
     app,
 )
 from persona_lens.cli.output import (
@@ -27,6 +31,7 @@ from persona_lens.cli.output import (
 
 if TYPE_CHECKING:
     from persona_lens.interventions import Intervention
+    from persona_lens.judges import Judge
     from persona_lens.vectors import PersonaVectors
 
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder (of `extract` or `demo`), or a vectors file.")]
@@ -49,6 +54,9 @@ def select_layer(
     min_coherence: Annotated[float, typer.Option(min=0, max=100, help="Mean coherence that a cell needs.")] = 75.0,
     confirm: Annotated[bool, typer.Option(help="Confirm the choice on evaluation questions.")] = True,
     random: Annotated[int, typer.Option(min=0, help="Random directions to confirm it against.")] = 10,
+    judge: JudgeOption = "likelihood",
+    concurrency: ConcurrencyOption = 20,
+    timeout: TimeoutOption = 60.0,
     model: ModelOption = DEFAULT_MODEL,
     model_class: ClassOption = ModelClass.BRIDGE,
     threads: ThreadsOption = None,
@@ -68,11 +76,15 @@ def select_layer(
     if folder is None:
         raise typer.BadParameter("--output is needed where the vectors are given as a file")
     amounts = tuple(coefficient or (1.0, 2.0, 4.0))
+    chosen = judge_of(judge, folder, concurrency=concurrency, timeout=timeout)
     ready = load(model, model_class, threads)
     source = found.folder or folder
-    judge = calibrated_judge(ready, found.trait, source, max_new_tokens=found.max_new_tokens, seed=seed)
+
+    def own() -> "Judge":
+        return calibrated_judge(ready, found.trait, source, max_new_tokens=found.max_new_tokens, seed=seed)
+
     shared: dict[str, Any] = {
-        "judge": judge,
+        "judge": chosen(own),
         "per_question": per_question,
         "max_new_tokens": found.max_new_tokens,
         "output": folder,

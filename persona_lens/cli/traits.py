@@ -72,8 +72,7 @@ def generate_trait(
     arguments = {"n_pairs": n_pairs, "n_questions": n_questions, "monitoring_prompts": monitoring_prompts}
     arguments |= {"rubric": rubric, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     request = trait_generation.trait_request(name, description, **arguments)
-    cache = output.parent / "calls.sqlite"
-    client = client_of(writer, cache=None if dry_run and not cache.exists() else cache, timeout=timeout)
+    client = client_of(writer, output.parent, timeout=timeout, dry_run=dry_run)
     if dry_run:
         found = client.estimate([request])
         repair = (

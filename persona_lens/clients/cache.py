@@ -7,7 +7,6 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 
 from persona_lens.clients.requests import ChatCompletion
@@ -41,18 +40,19 @@ class CallCache:
             raise ValueError(f"{self.path} is not a cache of calls ({error}): name another file.") from error
 
     def _prepare(self) -> None:
-        self._check()
+        is_new = self._check()
         # With a write-ahead log a commit survives the process without waiting for the disk.
         self._use_log()
         self._connection.execute("PRAGMA synchronous = NORMAL")
-        # At once, so that nobody who opens the file meanwhile finds a table without a version.
-        self._connection.execute("BEGIN IMMEDIATE")
-        self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)")
-        self._connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-        self._connection.execute("COMMIT")
+        if is_new:
+            # At once, so that nobody who opens the file meanwhile finds a table without a version.
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)")
+            self._connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+            self._connection.execute("COMMIT")
 
-    def _check(self) -> None:
-        """Raise DatabaseError where the file is neither empty nor a cache of this version; only reads it."""
+    def _check(self) -> bool:
+        """Whether the file is empty; raises DatabaseError where it is no cache of this version. Only reads."""
         self._connection.execute("BEGIN")
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         tables = [name for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -60,6 +60,7 @@ class CallCache:
         if (version, tables) not in [(0, []), (FORMAT_VERSION, ["answers"])]:
             found = "other tables" if version == FORMAT_VERSION else f"version {version}"
             raise sqlite3.DatabaseError(f"it has {found}, and this persona_lens reads version {FORMAT_VERSION}")
+        return not tables
 
     def _use_log(self) -> None:
         deadline = time.monotonic() + TIMEOUT
@@ -83,10 +84,6 @@ class CallCache:
         """Keep an answer; it is committed on return. A key that is there already keeps its first answer."""
         with self._lock:
             self._connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, completion.to_json()))
-
-    def count(self, keys: Iterable[str]) -> int:
-        """How many of these keys have an answer."""
-        return sum(key in self for key in keys)
 
     def __contains__(self, key: str) -> bool:
         with self._lock:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from persona_lens.clients.cache import CallCache
 from persona_lens.clients.endpoint import NO_KEY, OPENAI_URL, Endpoint
-from persona_lens.clients.requests import ChatCompletion, ChatRequest, UnusableAnswer, read_completion, request_key
+from persona_lens.clients.requests import (
+    ChatCompletion,
+    ChatRequest,
+    MissingLogprobs,
+    UnusableAnswer,
+    read_completion,
+    request_key,
+)
 from persona_lens.clients.usage import LIST_PRICES, CallEstimate, Prices, Usage, estimate_calls
 
 if TYPE_CHECKING:
@@ -214,7 +221,7 @@ class OpenAIClient:
         for attempt in range(self.max_retries + 1):
             if attempt:
                 self.usage.retries += 1
-                await anyio.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
+                await anyio.sleep(min(0.25 * 2 ** (attempt - 1), 2.0))  # the server is up and not too busy
             try:
                 raw = await sdk.chat.completions.with_raw_response.create(
                     model=self.endpoint.model, messages=body["messages"], extra_body=body
@@ -230,5 +237,7 @@ class OpenAIClient:
                 continue
             self.endpoint.check(completion.model)
             return completion
-        told = f"{self.endpoint.url} gave {unusable} in {self.max_retries + 1} tries"
-        raise type(unusable or UnusableAnswer())(f"{told}: check that it serves chat completions.")
+        lacking = isinstance(unusable, MissingLogprobs)
+        remedy = "ask it for none, or another server" if lacking else "check that it serves chat completions"
+        told = f"{self.endpoint.url} gave {unusable} in {self.max_retries + 1} tries: {remedy}."
+        raise MissingLogprobs(told) if lacking else UnusableAnswer(told)

@@ -22,6 +22,7 @@ from persona_lens.judges.scores import (
     read_scores,
     scorable_questions,
     score_rollouts,
+    unscored,
 )
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "read_scores",
     "scorable_questions",
     "score_rollouts",
+    "unscored",
 ]

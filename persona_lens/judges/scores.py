@@ -3,7 +3,8 @@
 Knows nothing about how a judge arrives at a number.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -37,6 +38,12 @@ class ScoredRollout:
     rollout: Rollout
     trait_score: float | None
     coherence: float | None
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the trait score is missing because the judge called the response a refusal."""
+        return bool(self.evidence.get("trait_refused"))
 
     @property
     def is_empty(self) -> bool:
@@ -110,19 +117,27 @@ def score_rollouts(
         ensure_writable(file.path)
     name = judge.name(trait)
     done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name)
-    with tqdm(total=len(rollouts), desc="judge", unit="row", disable=not progress) as bar:
-        bar.update(len(done))
-        for scores in _fresh(judge, trait, rollouts, done, progress):
+    with (
+        tqdm(total=len(rollouts), initial=len(done), desc="judge", unit="row", disable=not progress) as bar,
+        closing(_fresh(judge, trait, rollouts, done, progress)) as fresh,
+    ):
+        for scores in fresh:
             if file is not None:
                 file.append(_row(key, score, name) for key, score in scores.items())
             done |= scores
             bar.update(len(scores))
-    return [ScoredRollout(rollout, done[rollout.key].trait_score, done[rollout.key].coherence) for rollout in rollouts]
+    return [_scored(rollout, done[rollout.key]) for rollout in rollouts]
+
+
+def unscored(rollouts: Sequence[Rollout], output: str | Path) -> list[Rollout]:
+    """The rollouts that have no line in a file of scores yet, whoever the judge was; touches nothing."""
+    scored = {row.get("key") for row in JsonLines(output).whole()}
+    return [rollout for rollout in rollouts if rollout.key not in scored]
 
 
 def _fresh(
     judge: Judge, trait: Trait, rollouts: Sequence[Rollout], done: Mapping[str, Score], progress: bool
-) -> Iterator[dict[str, Score]]:
+) -> Generator[dict[str, Score], None, None]:
     """Scores of the rows that are not done: one by one, or from the batches of the whole plan that hold any."""
     if isinstance(judge, StreamingJudge):
         missing = [rollout for rollout in rollouts if rollout.key not in done]
@@ -175,7 +190,8 @@ def read_scores(path: str | Path, rollouts: Sequence[Rollout]) -> list[ScoredRol
     if missing:
         raise ValueError(f"{path} has no line for {len(missing)} of {len(rollouts)} rollouts, such as {missing[0]!r}.")
     scores = [_score(lines[rollout.key][0], path, lines[rollout.key][1]) for rollout in rollouts]
-    return [
-        ScoredRollout(rollout, score.trait_score, score.coherence)
-        for rollout, score in zip(rollouts, scores, strict=True)
-    ]
+    return [_scored(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
+
+
+def _scored(rollout: Rollout, score: Score) -> ScoredRollout:
+    return ScoredRollout(rollout, score.trait_score, score.coherence, score.evidence)

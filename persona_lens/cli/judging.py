@@ -1,0 +1,200 @@
+"""The commands that judge: scores of rollouts by any judge, and how far two judges agree."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from persona_lens.cli.inputs import ModelClass, load
+from persona_lens.cli.options import (
+    DEFAULT_MODEL,
+    ClassOption,
+    ConcurrencyOption,
+    DryRunOption,
+    JsonOption,
+    JudgeOption,
+    ModelOption,
+    SeedOption,
+    ThreadsOption,
+    TimeoutOption,
+    TraitOption,
+    app,
+)
+from persona_lens.cli.output import say
+from persona_lens.cli.servers import client_of
+
+if TYPE_CHECKING:
+    from persona_lens.judges import Judge, LLMJudge
+    from persona_lens.models import Model
+    from persona_lens.rollouts import Rollout
+    from persona_lens.traits import Trait
+
+RolloutsOption = Annotated[Path, typer.Option("--rollouts", help="JSON-lines file of `persona-lens rollouts`.")]
+
+
+def judge_of(spec: str, folder: Path, *, concurrency: int, timeout: float) -> "Callable[[Callable[[], Judge]], Judge]":
+    """What makes the judge that `--judge` names, given what makes the likelihood judge, which needs the model.
+
+    The classifier is read and the server's name checked at once, before a model is loaded. A classifier knows no
+    coherence, and takes it from the likelihood judge. Answers of a server are kept in the folder's calls.sqlite.
+    """
+    from persona_lens.judges import ClassifierJudge, CombinedJudge, TextClassifier
+
+    if spec == "likelihood":
+        return lambda own: own()
+    if spec.startswith("classifier:"):
+        classifier = ClassifierJudge(TextClassifier.load(spec.removeprefix("classifier:")))
+        return lambda own: CombinedJudge(classifier, own())
+    llm = llm_judge(spec, folder, concurrency=concurrency, timeout=timeout)
+    return lambda own: llm
+
+
+def llm_judge(spec: str, folder: Path, *, concurrency: int, timeout: float, dry_run: bool = False) -> "LLMJudge":
+    """The judge on a server that `--judge` names; a dry run makes no file for its answers."""
+    from persona_lens.judges import LLMJudge
+
+    if not spec.startswith("openai:"):
+        raise typer.BadParameter(
+            f"--judge is likelihood, classifier:FILE, openai:MODEL or openai:MODEL@URL; got {spec}"
+        )
+    return LLMJudge(client_of(spec, folder, concurrency=concurrency, timeout=timeout, dry_run=dry_run))
+
+
+@app.command()
+def judge(
+    trait: TraitOption,
+    rollouts: RolloutsOption,
+    output: Annotated[Path, typer.Option(help="JSON-lines file of scores; a second call resumes it.")],
+    by: JudgeOption = "likelihood",
+    dry_run: DryRunOption = False,
+    write_batch: Annotated[
+        Path | None, typer.Option(help="Write the calls as files for OpenAI's Batch API, and make none.")
+    ] = None,
+    read_batch: Annotated[list[Path] | None, typer.Option(help="Take a batch's results first; repeatable.")] = None,
+    concurrency: ConcurrencyOption = 20,
+    timeout: TimeoutOption = 60.0,
+    model: ModelOption = DEFAULT_MODEL,
+    calibration_questions: Annotated[int, typer.Option(min=2, help="Evaluation questions to calibrate on.")] = 10,
+    model_class: ClassOption = ModelClass.BRIDGE,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Score rollouts: by likelihood ratio on the model itself, by an LLM on a server, or by a text classifier.
+
+    The first one's calibration, and what a server answered (calls.sqlite), are kept beside the scores.
+
+    Example: persona-lens judge --trait evil --rollouts runs/evil/rollouts.jsonl --output runs/evil/scores.jsonl
+    """
+    from persona_lens.records import ensure_writable
+    from persona_lens.rollouts import read_rollouts
+    from persona_lens.traits import load_trait
+
+    loaded, rows = load_trait(trait), read_rollouts(rollouts)
+    ensure_writable(output)
+    if dry_run or write_batch or read_batch:
+        llm = llm_judge(by, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run)
+        if dry_run:
+            print(_told(llm, loaded, rows, output))
+            return
+        _exchange_batches(llm, loaded, rows, write_batch, read_batch or [])
+        if write_batch:
+            return
+    chosen = judge_of(by, output.parent, concurrency=concurrency, timeout=timeout)
+
+    def own() -> "Judge":
+        ready = load(model, model_class, threads)
+        return _calibrated(ready, loaded, rows, output.parent, calibration_questions, seed)
+
+    _score(chosen(own), loaded, rows, output)
+
+
+def _calibrated(
+    model: "Model", trait: "Trait", rows: "list[Rollout]", folder: Path, calibration_questions: int, seed: int
+) -> "Judge":
+    from persona_lens.judges import LikelihoodRatioJudge
+    from persona_lens.pipeline import calibrate
+    from persona_lens.rollouts import ModelEngine, longest_response
+
+    referee = LikelihoodRatioJudge(model, calibration_questions=calibration_questions)
+    # Calibration responses as long as the judged ones: likelihood per token depends on length.
+    engine = ModelEngine(model, max_new_tokens=longest_response(rows, model.tokenizer))
+    calibrate(referee, trait, engine, folder=folder, seed=seed)
+    return referee
+
+
+def _told(llm: "LLMJudge", trait: "Trait", rows: "list[Rollout]", output: Path) -> str:
+    """What a run would ask, for a dry run."""
+    from persona_lens.judges import unscored
+
+    missing = unscored(rows, output)
+    return (
+        f"{len(rows) - len(missing)} of {len(rows)} rollouts are scored in {output}.\n"
+        f"The others: {llm.estimate(trait, missing)}; and one call to find out how {llm.client.endpoint.model} writes "
+        "numbers (where it splits them into digits, a judgement takes several calls more)."
+    )
+
+
+def _exchange_batches(
+    llm: "LLMJudge", trait: "Trait", rows: "list[Rollout]", write: Path | None, read: list[Path]
+) -> None:
+    """Take results of a batch into the cache, and write the calls that are still missing as files of a new one."""
+    from persona_lens.clients import read_batch, write_batch
+
+    for path in read:
+        say(f"{path}: {read_batch(llm.client, path)}.")
+    if write is None:
+        return
+    files = write_batch(llm.client, llm.requests(trait, rows), write)
+    if not files:
+        say("Every call is answered already: run again without --write-batch.")
+        return
+    say(f"{', '.join(map(str, files))}: submit to the Batch API, and pass the results with --read-batch.")
+
+
+def _score(referee: "Judge", trait: "Trait", rows: "list[Rollout]", output: Path) -> None:
+    from persona_lens.judges import LLMJudge, keep_pairs, pair_rollouts, score_rollouts
+
+    scored = score_rollouts(referee, trait, rows, output=output)
+    missing, refused = sum(row.trait_score is None for row in scored), sum(row.refused for row in scored)
+    _, report = keep_pairs(pair_rollouts(scored), trait=trait.name, min_pairs=0)
+    refusals = f", {refused} of them refusals" if refused else ""
+    say(f"{len(scored)} scores in {output} ({missing} without a trait score{refusals}). {report}.")
+    if isinstance(referee, LLMJudge):
+        say(f"{referee.client.usage}.")
+
+
+@app.command()
+def agreement(
+    rollouts: RolloutsOption,
+    scores: Annotated[Path, typer.Option(help="Scores of `persona-lens judge`.")],
+    against: Annotated[Path, typer.Option(help="Scores of another judge (.jsonl), or of people (.csv with --column).")],
+    column: Annotated[str | None, typer.Option(help="The column of people's scores, 0 to 100.")] = None,
+    coherence: Annotated[bool, typer.Option("--coherence", help="Compare coherence, not the trait.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the picture, as .html.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How far two judges agree on the same rollouts, or a judge and people.
+
+    Example: persona-lens agreement --rollouts rollouts.jsonl --scores scores.jsonl --against llm_scores.jsonl
+    """
+    from persona_lens.judges import judge_agreement, read_human_scores, read_scores
+    from persona_lens.records import ensure_writable
+    from persona_lens.rollouts import read_rollouts
+
+    if (against.suffix == ".csv") != (column is not None):
+        raise typer.BadParameter("--column names the scores in a .csv file: give both, or another judge's .jsonl")
+    if output is not None:
+        ensure_writable(output)
+    rows = read_rollouts(rollouts)
+    first = read_scores(scores, rows)
+    second = read_scores(against, rows) if column is None else read_human_scores(against, rows, column)
+    names = (scores.stem, against.stem if column is None else column)
+    found = judge_agreement(first, second, names=names, of="coherence" if coherence else "trait_score")
+    print(json.dumps(found.summary()) if as_json else found)
+    if output is not None:
+        from persona_lens.plots import plot_agreement
+
+        plot_agreement(found).write_html(output, include_plotlyjs=True)
+        say(f"The picture is in {output}.")
