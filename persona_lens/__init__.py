@@ -3,7 +3,7 @@
 The pipeline, each step a function of its own:
 
     model   = load_model()                              # or any HookedTransformer or TransformerBridge
-    trait   = load_trait("optimistic")                  # prompts, questions and a rubric
+    trait   = load_trait("optimistic")                  # or generate_trait(name, description, OpenAIClient(...))
     vectors = extract_persona_vectors(model, trait, output="runs/optimistic")
               #  sample_rollouts -> LikelihoodRatioJudge -> keep_pairs -> extract_from_responses
     sweep   = select_layer(model, vectors, trait, judge=judge, output="runs/optimistic")
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "persona_lens.activations": ["mean_activations"],
     "persona_lens.chat": ["ChatBatch", "Conversation", "chat_batch", "show_tokens"],
+    "persona_lens.clients": ["OpenAIClient"],
     "persona_lens.evaluation": ["Evaluation", "evaluate"],
     "persona_lens.extraction": ["extract_from_responses"],
     "persona_lens.generation": ["generate"],
@@ -27,6 +28,7 @@ _HOMES = {
     "persona_lens.judges": [
         "ClassifierJudge",
         "Judge",
+        "LLMJudge",
         "LikelihoodRatioJudge",
         "Score",
         "ScoredRollout",
@@ -48,7 +50,7 @@ _HOMES = {
         "plot_layer_sweep",
     ],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
-    "persona_lens.rollouts": ["Rollout", "read_rollouts", "sample_rollouts"],
+    "persona_lens.rollouts": ["Rollout", "ServerEngine", "read_rollouts", "sample_rollouts"],
     "persona_lens.trait_generation": ["generate_trait", "preview_trait", "template_rubric"],
     "persona_lens.traits": [
         "InstructionPair",
@@ -65,6 +67,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from persona_lens.activations import mean_activations
     from persona_lens.chat import ChatBatch, Conversation, chat_batch, show_tokens
+    from persona_lens.clients import OpenAIClient
     from persona_lens.evaluation import Evaluation, evaluate
     from persona_lens.extraction import extract_from_responses
     from persona_lens.generation import generate
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
         ClassifierJudge,
         Judge,
         LikelihoodRatioJudge,
+        LLMJudge,
         Score,
         ScoredRollout,
         SentimentJudge,
@@ -93,7 +97,7 @@ if TYPE_CHECKING:
         plot_layer_sweep,
     )
     from persona_lens.responses import read_messages, read_reference_csv
-    from persona_lens.rollouts import Rollout, read_rollouts, sample_rollouts
+    from persona_lens.rollouts import Rollout, ServerEngine, read_rollouts, sample_rollouts
     from persona_lens.trait_generation import generate_trait, preview_trait, template_rubric
     from persona_lens.traits import (
         InstructionPair,
@@ -115,14 +119,17 @@ __all__ = [
     "Evaluation",
     "InstructionPair",
     "Judge",
+    "LLMJudge",
     "LayerSweep",
     "LikelihoodRatioJudge",
+    "OpenAIClient",
     "PersonaVector",
     "PersonaVectors",
     "Rollout",
     "Score",
     "ScoredRollout",
     "SentimentJudge",
+    "ServerEngine",
     "Steer",
     "TextClassifier",
     "Trait",

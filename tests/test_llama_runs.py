@@ -1,0 +1,96 @@
+"""A real server from end to end: rollouts from llama.cpp, their activations from the same model here."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.llama_server import LLAMA_MODEL
+
+
+@pytest.fixture
+def optimistic():
+    """One pair of instructions and two questions of the bundled trait."""
+    from persona_lens.traits import load_trait
+
+    whole = load_trait("optimistic")
+    return replace(whole, instructions=whole.instructions[:1], extraction_questions=whole.extraction_questions[:2])
+
+
+@pytest.fixture
+def client(llama_server, tmp_path):
+    from persona_lens.clients import OpenAIClient
+
+    return OpenAIClient(LLAMA_MODEL, base_url=llama_server, cache=tmp_path / "calls.sqlite", timeout=120)
+
+
+def test_a_server_answers_a_chat(client):
+    from persona_lens.clients import ChatRequest
+
+    ask = ({"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Say hello."})
+    found = client.complete(ChatRequest(ask, max_tokens=8, temperature=0.0, top_logprobs=5))
+
+    assert found.text.strip()
+    assert found.completion_tokens == len(found.tokens)
+    assert all(len(token.alternatives) == 5 for token in found.tokens)
+    # Greedy: what was said is what was likeliest.
+    assert all(token.text == token.alternatives[0][0] for token in found.tokens)
+
+
+def test_a_server_keeps_to_a_schema(client):
+    from persona_lens.clients import ChatRequest
+
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"enum": ["good", "bad"]}, "grade": {"type": "integer"}},
+        "required": ["mood", "grade"],
+        "additionalProperties": False,
+    }
+    ask = ({"role": "user", "content": "How are you? Reply in JSON."},)
+    found = json.loads(client.complete(ChatRequest(ask, max_tokens=60, json_schema=schema, seed=1)).text)
+
+    assert set(found) == {"mood", "grade"}
+    assert found["mood"] in ("good", "bad")
+    assert isinstance(found["grade"], int)
+
+
+def test_rollouts_of_a_server_give_vectors_of_the_model_here(client, optimistic, embedded_bridge, tmp_path):
+    from persona_lens import PersonaVectors
+    from persona_lens.pipeline import extract_persona_vectors
+    from persona_lens.records import JsonLines
+    from persona_lens.rollouts import ServerEngine
+    from tests.server_cases import PolarityJudge
+
+    vectors = extract_persona_vectors(
+        embedded_bridge,
+        optimistic,
+        engine=ServerEngine(client, max_new_tokens=24),
+        judge=PolarityJudge(),
+        per_question=1,
+        min_pairs=2,
+        output=tmp_path / "run",
+        progress=False,
+    )
+
+    rows = JsonLines(tmp_path / "run" / "rollouts.jsonl").read()
+    assert len({row["response"] for row in rows}) == 4
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    assert all(f"{LLAMA_MODEL} on the server" in row["engine"] for row in rows)
+    assert torch.isfinite(vectors.directions).all()
+    assert (vectors.directions.norm(dim=-1) > 0).all()
+    saved = PersonaVectors.load(tmp_path / "run" / "vectors.safetensors")
+    assert saved.provenance.settings["sampled_by"] == rows[0]["engine"]
+
+
+def test_a_server_that_serves_the_model_under_study_speaks_as_it_does(client, optimistic, embedded_bridge):
+    """Greedy answers of the server and of the model here begin alike: template and weights are the same."""
+    from persona_lens.rollouts import ModelEngine, ServerEngine, plan_rollouts
+
+    prompts = plan_rollouts(optimistic, polarities=["neutral"], per_question=1)
+    here = ModelEngine(embedded_bridge, max_new_tokens=12, temperature=0.0).answer(prompts, seed=0)
+    there = ServerEngine(client, max_new_tokens=12, temperature=0.0).answer(prompts, seed=0)
+
+    # The server computes in 8 bits, so a near tie may fall otherwise some words on.
+    for one, other in zip(here, there, strict=True):
+        assert one.response.split()[:3] == other.response.split()[:3]
