@@ -6,8 +6,8 @@ Knows nothing about traits or vectors: token ids and masks come in, means go out
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.chat import ChatBatch, ChatTokens, fit_context
-from persona_lens.models import KnownPass, Model, forward, residual_points
+from persona_lens.models import KnownPass, Model, forward, model_device, residual_points
 from persona_lens.prefix import PrefixBatch, prefix_batches, unique_prompts
-from persona_lens.vectors import Position
+from persona_lens.vectors import PersonaVector, Position
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,57 @@ def pooled_residuals(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class Projections:
+    """What the last forward pass projected on some vectors, layer by layer as it ran."""
+
+    vectors: tuple[PersonaVector, ...]
+    by_layer: dict[int, Float[Tensor, "batch pos vector"]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are read, ascending; what lies above the last of them need not run."""
+        return sorted({vector.layer for vector in self.vectors})
+
+    def read(self) -> Float[Tensor, "batch pos vector"]:
+        """Scalar projections on the unit vectors, in their order, float32 on the CPU."""
+        columns: dict[int, Iterator[Tensor]] = {
+            layer: iter(self.by_layer[layer].float().cpu().unbind(dim=-1)) for layer in self.layers
+        }
+        return torch.stack([next(columns[vector.layer]) for vector in self.vectors], dim=-1)
+
+
+@contextmanager
+def projected_residuals(
+    model: Model, vectors: Sequence[PersonaVector], *, allow_other_model: bool = False
+) -> Iterator[Projections]:
+    """While open, each forward pass leaves every token's projection on the vectors in the yielded value.
+
+    Interventions that are attached already are seen. Source: arXiv:2507.21509, section 3.3.
+    Raises ValueError where a vector does not belong to the model.
+    """
+    if not vectors:
+        raise ValueError("There is nothing to project on: pass at least one vector.")
+    for vector in vectors:
+        vector.check(model, allow_other_model=allow_other_model)
+    found = Projections(tuple(vectors))
+    points = residual_points(model)
+    with ExitStack() as stack:
+        for layer in found.layers:
+            units = torch.stack([vector.unit.direction for vector in vectors if vector.layer == layer])
+            units = units.to(model_device(model))
+
+            def project(
+                _module: object, _inputs: object, resid: Tensor, layer: int = layer, units: Tensor = units
+            ) -> None:
+                found.by_layer[layer] = einsum(
+                    resid.float(), units, "batch pos d_model, vector d_model -> batch pos vector"
+                )
+
+            stack.callback(points[layer + 1].register_forward_hook(project).remove)
+        yield found
 
 
 def _stack(sums: Sequence[tuple[Tensor, Tensor]]) -> PooledResiduals:

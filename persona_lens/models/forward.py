@@ -6,6 +6,8 @@ Knows nothing about traits, vectors or chats: token ids and masks come in.
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_lens.models.passes import KnownPass, announce
-from persona_lens.models.structure import Model, is_bridge, model_device
+from persona_lens.models.structure import Model, is_bridge, model_device, residual_points
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,51 @@ def forward(
     past: Past | None = None,
     keep_past: bool = False,
     last_logits: int | None = 0,
+    stop_after: int | None = None,
     known: KnownPass | None = None,
 ) -> tuple[Float[Tensor, "batch kept d_vocab"] | None, Past | None]:
     """Run the blocks, and the unembedding only where it is asked for.
 
     `mask` is False on padding, which may stand on either side; positions are counted over the mask, so padding never
     shifts a token. `last_logits` is how many trailing positions get logits: 0 skips the unembedding altogether, None
-    means all. `past` is consumed: its cache grows in place, so select a copy to run it twice. `known` is told
-    to interventions. Returns the logits (None for 0) and the new `Past` (None unless `keep_past` or `past`).
+    means all. `past` is consumed: its cache grows in place, so select a copy to run it twice. `stop_after` skips the
+    blocks above that one, in a pass without logits and without a past. `known` is told to interventions. Returns the
+    logits (None for 0) and the new `Past` (None unless `keep_past` or `past`).
     """
     device = model_device(model)
     tokens, mask = tokens.to(device), mask.to(device)
     seen = mask if past is None else torch.cat([past.mask, mask], dim=1)
     run = _forward_bridge if is_bridge(model) else _forward_hooked
     cache = None if past is None else past.cache
-    with announce(known, seen):
+    if stop_after is not None and (cache is not None or keep_past or last_logits != 0):
+        raise ValueError("A pass that stops after a layer has no logits, and keys and values of some layers only.")
+    logits = None
+    with announce(known, seen), _stopping(model, stop_after):
         logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
     return logits, None if cache is None else Past(cache, seen)
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose last wanted layer has run."""
+
+
+@contextmanager
+def _stopping(model: Model, layer: int | None) -> Iterator[None]:
+    if layer is None:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    # The last hook there, so that everything else at this layer has seen it.
+    handle = residual_points(model)[layer + 1].register_forward_hook(stop)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
 
 
 def _forward_bridge(
