@@ -148,9 +148,11 @@ def _fold_system(messages: Sequence[Message]) -> list[dict[str, str]]:
     return rest
 
 
-def chat_messages(system: str | None, question: str) -> list[dict[str, str]]:
-    """The messages of one question under a system prompt."""
+def chat_messages(system: str | None, question: str, examples: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
+    """The messages of one question under a system prompt, after examples of questions with their answers."""
     turns = [] if system is None else [{"role": "system", "content": system}]
+    for asked, answered in examples:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return [*turns, {"role": "user", "content": question}]
 
 

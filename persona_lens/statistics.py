@@ -9,9 +9,17 @@ from math import isnan
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 N_RESAMPLES = 2000
+MIN_ROWS = 3
+# Values closer than this are the same: their difference is rounding.
+SAME = 1e-9
+
+Scores = Float[np.ndarray, " row"]
+Weights = Int[np.ndarray, "resample row"]
+Resamples = Float[np.ndarray, " resample"]
 
 
 class Estimate(NamedTuple):
@@ -113,3 +121,40 @@ def slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Least-squares slope of each row of `y` [resample, point] on `x` [point]; NaN where a point is."""
     centred = x - x.mean()
     return (y @ centred) / (centred @ centred)
+
+
+def pearson(first: Scores, second: Scores) -> float | None:
+    """Pearson's correlation; None where one side does not vary or there are fewer than three rows."""
+    if len(first) < MIN_ROWS or min(np.ptp(first), np.ptp(second)) < SAME:
+        return None
+    return float(np.asarray(stats.pearsonr(first, second))[0])
+
+
+def resampled_pearson(first: Scores, second: Scores, weights: Weights) -> Resamples:
+    """Pearson's correlation in every resample; NaN where it is undefined."""
+    found = weighted_correlations(
+        np.broadcast_to(first, weights.shape), np.broadcast_to(second, weights.shape), weights
+    )
+    return np.where(has_correlation(first, second, weights), found, np.nan)
+
+
+def weighted_correlations(
+    x: Float[np.ndarray, "resample row"], y: Float[np.ndarray, "resample row"], weights: Weights
+) -> Resamples:
+    """Weighted Pearson correlations, by deviations from each resample's own mean, as squares of scores would cancel."""
+    n = weights.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        dx, dy = (side - (weights * side).sum(axis=1, keepdims=True) / n for side in (x, y))
+        of = {"xy": (dx, dy), "xx": (dx, dx), "yy": (dy, dy)}
+        sums = {name: np.einsum("ij,ij,ij->i", weights, *sides) for name, sides in of.items()}
+        return np.clip(sums["xy"] / (np.sqrt(sums["xx"]) * np.sqrt(sums["yy"])), -1, 1)
+
+
+def has_correlation(first: Scores, second: Scores, weights: Weights) -> Bool[np.ndarray, " resample"]:
+    """Where a resample has three rows, and neither side is constant in it."""
+    enough = weights.sum(axis=1) >= MIN_ROWS
+    for side in (first, second):
+        drawn_high = np.where(weights > 0, side, -np.inf).max(axis=1, initial=-np.inf)
+        drawn_low = np.where(weights > 0, side, np.inf).min(axis=1, initial=np.inf)
+        enough &= drawn_high - drawn_low >= SAME
+    return enough

@@ -9,14 +9,22 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
-from persona_lens.statistics import N_RESAMPLES, Estimate, question_resamples, resampled_means, spearman
+from persona_lens.statistics import (
+    MIN_ROWS,
+    N_RESAMPLES,
+    SAME,
+    Estimate,
+    has_correlation,
+    pearson,
+    question_resamples,
+    resampled_means,
+    resampled_pearson,
+    spearman,
+    weighted_correlations,
+)
 
-MIN_ROWS = 3
-# Scores closer than this, a billionth of a point, are the same: their difference is rounding.
-SAME = 1e-9
 # How many numbers of a resamples-by-rows table are held at once.
 TABLE_SIZE = 1_000_000
 
@@ -45,7 +53,7 @@ def agreement_statistics(
     """
     one, other, n = first >= threshold, second >= threshold, len(first)
     same = (one == other).astype(float)
-    values = [_pearson(first, second), _spearman(first, second), _kappa(one, other), float(same.mean()) if n else None]
+    values = [pearson(first, second), _spearman(first, second), _kappa(one, other), float(same.mean()) if n else None]
     n_questions = int(questions.max(initial=-1)) + 1
     parts: list[list[np.ndarray]] = [[] for _ in values]
     if n_questions > 1:
@@ -67,12 +75,6 @@ def agreement_statistics(
     )
 
 
-def _pearson(first: Scores, second: Scores) -> float | None:
-    if len(first) < MIN_ROWS or min(np.ptp(first), np.ptp(second)) < SAME:
-        return None
-    return float(np.asarray(stats.pearsonr(first, second))[0])
-
-
 def _spearman(first: Scores, second: Scores) -> float | None:
     if len(first) < MIN_ROWS or min(np.ptp(first), np.ptp(second)) < SAME:
         return None
@@ -85,16 +87,10 @@ def _kappa(one: Marks, other: Marks) -> float | None:
     return float(cohen_kappa_score(one, other))
 
 
-def resampled_pearson(first: Scores, second: Scores, weights: Weights) -> Resamples:
-    """Pearson's correlation in every resample; NaN where it is undefined."""
-    found = _correlations(np.broadcast_to(first, weights.shape), np.broadcast_to(second, weights.shape), weights)
-    return np.where(_has_correlation(first, second, weights), found, np.nan)
-
-
 def resampled_spearman(first: Scores, second: Scores, weights: Weights) -> Resamples:
     """Spearman's in every resample: Pearson's of the ranks that its rows have in it; NaN where it is undefined."""
-    found = _correlations(resampled_ranks(first, weights), resampled_ranks(second, weights), weights)
-    return np.where(_has_correlation(first, second, weights), found, np.nan)
+    found = weighted_correlations(resampled_ranks(first, weights), resampled_ranks(second, weights), weights)
+    return np.where(has_correlation(first, second, weights), found, np.nan)
 
 
 def resampled_ranks(values: Scores, weights: Weights) -> Float[np.ndarray, "resample row"]:
@@ -120,25 +116,3 @@ def resampled_kappa(one: Marks, other: Marks, weights: Weights) -> Resamples:
     with np.errstate(invalid="ignore", divide="ignore"):
         found = (observed - expected) / (n * n - expected)
     return np.where((n >= MIN_ROWS) & (expected < n * n), found, np.nan)
-
-
-def _correlations(
-    x: Float[np.ndarray, "resample row"], y: Float[np.ndarray, "resample row"], weights: Weights
-) -> Resamples:
-    """Weighted Pearson correlations, by deviations from each resample's own mean, as squares of scores would cancel."""
-    n = weights.sum(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        dx, dy = (side - (weights * side).sum(axis=1, keepdims=True) / n for side in (x, y))
-        of = {"xy": (dx, dy), "xx": (dx, dx), "yy": (dy, dy)}
-        sums = {name: np.einsum("ij,ij,ij->i", weights, *sides) for name, sides in of.items()}
-        return np.clip(sums["xy"] / (np.sqrt(sums["xx"]) * np.sqrt(sums["yy"])), -1, 1)
-
-
-def _has_correlation(first: Scores, second: Scores, weights: Weights) -> Bool[np.ndarray, " resample"]:
-    """Where a resample has three rows, and neither side is constant in it."""
-    enough = weights.sum(axis=1) >= MIN_ROWS
-    for side in (first, second):
-        drawn_high = np.where(weights > 0, side, -np.inf).max(axis=1, initial=-np.inf)
-        drawn_low = np.where(weights > 0, side, np.inf).min(axis=1, initial=np.inf)
-        enough &= drawn_high - drawn_low >= SAME
-    return enough

@@ -18,7 +18,8 @@ from persona_lens.traits import Polarity
 class Prompt:
     """One planned rollout: who is asked what, for which time. `instruction` is None for the neutral system prompt.
 
-    `intervention` names what is done to the model for this row, empty for nothing (see `CellEngine`).
+    `intervention` names what is done to the model for this row, empty for nothing (see `CellEngine`). `condition` names
+    what else sets the row apart in an experiment, such as `examples`, questions with answers that are shown before.
     """
 
     trait: str
@@ -28,6 +29,8 @@ class Prompt:
     question: str
     sample: int
     intervention: str = ""
+    condition: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> str:
@@ -37,11 +40,17 @@ class Prompt:
     @property
     def randomness(self) -> str:
         """What names the row in sampling: the same under every intervention, so that their texts can be compared."""
-        return f"{self.trait}/{self.polarity}/{self.instruction}/{self.sample}/{self.question}"
+        named = f"{self.condition}/" * bool(self.condition)
+        return f"{self.trait}/{self.polarity}/{self.instruction}/{named}{self.sample}/{self.question}"
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What the model is shown."""
+        return chat_messages(self.system_prompt, self.question, self.examples)
 
     def tokenize(self, tokenizer: Any) -> ChatTokens:
         """The rendered prompt as token ids."""
-        return tokenize_chat(tokenizer, chat_messages(self.system_prompt, self.question))
+        return tokenize_chat(tokenizer, self.messages)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Rollout:
     engine: str
     seed: int
     intervention: str = ""
+    condition: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
 
     @property
     def prompt(self) -> Prompt:
@@ -80,8 +91,8 @@ class Rollout:
         return not self.response.strip()
 
     def tokenize(self, tokenizer: Any, *, system_prompt: str | None = None) -> ChatTokens:
-        """The chat as token ids, by default under the system prompt it was sampled with."""
-        messages = chat_messages(system_prompt or self.system_prompt, self.question)
+        """The chat as token ids, as it was sampled, or its question and answer alone under another system prompt."""
+        messages = self.prompt.messages if system_prompt is None else chat_messages(system_prompt, self.question)
         return tokenize_chat(tokenizer, messages, self.response_tokens or self.response)
 
     def count_tokens(self, tokenizer: Any) -> int:
@@ -90,7 +101,7 @@ class Rollout:
 
     def conversation(self) -> Conversation:
         """The row as what extraction takes."""
-        messages = tuple(chat_messages(self.system_prompt, self.question))
+        messages = tuple(self.prompt.messages)
         response = "" if self.is_empty else self.response_tokens or self.response
         return Conversation(messages, response, self.question, str(self.instruction))
 
@@ -100,8 +111,9 @@ def rollouts_from_rows(rows: Iterable[dict[str, Any]], source: str | Path) -> li
     rollouts: list[Rollout] = []
     for number, row in enumerate(rows, start=1):
         try:
-            tokens = row["response_tokens"]
-            rollouts.append(Rollout(**{**row, "response_tokens": None if tokens is None else tuple(tokens)}))
+            tokens, examples = row["response_tokens"], tuple(map(tuple, row.get("examples", ())))
+            tokens = None if tokens is None else tuple(tokens)
+            rollouts.append(Rollout(**{**row, "response_tokens": tokens, "examples": examples}))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source}, line {number}: not a rollout ({error}).") from error
     return rollouts

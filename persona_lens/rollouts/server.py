@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 
 from tqdm.auto import tqdm
 
-from persona_lens.chat import chat_messages
 from persona_lens.clients import CallEstimate, ChatRequest, OpenAIClient
 from persona_lens.rollouts.rows import Prompt, Rollout
 
@@ -86,7 +85,7 @@ class ServerEngine:
             raise ValueError(f"Nothing can be done to a model on a server, and a row wants {steered[0]!r}.")
         return [
             ChatRequest(
-                tuple(chat_messages(prompt.system_prompt, prompt.question)),
+                tuple(prompt.messages),
                 max_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 top_p=self.top_p,

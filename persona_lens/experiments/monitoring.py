@@ -1,0 +1,81 @@
+"""Does the prompt give the persona away? The last prompt token's projection against how the model then behaves.
+
+Every condition's prompts are answered several times and judged; each prompt's last token is projected on the unit
+vector at every layer, before a word is said (arXiv:2507.21509, section 3.3).
+Knows nothing about which conditions these are.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from persona_lens.activations import stream_means
+from persona_lens.experiments.monitoring_result import MonitoringExperiment, Point
+from persona_lens.judges import Judge, ScoredRollout, score_rollouts
+from persona_lens.models import Model
+from persona_lens.records import ensure_writable
+from persona_lens.rollouts import ModelEngine, Prompt, RolloutEngine, collect_rollouts
+from persona_lens.traits import Trait
+from persona_lens.vectors import PersonaVectors
+
+
+def monitoring_experiment(
+    model: Model,
+    trait: Trait,
+    vectors: PersonaVectors,
+    prompts: Sequence[Prompt],
+    *,
+    judge: Judge,
+    layer: int,
+    engine: RolloutEngine | None = None,
+    max_new_tokens: int = 1000,
+    output: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> MonitoringExperiment:
+    """Answer, judge and project the prompts of `system_prompts` or `many_shot`, or of your own.
+
+    `layer` is the one chosen beforehand, as by `select_layer`: the best of the curve would be chosen on its own result.
+    With `output`, a folder, rollouts, scores and the result (experiment.json) are written there, and an interrupted
+    run goes on. Raises ValueError where a vector does not belong to the model, or a prompt stands twice.
+    """
+    vectors.check(model)
+    vector = vectors.at(layer)  # refuses a layer that there is not, before anything is sampled
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        ensure_writable(folder / "experiment.json")
+    engine = ModelEngine(model, max_new_tokens) if engine is None else engine
+    rollouts = collect_rollouts(
+        engine, prompts, seed=seed, output=folder and folder / "rollouts.jsonl", progress=progress
+    )
+    scored = score_rollouts(judge, trait, rollouts, output=folder and folder / "scores.jsonl", progress=progress)
+    settings = {
+        "judge": judge.name(trait),
+        "engine": engine.name,
+        "vector": vector.fingerprint,
+        "position": vectors.position,
+    }
+    found = MonitoringExperiment(trait.name, layer, _points(model, vectors, scored), settings, seed)
+    if folder is not None:
+        found.save(folder / "experiment.json")
+    return found
+
+
+def _points(model: Model, vectors: PersonaVectors, scored: Sequence[ScoredRollout]) -> tuple[Point, ...]:
+    groups: dict[tuple[str, str], list[ScoredRollout]] = {}
+    for row in scored:
+        groups.setdefault((row.rollout.condition, row.rollout.question), []).append(row)
+    rows = [members[0].rollout.prompt.tokenize(model.tokenizer) for members in groups.values()]
+    projections = torch.empty(len(rows), vectors.n_layers)
+    for batch in stream_means(model, rows, position="prompt_last", token_budget=1024):
+        projections[batch.rows] = vectors.project(batch.means[:, 1:])
+    return tuple(
+        _point(*group, members, row) for (group, members), row in zip(groups.items(), projections.tolist(), strict=True)
+    )
+
+
+def _point(condition: str, question: str, members: Sequence[ScoredRollout], projections: Sequence[float]) -> Point:
+    scores = [row.trait_score for row in members if row.trait_score is not None]
+    mean = sum(scores) / len(scores) if scores else None
+    return Point(condition, question, tuple(projections), mean, len(scores), len(members))

@@ -1,0 +1,279 @@
+"""What monitoring found: the projection of every turn of every chat on some persona vectors, as values and files.
+
+Of a turn: the last prompt token's projection, which is known before the model speaks, and the mean over the response
+(arXiv:2507.21509, section 3.3). What was not measured is None, never 0.
+Knows nothing about how they were measured.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_lens.records import JsonLines, ensure_writable, write_whole
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT, FORMAT_VERSION = "persona_lens monitoring", 1
+SUFFIXES = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class MonitoredVector:
+    """Which vector was projected on."""
+
+    trait: str
+    layer: int
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """As its columns are called: `evil@14`."""
+        return f"{self.trait}@{self.layer}"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenProjections:
+    """Every token of a turn that no earlier turn has read: its prompt's new ones, then its response.
+
+    Attributes:
+        pieces: The text of each token; together they are the turn's text. A token that ends within a character has "".
+        n_prompt: How many of them belong to the prompt; the last of these is the one that `prompt` is about.
+        values: Scalar projections on the unit vectors.
+    """
+
+    pieces: tuple[str, ...]
+    n_prompt: int
+    values: Float[Tensor, "token vector"]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenProjections):
+            return NotImplemented
+        same = (self.pieces, self.n_prompt) == (other.pieces, other.n_prompt)
+        return same and torch.equal(self.values, other.values)
+
+
+@dataclass(frozen=True)
+class TurnProjections:
+    """One turn of the model.
+
+    Attributes:
+        message: The index of its message in the chat, counted from 0; for a chat that ends before the model speaks, the
+            index that the answer would have.
+        prompt: The last prompt token's scalar projection on each vector.
+        response: The mean over the response's tokens, for each vector; None where there is nothing to average: no
+            response yet, or one that never says `after`, or says it last.
+        n_tokens: How many response tokens were averaged.
+        dropped_messages: How many of the oldest messages the window had no room for.
+        unclosed: Whether the response never says the `after` that averaging was to start at.
+        tokens: Every token's projection, where that was asked for.
+    """
+
+    message: int
+    prompt: tuple[float, ...]
+    response: tuple[float, ...] | None
+    n_tokens: int = 0
+    dropped_messages: int = 0
+    unclosed: bool = False
+    tokens: TokenProjections | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.response is None) != (self.n_tokens == 0):
+            raise ValueError(f"A turn has a response projection where it has response tokens, got {self}.")
+
+
+@dataclass(frozen=True)
+class ChatProjections:
+    """One chat, turn by turn."""
+
+    name: str
+    turns: tuple[TurnProjections, ...]
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """The projections of chats on persona vectors.
+
+    Attributes:
+        vectors: What was projected on; every turn has its numbers in this order.
+        chats: In the order in which they were given.
+        after: The text after which a response was averaged; None for the whole response.
+        window: How many tokens at most were read at once; None for whole chats.
+        interventions: What acted on the model meanwhile, in words; empty for nothing.
+    """
+
+    vectors: tuple[MonitoredVector, ...]
+    chats: tuple[ChatProjections, ...] = field(repr=False)
+    after: str | None = None
+    window: int | None = None
+    interventions: tuple[str, ...] = ()
+
+    @property
+    def unclosed(self) -> int:
+        """Responses that never say `after`, which therefore have no response projection."""
+        return sum(turn.unclosed for chat in self.chats for turn in chat.turns)
+
+    def table(self) -> "pandas.DataFrame":
+        """One row a turn: `chat`, `turn` (counted from 1), `message` (from 0), `n_tokens`, `dropped_messages`, and for
+        each vector `{trait}@{layer} prompt` and `{trait}@{layer} response` (NaN where there is none).
+        """
+        import pandas as pd
+
+        table = pd.DataFrame([self._row(chat, number) for chat in self.chats for number in range(len(chat.turns))])
+        columns = [name for each in self.vectors for name in _columns(each)]
+        return table.drop(columns="unclosed").astype(dict.fromkeys(columns, float))
+
+    def save(self, path: str | Path) -> None:
+        """Write a .jsonl file (a line that says what was measured, then a line a turn) or a .parquet file (a row a
+        turn), whole or not at all.
+        """
+        path = checked_output(path)
+        head = json.dumps(self._head(), ensure_ascii=False)
+        rows = [
+            {"chat_index": index, **self._row(chat, number), **_token_columns(chat.turns[number])}
+            for index, chat in enumerate(self.chats)
+            for number in range(len(chat.turns))
+        ]
+        if path.suffix == ".jsonl":
+            lines = [head, *(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)]
+            contents = ("\n".join(lines) + "\n").encode()
+        else:
+            contents = _parquet(rows, head)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, contents)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Monitoring":
+        """What `save` wrote. Raises ValueError for a file that it did not write."""
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"No file {path}.")
+        head, rows = _read_parquet(path) if _suffix(path) == ".parquet" else _read_lines(path)
+        if head.get("format") != FORMAT or head.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} is not a monitoring file of version {FORMAT_VERSION}: pass one that Monitoring.save, "
+                "monitor(output=) or `persona-lens monitor --output` wrote."
+            )
+        try:
+            return _from_records(head, rows)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__} {error}.") from error
+
+    def _row(self, chat: ChatProjections, number: int) -> dict[str, Any]:
+        turn = chat.turns[number]
+        row = {
+            "chat": chat.name,
+            "turn": number + 1,
+            "message": turn.message,
+            "n_tokens": turn.n_tokens,
+            "dropped_messages": turn.dropped_messages,
+            "unclosed": turn.unclosed,
+        }
+        for index, each in enumerate(self.vectors):
+            response = None if turn.response is None else turn.response[index]
+            row |= dict(zip(_columns(each), (turn.prompt[index], response), strict=True))
+        return row
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "vectors": [asdict(each) for each in self.vectors],
+            "chats": [chat.name for chat in self.chats],
+            "after": self.after,
+            "window": self.window,
+            "interventions": list(self.interventions),
+        }
+
+    def __str__(self) -> str:
+        turns = sum(len(chat.turns) for chat in self.chats)
+        lost = f", {self.unclosed} of which never say {self.after!r}" if self.unclosed else ""
+        names = ", ".join(each.name for each in self.vectors)
+        return f"{turns} turns of {len(self.chats)} chats{lost}, projected on {names}"
+
+
+def checked_output(path: str | Path) -> Path:
+    """The path, where results can be written there. Raises ValueError for another kind of file, OSError in one sentence
+    where it could not be written.
+    """
+    path = Path(path)
+    _suffix(path)
+    ensure_writable(path)
+    if path.suffix == ".parquet":
+        _pyarrow()
+    return path
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"Monitoring is kept in .jsonl or .parquet files, got {path.name!r}: name one of these.")
+    return path.suffix
+
+
+def _columns(vector: MonitoredVector) -> tuple[str, str]:
+    return f"{vector.name} prompt", f"{vector.name} response"
+
+
+def _token_columns(turn: TurnProjections) -> dict[str, Any]:
+    if turn.tokens is None:
+        return {}
+    found = turn.tokens
+    return {"pieces": list(found.pieces), "n_prompt": found.n_prompt, "token_projections": found.values.tolist()}
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Parquet files need pyarrow: `pip install pyarrow`, or name a .jsonl file.") from error
+    return pyarrow
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]], head: str) -> bytes:
+    arrow = _pyarrow()
+    kinds = {str: arrow.string(), bool: arrow.bool_(), int: arrow.int64()}
+    lists = {"pieces": arrow.list_(arrow.string()), "token_projections": arrow.list_(arrow.list_(arrow.float32()))}
+    # A column without a single response has values of no type, so floats are said to be floats.
+    fields = [(name, lists.get(name) or kinds.get(type(value), arrow.float64())) for name, value in rows[0].items()]
+    table = arrow.Table.from_pylist(list(rows), schema=arrow.schema(fields, metadata={FORMAT: head}))
+    buffer = io.BytesIO()
+    arrow.parquet.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def _read_parquet(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    arrow = _pyarrow()
+    try:
+        table = arrow.parquet.read_table(path)
+    except arrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
+    return json.loads((table.schema.metadata or {}).get(FORMAT.encode(), b"{}")), table.to_pylist()
+
+
+def _read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    head, *rows = JsonLines(path).read() or [{}]
+    return head, rows
+
+
+def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Monitoring:
+    vectors = tuple(MonitoredVector(**each) for each in head["vectors"])
+    turns: list[list[TurnProjections]] = [[] for _ in head["chats"]]
+    for row in rows:
+        prompt, response = zip(*([row[name] for name in _columns(each)] for each in vectors), strict=True)
+        tokens = None
+        if row.get("pieces") is not None:
+            values = torch.tensor(row["token_projections"], dtype=torch.float32).reshape(-1, len(vectors))
+            tokens = TokenProjections(tuple(row["pieces"]), row["n_prompt"], values)
+        said = None if response[0] is None else response
+        counts = {name: row[name] for name in ("message", "n_tokens", "dropped_messages", "unclosed")}
+        turns[row["chat_index"]].append(TurnProjections(prompt=prompt, response=said, tokens=tokens, **counts))
+    chats = tuple(ChatProjections(name, tuple(each)) for name, each in zip(head["chats"], turns, strict=True))
+    return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]))
