@@ -1,18 +1,18 @@
 """`persona-lens`: the library's functions from the command line.
 
 Results go to standard output (a table, or JSON with `--json`), progress to standard error. Exit code 0 is success, 1 is
-bad input with one sentence that says what to do, 2 is bad usage.
+bad input with one sentence that says what to do, 2 is bad usage, 3 is a threshold that was passed.
 """
 
 import sys
 
-from persona_lens.cli import commands, judging, making, steering, traits  # noqa: F401 (each adds its commands)
+from persona_lens.cli import commands, judging, making, monitoring, steering, traits  # noqa: F401 (each adds its commands)
 from persona_lens.cli.options import app
 from persona_lens.cli.output import say
 
 # Help lists the commands in the order in which one needs them.
 _ORDER = ["demo", "traits", "generate_trait", "rollouts", "judge", "agreement", "extract", "show"]
-_ORDER += ["select_layer", "steer"]
+_ORDER += ["select_layer", "steer", "monitor"]
 app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.callback, "__name__", "")))
 
 

@@ -88,7 +88,7 @@ def generate_trait(
     except trait_generation.TraitGenerationError as error:
         draft = output.with_suffix(".draft.json")
         write_whole(draft, error.draft.encode())
-        raise ValueError(f"{error} It is in {draft}.") from error
+        raise ValueError(f"{error} The last draft is in {draft}.") from error
     contents = trait.to_json().encode()
     if not overwrite and output.exists() and output.read_bytes() != contents:
         raise _other_trait(output)

@@ -87,7 +87,7 @@ def generate_trait(
     if draft is None or problems:
         raise TraitGenerationError(
             f"{name}: the draft cannot be used after one repair ({'; '.join(problems)}). "
-            "Pass another seed, or ask a stronger model; the last draft is kept as the error's `draft`.",
+            "Pass another seed, or ask a stronger model.",
             problems=problems,
             draft=completion.text,
         )

@@ -1,0 +1,107 @@
+"""The command that monitors: chats projected on persona vectors, turn by turn."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from persona_lens.cli.inputs import ModelClass, load, load_vectors, selected_layer
+from persona_lens.cli.options import DEFAULT_MODEL, ClassOption, JsonOption, ModelOption, ThreadsOption, app
+from persona_lens.cli.output import print_table, say
+
+if TYPE_CHECKING:
+    from persona_lens.monitoring import Monitoring
+    from persona_lens.vectors import PersonaVector
+
+PASSED = 3
+"""The exit code where a projection passes the threshold that the user set."""
+
+
+@app.command()
+def monitor(
+    chats: Annotated[Path, typer.Argument(help="Chats: .jsonl, .json or .parquet with messages.")],
+    vectors: Annotated[list[Path], typer.Option(help="A run's folder, or a vectors file; repeat for several.")],
+    layer: Annotated[int | None, typer.Option(help="Counted from 0; by default the one that was selected.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Every token, in --output and --json.")] = False,
+    window: Annotated[int | None, typer.Option(min=2, help="Read at most so many tokens, the newest messages.")] = None,
+    after: Annotated[str | None, typer.Option(help="Average a response only after this, such as </think>.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write a .jsonl or .parquet file.")] = None,
+    fail_above: Annotated[float | None, typer.Option(help="Exit with 3 if a projection is greater than this.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    model_class: ClassOption = ModelClass.BRIDGE,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Project each turn of chats on persona vectors, before and after the model speaks.
+
+    Example: persona-lens monitor chats.jsonl --vectors runs/demo --window 2048 --output projections.jsonl
+    """
+    from persona_lens.monitoring import checked_output
+    from persona_lens.monitoring import monitor as project
+    from persona_lens.transcripts import read_transcripts
+
+    if tokens and not (output or as_json):
+        raise typer.BadParameter("--tokens goes with --output or --json: a table has a row for each turn")
+    if output is not None:
+        checked_output(output)
+    transcripts = read_transcripts(chats)
+    chosen = [_vector(path, layer) for path in vectors]
+    found = project(
+        load(model, model_class, threads),
+        transcripts,
+        chosen,
+        tokens=tokens,
+        window=window,
+        after=after,
+        output=output,
+    )
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        _show(found)
+    passed = None if fail_above is None else _first_above(found, fail_above)
+    if passed is not None:
+        say(f"persona-lens: {passed}")
+        raise typer.Exit(PASSED)
+
+
+def _vector(path: Path, layer: int | None) -> "PersonaVector":
+    given = load_vectors(path)
+    return given.at(selected_layer(path, given) if layer is None else layer)
+
+
+def _show(found: "Monitoring") -> None:
+    """Print a row a turn; what was dropped and what could not be averaged is said below."""
+    shown = found.table().drop(columns=["message", "n_tokens", "dropped_messages"])
+    rows = [[_cell(value) for value in row] for row in shown.itertuples(index=False)]
+    print_table(list(shown.columns), rows)
+    shortened = [turn for chat in found.chats for turn in chat.turns if turn.dropped_messages]
+    if shortened:
+        most = max(turn.dropped_messages for turn in shortened)
+        print(f"{len(shortened)} turns were read without their oldest messages, up to {most} of them (--window).")
+    if found.unclosed:
+        print(f"{found.unclosed} responses never say {found.after!r}, and so have no response projection.")
+
+
+def _cell(value: str | int | float) -> str:
+    from rich.markup import escape
+
+    if not isinstance(value, float):
+        return escape(str(value))  # a chat's name is no markup
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _first_above(found: "Monitoring", threshold: float) -> str | None:
+    """One sentence about the first turn whose projection is above a threshold; None where there is none."""
+    for chat in found.chats:
+        for number, turn in enumerate(chat.turns, start=1):
+            for when, values in (("prompt", turn.prompt), ("response", turn.response or ())):
+                for vector, value in zip(found.vectors, values, strict=False):
+                    if value > threshold:
+                        return (
+                            f"{chat.name}, turn {number}: the {when} projection on {vector.name} is {value:.3f}, "
+                            f"above the threshold of {threshold:g}."
+                        )
+    return None
