@@ -76,9 +76,10 @@ def test_the_score_is_the_models_own_expectation_over_digit_sequences(
     mass = math.fsum(numbers.values())
 
     assert judge.scoring == "digits"
-    # The server computes in 8 bits, lists 20 tokens, and unlikely first digits are not followed.
-    assert score.evidence["trait_mass"] == pytest.approx(mass, abs=0.02)
-    assert score.trait_score == pytest.approx(math.fsum(n * p for n, p in numbers.items()) / mass, abs=2)
+    # The server computes in 8 bits, otherwise for every batch that it forms, and unlikely first digits are not
+    # followed. Read as whole numbers, the digits alone would give a score below 10.
+    assert score.evidence["trait_mass"] == pytest.approx(mass, abs=0.06)
+    assert score.trait_score == pytest.approx(math.fsum(n * p for n, p in numbers.items()) / mass, abs=5)
     assert judge.client.usage.calls <= 20
 
 
