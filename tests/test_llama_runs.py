@@ -1,6 +1,7 @@
 """A real server from end to end: rollouts from llama.cpp, their activations from the same model here."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -83,14 +84,23 @@ def test_rollouts_of_a_server_give_vectors_of_the_model_here(client, optimistic,
     assert saved.provenance.settings["sampled_by"] == rows[0]["engine"]
 
 
-def test_a_server_that_serves_the_model_under_study_speaks_as_it_does(client, optimistic, embedded_bridge):
-    """Greedy answers of the server and of the model here begin alike: template and weights are the same."""
-    from persona_lens.rollouts import ModelEngine, ServerEngine, plan_rollouts
+def test_a_server_of_the_model_under_study_sees_the_same_prompts_and_means_the_same(
+    client, optimistic, embedded_bridge
+):
+    from persona_lens.chat import encode
+    from persona_lens.clients import ChatRequest
+    from persona_lens.models import forward
+    from persona_lens.rollouts import plan_rollouts
 
-    prompts = plan_rollouts(optimistic, polarities=["neutral"], per_question=1)
-    here = ModelEngine(embedded_bridge, max_new_tokens=12, temperature=0.0).answer(prompts, seed=0)
-    there = ServerEngine(client, max_new_tokens=12, temperature=0.0).answer(prompts, seed=0)
+    for prompt in plan_rollouts(optimistic, per_question=1):
+        ids = torch.tensor([prompt.tokenize(embedded_bridge.tokenizer).prompt])
+        logits, _ = forward(embedded_bridge, ids, torch.ones_like(ids).bool(), last_logits=1)
+        here = logits[0, -1].softmax(dim=-1)
+        request = ChatRequest(tuple(prompt.messages), max_tokens=1, temperature=0.0, top_logprobs=20)
+        there = client.complete(request)
 
-    # The server computes in 8 bits, so a near tie may fall otherwise some words on.
-    for one, other in zip(here, there, strict=True):
-        assert one.response.split()[:3] == other.response.split()[:3]
+        assert there.prompt_tokens == ids.shape[1]
+        [token] = there.tokens
+        words = embedded_bridge.tokenizer
+        apart = sum(abs(math.exp(p) - float(here[encode(words, text)[0]])) for text, p in token.alternatives if text)
+        assert apart < 0.3  # the server computes in 8 bits
