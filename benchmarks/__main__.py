@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
-from benchmarks import clients, extraction, steering
+from benchmarks import clients, extraction, live, steering
 from benchmarks.comparison import Comparison
 from benchmarks.report import as_json, show
 
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Comparison]]] = {
     "extraction-shared-prompts": extraction.extraction_shared_prompts,
     "steering-overhead": steering.steering_overhead,
     "layer-sweep": steering.layer_sweep,
+    "live-monitoring": live.live_monitoring,
     "client-throughput": clients.client_throughput,
 }
 

@@ -32,9 +32,9 @@ UNFELT = 1e-6
 
 def steering_overhead(repeats: int) -> list[Comparison]:
     """The same greedy texts without steering, with one layer steered, and with a coefficient a row and layer."""
-    model, prompts = bridge(), _prompts(8, 4)
+    model, prompts = bridge(), rollout_prompts(8, 4)
     ids = [prompt.tokenize(model.tokenizer) for prompt in prompts]
-    vectors = _random_vectors(model)
+    vectors = random_vectors(model)
     everywhere = torch.full((len(ids), vectors.n_layers), UNFELT)
 
     def plain() -> Texts:
@@ -48,13 +48,13 @@ def steering_overhead(repeats: int) -> list[Comparison]:
         return run
 
     contestants = {
-        "unsteered": [_contestant("no steering", plain)],
-        "one layer": [_contestant("one layer", under(vectors.at(19), UNFELT))],
-        "matrix": [_contestant("row x layer coefficients, 30 layers", under(vectors, everywhere))],
+        "unsteered": [contestant("no steering", plain)],
+        "one layer": [contestant("one layer", under(vectors.at(19), UNFELT))],
+        "matrix": [contestant("row x layer coefficients, 30 layers", under(vectors, everywhere))],
     }
     claims = [Claim(each, "unsteered", OVERHEAD_GOAL) for each in ("one layer", "matrix")]
     name = f"{len(ids)} rows, 8 prompts, 32 new tokens"
-    return [_compare("Generation under steering", name, ids, 32, contestants, claims, plain(), repeats)]
+    return [compare_texts("Generation under steering", name, ids, 32, contestants, claims, plain(), repeats)]
 
 
 def layer_sweep(repeats: int) -> list[Comparison]:
@@ -62,9 +62,9 @@ def layer_sweep(repeats: int) -> list[Comparison]:
 
     One round, since a call for each cell takes minutes.
     """
-    model, prompts, new_tokens = bridge(), _prompts(4, 1), 24
+    model, prompts, new_tokens = bridge(), rollout_prompts(4, 1), 24
     ids = [prompt.tokenize(model.tokenizer) for prompt in prompts]
-    vectors = _random_vectors(model)
+    vectors = random_vectors(model)
     cells = [Cell(vectors.at(layer), amount) for layer in range(vectors.n_layers) for amount in (1.0, 2.0, 4.0)]
 
     def one_call_a_cell() -> Texts:
@@ -81,16 +81,18 @@ def layer_sweep(repeats: int) -> list[Comparison]:
         return [row.response_tokens or () for row in engine.answer(planned, seed=0)]
 
     contestants = {
-        "a call a cell": [_contestant("a generate call for each cell", one_call_a_cell)],
-        "mixed": [_contestant("rows of all cells mixed, 120 at a time", mixed)],
+        "a call a cell": [contestant("a generate call for each cell", one_call_a_cell)],
+        "mixed": [contestant("rows of all cells mixed, 120 at a time", mixed)],
     }
     name = f"{len(cells)} cells x {len(ids)} questions, {new_tokens} new tokens"
     claims = [Claim("mixed", "a call a cell", SWEEP_GOAL)]
     rows = ids * len(cells)
-    return [_compare("Layer sweep", name, rows, new_tokens, contestants, claims, one_call_a_cell(), min(repeats, 1))]
+    return [
+        compare_texts("Layer sweep", name, rows, new_tokens, contestants, claims, one_call_a_cell(), min(repeats, 1))
+    ]
 
 
-def _compare(
+def compare_texts(
     name: str,
     workload: str,
     rows: Sequence[ChatTokens],
@@ -99,29 +101,30 @@ def _compare(
     claims: list[Claim],
     expected: Texts,
     repeats: int,
+    minimum: float = EQUAL_ROWS,
 ) -> Comparison:
     def equal_rows(found: Texts) -> float:
         return sum(one == other for one, other in zip(found, expected, strict=True)) / len(expected)
 
     generated = tuple(ChatTokens(row.prompt, (0,) * new_tokens) for row in rows)
     work = Workload(workload, generated, (True,) * len(generated))
-    return compare(name, work, contestants, claims, agreement=equal_rows, minimum=EQUAL_ROWS, repeats=repeats)
+    return compare(name, work, contestants, claims, agreement=equal_rows, minimum=minimum, repeats=repeats)
 
 
-def _prompts(n_questions: int, per_question: int) -> list[Prompt]:
+def rollout_prompts(n_questions: int, per_question: int) -> list[Prompt]:
     trait = load_trait("optimistic")
     return plan_rollouts(
         trait, polarities=["neutral"], questions=trait.extraction_questions[:n_questions], per_question=per_question
     )
 
 
-def _random_vectors(model: Any) -> PersonaVectors:
+def random_vectors(model: Any) -> PersonaVectors:
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(int(model.cfg.n_layers), int(model.cfg.d_model), generator=generator)
     norms = torch.logspace(0.3, 2.0, len(directions))[:, None]
     return PersonaVectors.from_directions(norms * directions / directions.norm(dim=1, keepdim=True), trait="random")
 
 
-def _contestant(name: str, run: Callable[[], Texts]) -> Contestant:
+def contestant(name: str, run: Callable[[], Texts]) -> Contestant:
     model: Any = bridge()
     return Contestant(name, run, model.original_model.get_input_embeddings())

@@ -39,18 +39,34 @@ _HOMES = {
         "score_rollouts",
     ],
     "persona_lens.layer_selection": ["DoseResponse", "LayerSweep", "dose_response", "select_layer"],
+    "persona_lens.live": ["Safeguard", "WatchedReply", "generate_watched", "stream_watched"],
     "persona_lens.models": ["from_paper_layer", "load_model", "suspended"],
+    "persona_lens.monitoring": ["Monitoring", "monitor"],
     "persona_lens.pipeline": ["extract_persona_vectors"],
     "persona_lens.plots": [
+        "monitoring_html",
         "plot_agreement",
         "plot_cosine_matrix",
         "plot_dose_response",
         "plot_frontier",
+        "plot_layer_correlations",
         "plot_layer_statistics",
         "plot_layer_sweep",
+        "plot_projection_scores",
+        "plot_roc",
+        "plot_turns",
+        "tokens_html",
     ],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
     "persona_lens.rollouts": ["Rollout", "ServerEngine", "read_rollouts", "sample_rollouts"],
+    "persona_lens.thresholds": [
+        "Detection",
+        "Threshold",
+        "calibrate_threshold",
+        "detection",
+        "load_thresholds",
+        "save_thresholds",
+    ],
     "persona_lens.trait_generation": ["generate_trait", "preview_trait", "template_rubric"],
     "persona_lens.traits": [
         "InstructionPair",
@@ -60,6 +76,7 @@ _HOMES = {
         "read_reference_trait",
         "write_reference_trait",
     ],
+    "persona_lens.transcripts": ["Transcript", "read_transcripts"],
     "persona_lens.vectors": ["PersonaVector", "PersonaVectors", "cosine_matrix", "difference_in_means"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -86,18 +103,34 @@ if TYPE_CHECKING:
         score_rollouts,
     )
     from persona_lens.layer_selection import DoseResponse, LayerSweep, dose_response, select_layer
+    from persona_lens.live import Safeguard, WatchedReply, generate_watched, stream_watched
     from persona_lens.models import from_paper_layer, load_model, suspended
+    from persona_lens.monitoring import Monitoring, monitor
     from persona_lens.pipeline import extract_persona_vectors
     from persona_lens.plots import (
+        monitoring_html,
         plot_agreement,
         plot_cosine_matrix,
         plot_dose_response,
         plot_frontier,
+        plot_layer_correlations,
         plot_layer_statistics,
         plot_layer_sweep,
+        plot_projection_scores,
+        plot_roc,
+        plot_turns,
+        tokens_html,
     )
     from persona_lens.responses import read_messages, read_reference_csv
     from persona_lens.rollouts import Rollout, ServerEngine, read_rollouts, sample_rollouts
+    from persona_lens.thresholds import (
+        Detection,
+        Threshold,
+        calibrate_threshold,
+        detection,
+        load_thresholds,
+        save_thresholds,
+    )
     from persona_lens.trait_generation import generate_trait, preview_trait, template_rubric
     from persona_lens.traits import (
         InstructionPair,
@@ -107,6 +140,7 @@ if TYPE_CHECKING:
         read_reference_trait,
         write_reference_trait,
     )
+    from persona_lens.transcripts import Transcript, read_transcripts
     from persona_lens.vectors import PersonaVector, PersonaVectors, cosine_matrix, difference_in_means
 
 __all__ = [
@@ -115,6 +149,7 @@ __all__ = [
     "ChatBatch",
     "ClassifierJudge",
     "Conversation",
+    "Detection",
     "DoseResponse",
     "Evaluation",
     "InstructionPair",
@@ -122,23 +157,30 @@ __all__ = [
     "LLMJudge",
     "LayerSweep",
     "LikelihoodRatioJudge",
+    "Monitoring",
     "OpenAIClient",
     "PersonaVector",
     "PersonaVectors",
     "Rollout",
+    "Safeguard",
     "Score",
     "ScoredRollout",
     "SentimentJudge",
     "ServerEngine",
     "Steer",
     "TextClassifier",
+    "Threshold",
     "Trait",
+    "Transcript",
+    "WatchedReply",
     "When",
     "ablate",
     "bundled_traits",
+    "calibrate_threshold",
     "cap",
     "chat_batch",
     "cosine_matrix",
+    "detection",
     "difference_in_means",
     "dose_response",
     "evaluate",
@@ -147,30 +189,42 @@ __all__ = [
     "from_paper_layer",
     "generate",
     "generate_trait",
+    "generate_watched",
     "intervene",
     "judge_agreement",
     "keep_pairs",
     "load_model",
+    "load_thresholds",
     "load_trait",
     "mean_activations",
+    "monitor",
+    "monitoring_html",
     "plot_agreement",
     "plot_cosine_matrix",
     "plot_dose_response",
     "plot_frontier",
+    "plot_layer_correlations",
     "plot_layer_statistics",
     "plot_layer_sweep",
+    "plot_projection_scores",
+    "plot_roc",
+    "plot_turns",
     "preview_trait",
     "read_messages",
     "read_reference_csv",
     "read_reference_trait",
     "read_rollouts",
+    "read_transcripts",
     "sample_rollouts",
+    "save_thresholds",
     "score_rollouts",
     "select_layer",
     "show_tokens",
     "steer",
+    "stream_watched",
     "suspended",
     "template_rubric",
+    "tokens_html",
     "write_reference_trait",
 ]
 

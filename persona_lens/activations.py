@@ -68,9 +68,9 @@ class Projections:
         return sorted({vector.layer for vector in self.vectors})
 
     def read(self) -> Float[Tensor, "batch pos vector"]:
-        """Scalar projections on the unit vectors, in their order, float32 on the CPU."""
+        """Scalar projections on the unit vectors, in their order, on the CPU, float32 or the model's wider dtype."""
         columns: dict[int, Iterator[Tensor]] = {
-            layer: iter(self.by_layer[layer].float().cpu().unbind(dim=-1)) for layer in self.layers
+            layer: iter(self.by_layer[layer].cpu().unbind(dim=-1)) for layer in self.layers
         }
         return torch.stack([next(columns[vector.layer]) for vector in self.vectors], dim=-1)
 
@@ -88,19 +88,18 @@ def projected_residuals(
         raise ValueError("There is nothing to project on: pass at least one vector.")
     for vector in vectors:
         vector.check(model, allow_other_model=allow_other_model)
+        _ = vector.unit  # a zero direction has none, and is refused here
     found = Projections(tuple(vectors))
     points = residual_points(model)
     with ExitStack() as stack:
         for layer in found.layers:
-            units = torch.stack([vector.unit.direction for vector in vectors if vector.layer == layer])
-            units = units.to(model_device(model))
+            given = torch.stack([vector.direction for vector in vectors if vector.layer == layer]).double()
+            units = (given / given.norm(dim=-1, keepdim=True)).to(model_device(model))
 
-            def project(
-                _module: object, _inputs: object, resid: Tensor, layer: int = layer, units: Tensor = units
-            ) -> None:
-                found.by_layer[layer] = einsum(
-                    resid.float(), units, "batch pos d_model, vector d_model -> batch pos vector"
-                )
+            def project(_: object, __: object, resid: Tensor, layer: int = layer, on: Tensor = units) -> None:
+                wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+                pattern = "batch pos d_model, vector d_model -> batch pos vector"
+                found.by_layer[layer] = einsum(wide, on.to(wide), pattern)
 
             stack.callback(points[layer + 1].register_forward_hook(project).remove)
         yield found

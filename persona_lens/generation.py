@@ -9,12 +9,13 @@ Knows nothing about traits: prompts as token ids come in, completions go out.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,6 +25,21 @@ from persona_lens.models import KnownPass, Model, Past, forward, model_device
 from persona_lens.prefix import pad
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class ReplyPass(KnownPass):
+    """A pass of the decode loop over the last token of prompts, or a token of replies, in its last column.
+
+    Attributes:
+        speaking: The row of the whole plan of each prompt or reply; one that has ended is left out.
+        places: The row of the batch that runs each of them; rows that share a prompt share its row.
+        fed: The token of each of them.
+    """
+
+    speaking: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
+    fed: tuple[int, ...] = ()
 
 
 class Completion(NamedTuple):
@@ -56,23 +72,25 @@ def generate(
     keys: Sequence[str] | None = None,
     batch_rows: int = 100,
     progress: bool = False,
+    read_up_to: int | None = None,
 ) -> list[Completion]:
     """Sample a completion of every prompt (token ids), `batch_rows` rows at a time.
 
     Temperature 0 is greedy. `keys` name the rows for their randomness (default: their index), so two rows with one
     prompt need different keys to differ. Interventions that are attached to the model act; row r of a coefficient
-    matrix is prompt r, and rows that differ only in their coefficients may have one key.
+    matrix is prompt r, and rows that differ only in their coefficients may have one key. `read_up_to` is the highest
+    layer at which hooks read the replies: the token that is sampled last, which nothing follows, runs up to it as well.
     Raises ValueError for an empty prompt, repeated keys, or a prompt that leaves no room in the context.
     """
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
-    _check(model, prompts, keys, max_new_tokens, temperature, top_p)
-    sharing = _prefix_sharing(model, prompts) if prompts else "nothing"
+    check_sampling(model, prompts, keys, max_new_tokens, temperature, top_p)
+    sharing = prefix_sharing(model, prompts) if prompts else "nothing"
     completions: list[Completion] = []
     with tqdm(
         total=len(prompts) * max_new_tokens, unit="tok", desc="generate", leave=False, disable=not progress
     ) as bar:
         for batch in plan_batches(len(prompts), batch_rows):
-            decoder = _Decoder(
+            decoder = Decoder(
                 model,
                 [tuple(prompts[row]) for row in batch],
                 torch.tensor(batch),
@@ -80,6 +98,7 @@ def generate(
                 temperature,
                 top_p,
                 sharing,
+                read_up_to,
             )
             for _ in decoder.steps():
                 bar.update(len(batch))
@@ -88,9 +107,10 @@ def generate(
     return completions
 
 
-def _check(
-    model: Model, prompts: Sequence[Sequence[int]], keys: list[str], steps: int, temperature: float, top_p: float
+def check_sampling(
+    model: Model, prompts: Sequence[Sequence[int]], keys: Sequence[str], steps: int, temperature: float, top_p: float
 ) -> None:
+    """Raise ValueError for what cannot be sampled, or not under the interventions that are attached."""
     if steps < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"Sampling needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
@@ -113,7 +133,7 @@ def _check(
 PrefixSharing = Literal["whole prompt", "all but its last token", "nothing"]
 
 
-def _prefix_sharing(model: Model, prompts: Sequence[Sequence[int]]) -> PrefixSharing:
+def prefix_sharing(model: Model, prompts: Sequence[Sequence[int]]) -> PrefixSharing:
     """How much of a prompt is the same for all rows that have it, under the interventions that are attached."""
     row_wise = [attached.at for attached in attachments(model) if attached.n_rows]
     if not row_wise:
@@ -122,7 +142,7 @@ def _prefix_sharing(model: Model, prompts: Sequence[Sequence[int]]) -> PrefixSha
     return "all but its last token" if only_response and min(map(len, prompts)) > 1 else "nothing"
 
 
-class _Decoder:
+class Decoder:
     """One batch in flight: the rows that still speak, their past, and what each has said."""
 
     def __init__(
@@ -134,9 +154,10 @@ class _Decoder:
         temperature: float,
         top_p: float,
         sharing: PrefixSharing,
+        read_up_to: int | None = None,
     ):
         self.model, self.prompts, self.rows, self.uniforms = model, prompts, rows, uniforms
-        self.temperature, self.top_p, self.sharing = temperature, top_p, sharing
+        self.temperature, self.top_p, self.sharing, self.read_up_to = temperature, top_p, sharing, read_up_to
         self.stops = stop_tokens(model.tokenizer)
         self.said: list[list[int]] = [[] for _ in prompts]
         self.stopped = [False] * len(prompts)
@@ -145,7 +166,8 @@ class _Decoder:
     def steps(self) -> Iterator[None]:
         """Run the batch, pausing after each sampled token."""
         active, past, logits = self._prefill()
-        for step in range(self.uniforms.shape[1]):
+        limit = self.uniforms.shape[1]
+        for step in range(limit):
             tokens = sample(logits, self.uniforms[active, step], temperature=self.temperature, top_p=self.top_p)
             for row, token in zip(active.tolist(), tokens.tolist(), strict=True):
                 if token in self.stops:
@@ -154,11 +176,14 @@ class _Decoder:
                     self.said[row].append(token)
             yield
             alive = torch.tensor([not self.stopped[row] for row in active.tolist()])
-            if step + 1 == self.uniforms.shape[1] or not bool(alive.any()):
+            if not bool(alive.any()) or (step + 1 == limit and self.read_up_to is None):
                 return
             # Dropping rows copies the cache, which pays once a quarter of the batch has ended.
             if alive.float().mean() <= 0.75:
                 past, active, tokens = past.select(alive.nonzero()[:, 0]), active[alive], tokens.cpu()[alive]
+            if step + 1 == limit:
+                self._read_last(tokens, past, active)
+                return
             logits, past = self._advance(tokens, past, active)
 
     def _prefill(self) -> tuple[Int[Tensor, " row"], Past, Float[Tensor, "row d_vocab"]]:
@@ -170,14 +195,14 @@ class _Decoder:
         tokens, mask = pad(unique, left=True)
         last = torch.zeros_like(mask)
         last[:, -1] = not held_back
+        place = {head: index for index, head in enumerate(unique)}
+        origins = everyone if self.sharing == "nothing" else torch.tensor([place[head] for head in heads])
         known = KnownPass(self.rows if self.sharing == "nothing" else None, prompt=mask, response=last)
+        if not held_back:
+            known = self._named(known, origins, everyone)
         logits, past = forward(self.model, tokens, mask, keep_past=True, last_logits=0 if held_back else 1, known=known)
         assert past is not None
-        if self.sharing == "nothing":
-            origins = everyone
-        else:
-            place = {head: index for index, head in enumerate(unique)}
-            origins = torch.tensor([place[head] for head in heads])
+        if self.sharing != "nothing":
             past = past.select(origins)
         if held_back:
             tokens = torch.tensor([prompt[-1] for prompt in self.prompts])
@@ -189,17 +214,41 @@ class _Decoder:
     def _advance(
         self, tokens: Int[Tensor, " row"], past: Past, active: Int[Tensor, " row"], *, of_prompt: bool = False
     ) -> tuple[Float[Tensor, "row d_vocab"], Past]:
-        column = tokens.to(model_device(self.model))[:, None]
-        everywhere = torch.ones_like(column).bool()
-        if self.running[0] is not active:
-            self.running = (active, self.rows[active])
-        known = KnownPass(self.running[1], prompt=everywhere if of_prompt else ~everywhere, response=everywhere)
+        column, everywhere, known = self._column(tokens, active, of_prompt)
         logits, past_after = forward(self.model, column, everywhere, past=past, last_logits=1, known=known)
         assert logits is not None
         assert past_after is not None
         return logits[:, -1], past_after
 
+    def _read_last(self, tokens: Int[Tensor, " row"], past: Past, active: Int[Tensor, " row"]) -> None:
+        """Run the tokens that nothing follows, as far up as anything may read or change them."""
+        assert self.read_up_to is not None
+        column, everywhere, known = self._column(tokens, active, False)
+        top = max([self.read_up_to, *(layer for attached in attachments(self.model) for layer in attached.layers)])
+        forward(self.model, column, everywhere, past=past, stop_after=top, known=known)
+
+    def _column(
+        self, tokens: Int[Tensor, " row"], active: Int[Tensor, " row"], of_prompt: bool
+    ) -> tuple[Int[Tensor, "row 1"], Bool[Tensor, "row 1"], KnownPass]:
+        column = tokens.to(model_device(self.model))[:, None]
+        everywhere = torch.ones_like(column).bool()
+        if self.running[0] is not active:
+            self.running = (active, self.rows[active])
+        known = KnownPass(self.running[1], prompt=everywhere if of_prompt else ~everywhere, response=everywhere)
+        return column, everywhere, self._named(known, torch.arange(len(active)), active)
+
+    def _named(self, known: KnownPass, places: Int[Tensor, " row"], active: Int[Tensor, " row"]) -> KnownPass:
+        """The pass with what speaks in its last column, where anyone reads that."""
+        if self.read_up_to is None:
+            return known
+        here = [pair for pair in zip(places.tolist(), active.tolist(), strict=True) if not self.stopped[pair[1]]]
+        plan = self.rows.tolist()
+        speaking = tuple(plan[row] for _, row in here)
+        fed = tuple((self.said[row] or self.prompts[row])[-1] for _, row in here)
+        return ReplyPass(known.rows, known.prompt, known.response, speaking, tuple(place for place, _ in here), fed)
+
     def completions(self) -> list[Completion]:
+        """What each row has said by now."""
         return [
             Completion(tuple(said), "stop" if stopped else "length")
             for said, stopped in zip(self.said, self.stopped, strict=True)

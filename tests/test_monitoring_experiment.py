@@ -15,9 +15,7 @@ def points(conditions, questions, projection, score):
     from persona_lens.experiments import Point
 
     return tuple(
-        Point(
-            name, question, tuple(float(projection(c, q)) * (layer + 1) for layer in range(layers)), score(c, q), 1, 1
-        )
+        Point(name, question, tuple(float(projection(c, q)) * (layer + 1) for layer in range(2)), score(c, q), 1, 1)
         for c, name in enumerate(conditions)
         for q, question in enumerate(questions)
     )

@@ -164,9 +164,7 @@ def _score(referee: "Judge", trait: "Trait", rows: "list[Rollout]", output: Path
     silent = [row.evidence["trait_mass"] for row in scored if row.trait_score is None and "trait_mass" in row.evidence]
     if len(silent) > refused:
         mean = sum(silent) / len(silent)
-        say(
-            f"Where a score is missing, numbers held {mean:.0%} of the probability: it may not heed the rubric."
-        )
+        say(f"Where a score is missing, numbers held {mean:.0%} of the probability: it may not heed the rubric.")
     if isinstance(referee, LLMJudge):
         say(f"{referee.client.usage}.")
 

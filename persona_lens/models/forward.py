@@ -60,20 +60,20 @@ def forward(
     `mask` is False on padding, which may stand on either side; positions are counted over the mask, so padding never
     shifts a token. `last_logits` is how many trailing positions get logits: 0 skips the unembedding altogether, None
     means all. `past` is consumed: its cache grows in place, so select a copy to run it twice. `stop_after` skips the
-    blocks above that one, in a pass without logits and without a past. `known` is told to interventions. Returns the
-    logits (None for 0) and the new `Past` (None unless `keep_past` or `past`).
+    blocks above that one, in a pass without logits, after which no other can follow: it leaves no past. `known` is told
+    to interventions. Returns the logits (None for 0) and the new `Past` (None unless `keep_past` or `past`).
     """
     device = model_device(model)
     tokens, mask = tokens.to(device), mask.to(device)
     seen = mask if past is None else torch.cat([past.mask, mask], dim=1)
     run = _forward_bridge if is_bridge(model) else _forward_hooked
     cache = None if past is None else past.cache
-    if stop_after is not None and (cache is not None or keep_past or last_logits != 0):
+    if stop_after is not None and (keep_past or last_logits != 0):
         raise ValueError("A pass that stops after a layer has no logits, and keys and values of some layers only.")
     logits = None
     with announce(known, seen), _stopping(model, stop_after):
         logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
-    return logits, None if cache is None else Past(cache, seen)
+    return logits, None if cache is None or stop_after is not None else Past(cache, seen)
 
 
 class _Enough(Exception):

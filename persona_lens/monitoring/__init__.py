@@ -1,9 +1,27 @@
 """Chats projected on persona vectors, turn by turn, before and after the model speaks (arXiv:2507.21509, section 3.3).
 
-The last prompt token's projection predicts the trait of the response to come; the mean over the response says what came.
+The last prompt token's projection predicts the trait of the response to come; the mean over the response says what
+came.
 Knows nothing about who said it: chats come in, numbers go out.
 """
 
-from persona_lens.monitoring.result import ChatProjections, Monitoring, MonitoredVector, TokenProjections, TurnProjections
+from persona_lens.monitoring.passes import Chats, monitor
+from persona_lens.monitoring.result import (
+    ChatProjections,
+    MonitoredVector,
+    Monitoring,
+    TokenProjections,
+    TurnProjections,
+    checked_output,
+)
 
-__all__ = ["ChatProjections", "MonitoredVector", "Monitoring", "TokenProjections", "TurnProjections"]
+__all__ = [
+    "ChatProjections",
+    "Chats",
+    "MonitoredVector",
+    "Monitoring",
+    "TokenProjections",
+    "TurnProjections",
+    "checked_output",
+    "monitor",
+]

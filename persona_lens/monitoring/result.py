@@ -121,8 +121,9 @@ class Monitoring:
         return sum(turn.unclosed for chat in self.chats for turn in chat.turns)
 
     def table(self) -> "pandas.DataFrame":
-        """One row a turn: `chat`, `turn` (counted from 1), `message` (from 0), `n_tokens`, `dropped_messages`, and for
-        each vector `{trait}@{layer} prompt` and `{trait}@{layer} response` (NaN where there is none).
+        """One row a turn: `chat`, `turn` (counted from 1), `message` (from 0), `n_tokens`, `dropped_messages`.
+
+        And for each vector `{trait}@{layer} prompt` and `{trait}@{layer} response`, which is NaN where there is none.
         """
         import pandas as pd
 
@@ -131,16 +132,14 @@ class Monitoring:
         return table.drop(columns="unclosed").astype(dict.fromkeys(columns, float))
 
     def save(self, path: str | Path) -> None:
-        """Write a .jsonl file (a line that says what was measured, then a line a turn) or a .parquet file (a row a
-        turn), whole or not at all.
+        """Write a .jsonl or .parquet file, whole or not at all.
+
+        A row a turn, as in `table`; the first line of JSON-lines, or Parquet's own metadata, says what was measured.
         """
         path = checked_output(path)
-        head = json.dumps(self._head(), ensure_ascii=False)
-        rows = [
-            {"chat_index": index, **self._row(chat, number), **_token_columns(chat.turns[number])}
-            for index, chat in enumerate(self.chats)
-            for number in range(len(chat.turns))
-        ]
+        found = self.to_dict()
+        rows = found.pop("turns")
+        head = json.dumps(found, ensure_ascii=False)
         if path.suffix == ".jsonl":
             lines = [head, *(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)]
             contents = ("\n".join(lines) + "\n").encode()
@@ -181,7 +180,8 @@ class Monitoring:
             row |= dict(zip(_columns(each), (turn.prompt[index], response), strict=True))
         return row
 
-    def _head(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON: what was measured, and under `turns` a row a turn."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -190,6 +190,11 @@ class Monitoring:
             "after": self.after,
             "window": self.window,
             "interventions": list(self.interventions),
+            "turns": [
+                {"chat_index": index, **self._row(chat, number), **_token_columns(chat.turns[number])}
+                for index, chat in enumerate(self.chats)
+                for number in range(len(chat.turns))
+            ],
         }
 
     def __str__(self) -> str:
@@ -200,8 +205,9 @@ class Monitoring:
 
 
 def checked_output(path: str | Path) -> Path:
-    """The path, where results can be written there. Raises ValueError for another kind of file, OSError in one sentence
-    where it could not be written.
+    """The path, where results can be written there.
+
+    Raises ValueError for another kind of file, OSError in one sentence where it could not be written.
     """
     path = Path(path)
     _suffix(path)

@@ -1,19 +1,30 @@
-"""Pictures of results: layer sweeps and their frontier, dose-responses, layers' statistics, cosines, judges' agreement.
+"""Pictures of results: sweeps, dose-responses, layers, cosines, judges' agreement, monitoring, detection, tokens.
 
-Every function takes a result and returns a plotly figure; a number that is missing leaves a gap, never a zero.
+Every plot takes a result and returns a plotly figure, and a text's tokens make a page of HTML; a number that is missing
+leaves a gap, never a zero.
 Knows nothing about models or files, and imports plotly, an extra, on first use.
 """
 
 from persona_lens.plots.agreement import plot_agreement
 from persona_lens.plots.cosines import plot_cosine_matrix
 from persona_lens.plots.curves import plot_dose_response, plot_layer_statistics
+from persona_lens.plots.monitoring import plot_turns
+from persona_lens.plots.prediction import plot_layer_correlations, plot_projection_scores
+from persona_lens.plots.roc import plot_roc
 from persona_lens.plots.sweeps import plot_frontier, plot_layer_sweep
+from persona_lens.plots.tokens import monitoring_html, tokens_html
 
 __all__ = [
+    "monitoring_html",
     "plot_agreement",
     "plot_cosine_matrix",
     "plot_dose_response",
     "plot_frontier",
+    "plot_layer_correlations",
     "plot_layer_statistics",
     "plot_layer_sweep",
+    "plot_projection_scores",
+    "plot_roc",
+    "plot_turns",
+    "tokens_html",
 ]

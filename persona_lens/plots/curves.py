@@ -5,8 +5,7 @@ Knows nothing about how the numbers were measured.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from persona_lens.layer_selection import DoseResponse
 from persona_lens.plots.style import (
@@ -15,6 +14,7 @@ from persona_lens.plots.style import (
     GREY,
     PALE_BLUE,
     VERMILION,
+    band,
     dose_text,
     graph_objects,
     hover_text,
@@ -140,25 +140,9 @@ def _add_curve(
     """A line through the values, whose points have the colours `fill`, over the band of their intervals."""
     # The outline shows an interval without neighbours, which has no area.
     outline = {"color": "rgba(0, 114, 178, 0.5)", "width": 1}
-    _add_line(figure, row, "95 % interval", *_band(x, estimates), fill="toself", fillcolor=PALE_BLUE, line=outline)
+    _add_line(figure, row, "95 % interval", *band(x, estimates), fill="toself", fillcolor=PALE_BLUE, line=outline)
     y = [each.value for each in estimates]
     _add_line(figure, row, "direction", x, y, line={"color": BLUE, "width": 3})
     # Points of their own: the legend would show a line with the fill of its first one.
     points = {"size": 7, "color": fill, "line": {"color": BLUE, "width": 2}}
     _add_line(figure, row, "direction", x, y, mode="markers", marker=points, hovertext=hover, hoverinfo="text")
-
-
-class _Band(NamedTuple):
-    x: list[float | None]
-    y: list[float | None]
-
-
-def _band(x: Sequence[int] | Sequence[float], estimates: Sequence[Estimate]) -> _Band:
-    """The outline of the intervals, closed and begun anew after None wherever one is missing."""
-    band = _Band([], [])
-    for whole, run in groupby(zip(x, estimates, strict=True), key=lambda point: None not in point[1]):
-        if whole:
-            places, ends = zip(*run, strict=True)
-            band.x.extend([*places, *places[::-1], places[0], None])
-            band.y.extend([*(each.high for each in ends), *(each.low for each in ends[::-1]), ends[0].high, None])
-    return band

@@ -6,10 +6,12 @@ Knows nothing about what is drawn.
 
 import html
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from math import isnan
-from typing import Any
+from typing import Any, NamedTuple
 
 from persona_lens.evaluation import Evaluation
+from persona_lens.statistics import Estimate
 
 INSTALL_COMMAND = 'pip install "persona-lens[plots]"'
 
@@ -129,3 +131,21 @@ def safe(text: str, longest: int = 48) -> str:
     line = " ".join(text.split())
     line = line if len(line) <= longest else line[: longest - 1] + "…"
     return html.escape(line, quote=False).replace("$", "&#36;")
+
+
+class Band(NamedTuple):
+    """The outline of intervals, as coordinates."""
+
+    x: list[float | None]
+    y: list[float | None]
+
+
+def band(x: Sequence[int] | Sequence[float], estimates: Sequence[Estimate]) -> Band:
+    """The outline of the intervals, closed and begun anew after None wherever one is missing."""
+    outline = Band([], [])
+    for whole, run in groupby(zip(x, estimates, strict=True), key=lambda point: None not in point[1]):
+        if whole:
+            places, ends = zip(*run, strict=True)
+            outline.x.extend([*places, *places[::-1], places[0], None])
+            outline.y.extend([*(each.high for each in ends), *(each.low for each in ends[::-1]), ends[0].high, None])
+    return outline

@@ -1,0 +1,214 @@
+"""The forward passes that monitor chats: a whole chat in one where that is exact, many chats to a batch.
+
+Blocks above the highest layer that is wanted do not run, unless an intervention acts there, and nothing is unembedded.
+Source: arXiv:2507.21509, section 3.3.
+Knows nothing about tokenizers and files.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from persona_lens.activations import projected_residuals
+from persona_lens.chat import Message, length_sorted_batches
+from persona_lens.interventions import attachments
+from persona_lens.models import KnownPass, Model, forward
+from persona_lens.monitoring.result import (
+    ChatProjections,
+    MonitoredVector,
+    Monitoring,
+    TokenProjections,
+    TurnProjections,
+    checked_output,
+)
+from persona_lens.prefix import pad
+from persona_lens.transcripts import Segment, Transcript, Turn, chat_segments, read_transcripts, text_pieces
+from persona_lens.vectors import PersonaVector
+
+Chats = Sequence[Transcript | Sequence[Message]] | str | Path
+
+
+def monitor(
+    model: Model,
+    chats: Chats,
+    vectors: PersonaVector | Sequence[PersonaVector],
+    *,
+    tokens: bool = False,
+    window: int | None = None,
+    after: str | None = None,
+    token_budget: int = 2048,
+    allow_other_model: bool = False,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> Monitoring:
+    """The scalar projections of chats on persona vectors: every turn's last prompt token and mean response.
+
+    `chats` are transcripts, lists of messages, or a file of them (`read_transcripts`); a chat that ends before the
+    model speaks has a last turn without a response. `vectors` may be of several traits and layers. `tokens=True` keeps
+    every token's projection. `window` reads at most so many tokens at once and leaves out the oldest messages, which
+    are counted. With `after` (such as `"</think>"`) only what follows it is averaged. Interventions that are attached
+    to the model act and are seen; those at `response` or `prompt` treat each turn as they would if the model said it,
+    with earlier turns as its prompt. `output` also writes the result (.jsonl or .parquet).
+
+    Source: arXiv:2507.21509, section 3.3. Its limit: on a model that thinks before it answers, the last prompt token
+    says little of the answer; there the response `after` its thinking counts.
+
+    Raises:
+        ValueError: There are no chats; one is malformed or does not fit the context or window; a vector does not belong
+            to the model; the model's activations are not finite.
+        OSError: `output` could not be written, which is found before anything runs.
+    """
+    given = (vectors,) if isinstance(vectors, PersonaVector) else tuple(vectors)
+    path = None if output is None else checked_output(output)
+    transcripts = _transcripts(chats)
+    named = _named(given)
+    attached = attachments(model)
+    if unlike := [rows for each in attached for rows in each.n_rows if rows != len(transcripts)]:
+        raise ValueError(f"Steering has coefficients for {unlike[0]} rows, and there are {len(transcripts)} chats.")
+    segments = _segments(model, transcripts, window, after)
+    turns: list[dict[int, TurnProjections]] = [{} for _ in transcripts]
+    n_tokens = sum(len(segment.tokens) for _, segment in segments)
+    with tqdm(total=n_tokens, unit="tok", desc="monitor", leave=False, disable=not progress) as bar:
+        for place, values in _projected(model, segments, given, token_budget, allow_other_model):
+            index, segment = segments[place]
+            for turn in segment.turns:
+                turns[index][turn.message] = _read(model.tokenizer, segment, turn, values, tokens)
+            bar.update(len(segment.tokens))
+    found = Monitoring(
+        named,
+        tuple(
+            ChatProjections(chat.name, tuple(turn for _, turn in sorted(each.items())))
+            for chat, each in zip(transcripts, turns, strict=True)
+        ),
+        after,
+        window,
+        tuple(_in_words(attached)),
+    )
+    if path is not None:
+        found.save(path)
+    return found
+
+
+def _transcripts(chats: Chats) -> list[Transcript]:
+    """The chats, each under a name of its own."""
+    if isinstance(chats, (str, Path)):
+        found = read_transcripts(chats)
+    else:
+        found = [_transcript(chat, number) for number, chat in enumerate(chats, start=1)]
+    if not found:
+        raise ValueError("There is nothing to monitor: pass at least one chat.")
+    seen: Counter[str] = Counter()
+    named: list[Transcript] = []
+    for number, chat in enumerate(found, start=1):
+        name = chat.name or f"chat {number}"
+        seen[name] += 1
+        named.append(Transcript(chat.messages, f"{name} ({seen[name]})" if seen[name] > 1 else name))
+    return named
+
+
+def _transcript(chat: Transcript | Sequence[Message], number: int) -> Transcript:
+    if isinstance(chat, Transcript):
+        return chat
+    if isinstance(chat, Mapping):
+        raise ValueError("chats is a list of chats, each a list of messages, and got messages: pass [messages].")
+    try:
+        return Transcript(chat)
+    except ValueError as error:
+        raise ValueError(f"Chat {number}: {error}") from error
+
+
+def _named(vectors: Sequence[PersonaVector]) -> tuple[MonitoredVector, ...]:
+    named = tuple(MonitoredVector(each.trait, each.layer, each.fingerprint) for each in vectors)
+    if not named:
+        raise ValueError("There is nothing to project on: pass at least one vector.")
+    name, count = Counter(each.name for each in named).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"{count} vectors are called {name}: leave one out, or tell them apart by `dataclasses.replace`."
+        )
+    return named
+
+
+def _segments(
+    model: Model, transcripts: Sequence[Transcript], window: int | None, after: str | None
+) -> list[tuple[int, Segment]]:
+    """What is to be run of every chat, beside the chat's index."""
+    # Where a token is treated by whether it is of a prompt, an earlier turn's response is prompt to the turns after it.
+    shared = all(isinstance(each.at, str) and each.at == "all" for each in attachments(model))
+    limit = int(model.cfg.n_ctx)
+    segments: list[tuple[int, Segment]] = []
+    for index, chat in enumerate(transcripts):
+        try:
+            cut = chat_segments(model.tokenizer, chat, limit, window, after=after, shared=shared)
+        except ValueError as error:
+            raise ValueError(f"{chat.name}: {error}") from error
+        segments += [(index, segment) for segment in cut]
+    return segments
+
+
+def _projected(
+    model: Model,
+    segments: Sequence[tuple[int, Segment]],
+    vectors: Sequence[PersonaVector],
+    token_budget: int,
+    allow_other_model: bool,
+) -> Iterator[tuple[int, Float[Tensor, "pos vector"]]]:
+    """Every segment's place with its tokens' projections, in the order in which they ran."""
+    above = [layer for each in attachments(model) for layer in each.layers]
+    with projected_residuals(model, vectors, allow_other_model=allow_other_model) as found:
+        # An intervention that never ran would be an error on leaving its context.
+        highest = max([*found.layers, *above])
+        for batch in length_sorted_batches([len(segment.tokens) for _, segment in segments], token_budget):
+            ids, mask = pad([segments[place][1].tokens for place in batch], left=False)
+            known = _known([segments[place] for place in batch], mask)
+            forward(model, ids, mask, stop_after=highest, known=known)
+            read = found.read()
+            if not bool(read[mask].isfinite().all()):
+                layer = vectors[int((~read[mask].isfinite()).any(dim=0).nonzero()[0])].layer
+                raise ValueError(
+                    f"The model's activations are not finite at layer {layer}. Load it with a wider dtype (float32)."
+                )
+            for place, values in zip(batch, read, strict=True):
+                yield place, values[: len(segments[place][1].tokens)]
+
+
+def _known(segments: Sequence[tuple[int, Segment]], mask: Bool[Tensor, "batch pos"]) -> KnownPass:
+    """Which chat each row is and, where every row is one turn, what of it is prompt and response."""
+    rows = torch.tensor([index for index, _ in segments])
+    if any(len(segment.turns) > 1 for _, segment in segments):
+        return KnownPass(rows=rows)
+    place = torch.arange(mask.shape[1])
+    starts = torch.tensor([segment.turns[0].start for _, segment in segments]).unsqueeze(1)
+    return KnownPass(rows=rows, prompt=mask & (place < starts), response=mask & (place >= starts - 1))
+
+
+def _read(
+    tokenizer: Any, segment: Segment, turn: Turn, values: Float[Tensor, "pos vector"], tokens: bool
+) -> TurnProjections:
+    said = values[turn.averaged : turn.stop]
+    pieces = None
+    if tokens:
+        text = text_pieces(tokenizer, segment.tokens[turn.unread : turn.stop])
+        pieces = TokenProjections(
+            tuple(text), turn.start - turn.unread, values[turn.unread : turn.stop].float().clone()
+        )
+    return TurnProjections(
+        message=turn.message,
+        prompt=tuple(values[turn.last_prompt].tolist()),
+        response=tuple(said.double().mean(dim=0).tolist()) if len(said) else None,
+        n_tokens=len(said),
+        dropped_messages=turn.dropped,
+        unclosed=turn.unclosed,
+        tokens=pieces,
+    )
+
+
+def _in_words(attached: Sequence[Any]) -> list[str]:
+    at = (each.at if isinstance(each.at, str) else "a mask" for each in attached)
+    return [f"{value}, at {where}" for each, where in zip(attached, at, strict=True) for value in each.interventions]

@@ -1,0 +1,113 @@
+"""What monitoring refuses, and its results as tables and files."""
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from persona_lens.interventions import steer
+from persona_lens.monitoring import Monitoring, monitor
+from persona_lens.transcripts import Transcript
+from tests.chat_cases import CHATS, chat, counted, several
+from tests.intervention_cases import some_vectors
+
+QUIET = {"progress": False}
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_monitored_is_refused_in_words(tiny_model, tmp_path, shapes_unchecked):
+    vector = some_vectors(tiny_model).at(1)
+    with pytest.raises(ValueError, match="nothing to monitor: pass at least one chat"):
+        monitor(tiny_model, [], vector, **QUIET)
+    with pytest.raises(ValueError, match="pass at least one vector"):
+        monitor(tiny_model, CHATS, [], **QUIET)
+    with pytest.raises(ValueError, match="2 vectors are called evil@1"):
+        monitor(tiny_model, CHATS, [vector, replace(vector)], **QUIET)
+    with pytest.raises(ValueError, match=r"Chat 2: messages\[1\] has role 'critic'"):
+        monitor(tiny_model, [CHATS[0], [*CHATS[1][:1], {"role": "critic", "content": "Hm"}]], vector, **QUIET)
+    with pytest.raises(ValueError, match=r"pass \[messages\]"):
+        monitor(tiny_model, CHATS[0], vector, **QUIET)
+    long = Transcript(chat(*["one two three four five six"] * 40), "long")
+    with pytest.raises(ValueError, match=r"long: The chat has \d+ tokens and the model's context holds 256"):
+        monitor(tiny_model, [long], vector, **QUIET)
+
+
+def test_a_vector_of_another_model_is_refused(tiny_model, tiny_gpt2):
+    with pytest.raises(ValueError, match="24"):
+        monitor(tiny_model, CHATS, some_vectors(tiny_gpt2).at(1), **QUIET)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(tiny_model, tmp_path):
+    vector = some_vectors(tiny_model).at(1)
+
+    def refused(output, error, words):
+        def work():
+            with pytest.raises(error, match=words):
+                monitor(tiny_model, CHATS, vector, output=output, **QUIET)
+
+        assert counted(tiny_model, work)["layer -1"] == 0
+
+    refused(tmp_path / "a.csv", ValueError, r"\.jsonl or \.parquet")
+    (tmp_path / "folder.jsonl").mkdir()
+    refused(tmp_path / "folder.jsonl", OSError, "it is a folder")
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_results_come_back_from_their_file_as_they_were(tiny_model, tmp_path, suffix, tokens):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    path = tmp_path / "new" / f"a.{suffix}"
+    chats = [*CHATS, chat("Why?", "<think>")]
+    with steer(tiny_model, some_vectors(tiny_model).at(0), 1.0):
+        found = monitor(
+            tiny_model, chats, several(tiny_model), tokens=tokens, after="e", window=200, output=path, **QUIET
+        )
+    assert Monitoring.load(path) == found
+    assert found.unclosed > 0
+    assert found.table().equals(Monitoring.load(path).table())
+
+
+def test_a_file_with_only_unanswered_chats_comes_back(tiny_model, tmp_path):
+    pytest.importorskip("pyarrow")
+    found = monitor(tiny_model, CHATS[3:4], several(tiny_model), **QUIET)
+    for suffix in ("jsonl", "parquet"):
+        found.save(tmp_path / f"a.{suffix}")
+        assert Monitoring.load(tmp_path / f"a.{suffix}") == found
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": []}) + "\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("", encoding="utf-8")
+    for name in ("a.jsonl", "b.jsonl"):
+        with pytest.raises(ValueError, match="is not a monitoring file of version 1"):
+            Monitoring.load(tmp_path / name)
+    pytest.importorskip("pyarrow")
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="is not a monitoring file of version 1"):
+        Monitoring.load(tmp_path / "a.parquet")
+    with pytest.raises(FileNotFoundError, match="No file"):
+        Monitoring.load(tmp_path / "absent.jsonl")
+
+
+def test_the_table_has_a_row_for_each_turn(tiny_model):
+    vectors = several(tiny_model)[:2]
+    table = monitor(tiny_model, [Transcript(CHATS[0], "sea"), CHATS[1], Transcript(CHATS[3], "sea")], vectors, **QUIET)
+    found = table.table()
+    columns = ["kind@2 prompt", "kind@2 response", "evil@0 prompt", "evil@0 response"]
+    assert list(found.columns) == ["chat", "turn", "message", "n_tokens", "dropped_messages", *columns]
+    assert list(zip(found["chat"], found["turn"], found["message"], strict=True)) == [
+        ("sea", 1, 2),
+        ("sea", 2, 4),
+        ("sea", 3, 6),
+        ("chat 2", 1, 1),
+        ("sea (2)", 1, 2),
+    ]
+    assert found["kind@2 response"].isna().tolist() == [False, False, True, False, True]
+    assert (found["n_tokens"] == 0).tolist() == found["kind@2 response"].isna().tolist()
