@@ -1,5 +1,6 @@
 """Every block of the README runs as it stands, in order, in one empty folder."""
 
+import json
 import re
 import shlex
 import sys
@@ -23,6 +24,8 @@ def test_every_block_of_the_readme_runs(embedded_bridge, llama_server, tmp_path,
         monkeypatch.setattr(home, "load_model", lambda *_, **__: embedded_bridge, raising=False)
     blocks = BLOCK.findall(README.read_text().replace("http://localhost:8000/v1", llama_server))
     namespace: dict[str, object] = {}
+    asked, answered = ({"role": role, "content": "Well."} for role in ("user", "assistant"))
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [asked, answered]}) + "\n")
     for language, text in blocks:
         if language == "python":
             exec(compile(text, "README.md", "exec"), namespace)
