@@ -17,7 +17,7 @@ def plot_monitoring_experiment(experiment: MonitoringExperiment) -> "plotly.grap
         [point.projections[experiment.layer] for point in points],
         [point.trait_score for point in points],
         [point.condition for point in points],
-        title=f"{experiment.trait}: the prompt's projection at layer {experiment.layer}, and the answers' trait score",
+        title=f"{experiment.trait}: prompt projection at layer {experiment.layer}, and trait score",
         overall=experiment.overall(),
         within=experiment.within(),
         order=experiment.conditions,
@@ -34,5 +34,5 @@ def plot_experiment_layers(experiment: MonitoringExperiment) -> "plotly.graph_ob
         list(layers),
         [experiment.overall(layer) for layer in layers],
         [experiment.within(layer) for layer in layers],
-        title=f"{experiment.trait}: how well the prompt's projection predicts the trait score, layer by layer",
+        title=f"{experiment.trait}: prompt projection against trait score, by layer",
     )
