@@ -210,3 +210,22 @@ def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
         assert point.projections == pytest.approx(expected, rel=1e-5)
     assert MonitoringExperiment.load(tmp_path / "experiment.json") == found
     assert monitoring_experiment(tiny_model, TRAIT, vectors, prompts, **run) == found
+
+
+def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(embedded_bridge):
+    from persona_lens.experiments import monitoring_experiment, system_prompts
+    from persona_lens.traits import load_trait
+    from persona_lens.vectors import PersonaVectors
+
+    trait = load_trait("optimistic")
+    shape = (embedded_bridge.cfg.n_layers, embedded_bridge.cfg.d_model)
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    vectors = PersonaVectors.from_directions(directions, trait=trait.name, model=embedded_bridge)
+    prompts = system_prompts(trait, trait.evaluation_questions[:2], per_question=1)
+    run = {"judge": LengthJudge(), "layer": 22, "max_new_tokens": 8, "progress": False}
+    found = monitoring_experiment(embedded_bridge, trait, vectors, prompts, **run)
+
+    at_layer = {round(point.projections[22], 3) for point in found.points}
+    assert len(found.points) == len(at_layer) == 16
+    assert found.overall().n == 16
+    assert set(found.table()["responses"]) == {2}
