@@ -20,7 +20,10 @@ import torch
 from hypothesis import settings
 
 from tests import executed_types, tiny
-from tests.llama_server import llama_server  # noqa: F401 (a fixture is found here by its name)
+
+# Fixtures are found here by their names.
+from tests.llama_server import llama_server  # noqa: F401
+from tests.trait_cases import make_trait, reference_file, trait_file, traits  # noqa: F401
 
 # The jaxtyping hook looks the checker up by name, as an attribute that exists once its module was imported.
 assert executed_types.checked
