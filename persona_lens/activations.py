@@ -18,7 +18,7 @@ from torch import Tensor
 from persona_lens.chat import ChatBatch, ChatTokens, fit_context
 from persona_lens.models import KnownPass, Model, forward, model_device, residual_points
 from persona_lens.prefix import PrefixBatch, prefix_batches, unique_prompts
-from persona_lens.vectors import PersonaVector, Position
+from persona_lens.vectors import PersonaVector, Position, units_of
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,11 @@ def projected_residuals(
         raise ValueError("There is nothing to project on: pass at least one vector.")
     for vector in vectors:
         vector.check(model, allow_other_model=allow_other_model)
-        _ = vector.unit  # a zero direction has none, and is refused here
     found = Projections(tuple(vectors))
     points = residual_points(model)
     with ExitStack() as stack:
         for layer in found.layers:
-            given = torch.stack([vector.direction for vector in vectors if vector.layer == layer]).double()
-            units = (given / given.norm(dim=-1, keepdim=True)).to(model_device(model))
+            units = units_of([vector for vector in vectors if vector.layer == layer]).to(model_device(model))
 
             def project(_: object, __: object, resid: Tensor, layer: int = layer, on: Tensor = units) -> None:
                 wide = resid.to(torch.promote_types(resid.dtype, torch.float32))

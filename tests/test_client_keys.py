@@ -81,8 +81,7 @@ def test_a_server_that_wants_no_key_is_asked_without_one():
 
 @pytest.mark.parametrize("settings", [{}, {"base_url": "https://api.openai.com/v1/"}], ids=["default", "named"])
 def test_a_missing_key_is_told_with_its_variable(settings):
-    variable = "PERSONA_LENS_API_KEY" if settings else "OPENAI_API_KEY"
-    with pytest.raises(ValueError, match=f"wants a key: set the environment variable {variable}"):
+    with pytest.raises(ValueError, match="wants a key: set the environment variable OPENAI_API_KEY"):
         OpenAIClient("gpt-4.1-mini", **settings).complete(asked())
 
 
@@ -115,3 +114,7 @@ def test_a_url_that_is_none_is_refused(url):
 def test_settings_that_no_call_can_have_are_refused(settings):
     with pytest.raises(ValueError, match=r"Expected concurrency >= 1, max_retries >= 0 and timeout > 0; got "):
         OpenAIClient("tiny", base_url="http://127.0.0.1:1/v1", **settings)
+
+
+def test_openais_own_url_given_by_name_gets_what_is_set_for_openai():
+    assert OpenAIClient("gpt-4.1-mini", base_url="https://api.openai.com/v1/").endpoint.withheld_headers == {}

@@ -250,3 +250,20 @@ def test_a_failing_server_leaves_what_it_scored(make_judge, evil, tmp_path):
             score_rollouts(judge, evil, rows, output=output, progress=False)
 
     assert [row["key"] for row in JsonLines(output).read()] == [row.key for row in rows[:3]]
+
+
+def test_of_two_calls_one_may_fail_and_the_answer_to_the_other_is_kept(make_judge, evil, tmp_path):
+    from persona_lens.clients import ServerError
+
+    rubric, _ = prompts(evil, rollout(TEXTS[0]))
+
+    def breaks(body, attempt):
+        return Fault(400, "too long") if body["messages"][0]["content"] == rubric else Fault(hang=0.5)
+
+    with FaultServer(judge_servers.whole_numbers, faults=breaks) as server:
+        judge = make_judge(server, client={"cache": tmp_path / "calls.sqlite"}, scoring="whole numbers")
+        with pytest.raises(ServerError, match="too long"):
+            judge.score(evil, [rollout(TEXTS[0])])
+
+    [missing] = judge.client.uncached(judge.requests(evil, [rollout(TEXTS[0])]))
+    assert missing.messages[0]["content"] == rubric

@@ -229,3 +229,17 @@ def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(
     assert len(found.points) == len(at_layer) == 16
     assert found.overall().n == 16
     assert set(found.table()["responses"]) == {2}
+
+
+def test_a_prompt_that_stands_twice_is_refused_before_anything_is_sampled(tiny_model, tmp_path):
+    from persona_lens.experiments import many_shot, monitoring_experiment
+    from persona_lens.vectors import PersonaVectors
+
+    directions = torch.ones(tiny_model.cfg.n_layers, tiny_model.cfg.d_model)
+    vectors = PersonaVectors.from_directions(directions, trait="grumpy", model=tiny_model)
+    prompts = many_shot(TRAIT, ["Else?"], EXAMPLES, shots=(0,), per_question=1)
+    with pytest.raises(ValueError, match="some stand twice"):
+        monitoring_experiment(
+            tiny_model, TRAIT, vectors, [*prompts, *prompts], judge=LengthJudge(), layer=1, output=tmp_path
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -39,8 +39,8 @@ class OpenAIClient:
     Args:
         model: The name under which the server knows it.
         base_url: Where the server is, such as `http://localhost:8000/v1`; `$OPENAI_BASE_URL` or OpenAI by default.
-        key_variable: The environment variable that holds the key. By default `OPENAI_API_KEY` without a `base_url`;
-            with one, `PERSONA_LENS_API_KEY` where it is set: OpenAI's key goes to no other server.
+        key_variable: The environment variable that holds the key. By default `OPENAI_API_KEY` without a `base_url` or
+            with OpenAI's; with another, `PERSONA_LENS_API_KEY` where it is set: OpenAI's key goes to no other server.
         concurrency: How many calls run at a time.
         max_retries: How often a call is repeated that failed for the moment.
         timeout: Seconds that one try may take.

@@ -42,8 +42,9 @@ class Endpoint:
             raise ValueError("A server's URL carries no password and no query: put the key into the environment.")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"Expected a server's URL such as http://localhost:8000/v1, got {url!r}.")
-        variable = key_variable or ("PERSONA_LENS_API_KEY" if base_url else "OPENAI_API_KEY")
-        return cls(model, url, variable, not base_url, key_variable is not None or url == OPENAI_URL)
+        is_ambient = not base_url or url == OPENAI_URL
+        variable = key_variable or ("OPENAI_API_KEY" if is_ambient else "PERSONA_LENS_API_KEY")
+        return cls(model, url, variable, is_ambient, key_variable is not None or url == OPENAI_URL)
 
     @property
     def key(self) -> str | None:

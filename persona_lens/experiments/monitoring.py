@@ -41,6 +41,8 @@ def monitoring_experiment(
     run goes on. Raises ValueError where a vector does not belong to the model, or a prompt stands twice.
     """
     vectors.check(model)
+    if len({prompt.key for prompt in prompts}) < len(prompts):
+        raise ValueError(f"{trait.name}: {len(prompts)} prompts are planned and some stand twice: give each one place.")
     vector = vectors.at(layer)  # refuses a layer that there is not, before anything is sampled
     folder = None if output is None else Path(output)
     if folder is not None:

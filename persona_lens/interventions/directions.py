@@ -6,8 +6,7 @@ Knows nothing about what an intervention does.
 
 from collections.abc import Sequence
 
-import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,18 +37,6 @@ def each_vector(vectors: Vectors) -> tuple[PersonaVector, ...]:
     for given in as_given(vectors):
         found += [given] if isinstance(given, PersonaVector) else [given.at(layer) for layer in range(given.n_layers)]
     return tuple(found)
-
-
-def units_of(vectors: Sequence[PersonaVector]) -> Float[Tensor, "vector d_model"]:
-    """Each direction divided by its norm; a direction of zeros raises a ValueError that names its layer."""
-    for vector in vectors:
-        if vector.norm == 0:
-            raise ValueError(
-                f"{vector.trait}: the direction at layer {vector.layer} is exactly zero and has no unit vector: "
-                "leave that layer out."
-            )
-    rows = torch.stack([vector.direction for vector in vectors]).double()
-    return rows / rearrange(torch.linalg.vector_norm(rows, dim=-1), "vector -> vector 1")
 
 
 def overlap(units: Float[Tensor, "vector d_model"]) -> float:

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_lens.interventions.directions import Vectors, as_given, each_vector, layers_text, units_of
+from persona_lens.interventions.directions import Vectors, as_given, each_vector, layers_text
 from persona_lens.interventions.positions import At, check_positions, positions_of
 from persona_lens.interventions.records import (
     RECORD_VERSION,
@@ -25,7 +25,7 @@ from persona_lens.interventions.records import (
     encode_vectors,
 )
 from persona_lens.models import CurrentPass, KnownPass, Model, ModelIdentity, announced, identify, resid_post_name
-from persona_lens.vectors import PersonaVector, PersonaVectors, Relation, check_model, refuse_absent_layer
+from persona_lens.vectors import PersonaVector, PersonaVectors, Relation, check_model, refuse_absent_layer, units_of
 
 Residual = Float[Tensor, "batch pos d_model"]
 

@@ -16,10 +16,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from persona_lens.interventions.directions import ORTHOGONAL, as_given, layers_text, overlap, units_of
+from persona_lens.interventions.directions import ORTHOGONAL, as_given, layers_text, overlap
 from persona_lens.interventions.intervention import Intervention, Residual
 from persona_lens.models import ModelIdentity
-from persona_lens.vectors import PersonaVectors, Relation, orthonormal_basis
+from persona_lens.vectors import PersonaVectors, Relation, orthonormal_basis, units_of
 
 
 @dataclass(frozen=True, eq=False)

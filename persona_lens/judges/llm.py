@@ -152,7 +152,13 @@ class LLMJudge:
         read = {"whole numbers": self._whole_number, "digits": self._digits, "text": self._text}[self.scoring]
 
         async def judge_row(ask: Ask) -> Score:
-            found = await asyncio.gather(*(read(self._request(prompt), ask) for prompt in prompts))
+            calls = (read(self._request(prompt), ask) for prompt in prompts)
+            # Of two calls one may fail: what the other was paid for is waited for and kept.
+            found: list[_Judgement] = []
+            for judgement in await asyncio.gather(*calls, return_exceptions=True):
+                if isinstance(judgement, BaseException):
+                    raise judgement
+                found.append(judgement)
             evidence: dict[str, float] = {}
             for name, judgement in zip(("trait", "coherence"), found, strict=False):
                 evidence |= {} if judgement.mass is None else {f"{name}_mass": judgement.mass}

@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_lens.interventions import Intervention
-from persona_lens.interventions.directions import units_of
-from persona_lens.vectors import PersonaVector
+from persona_lens.vectors import PersonaVector, units_of
 
 Direction = Literal["above", "below"]
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from persona_lens.generation import ReplyPass
 from persona_lens.interventions import Cap, Steer, Vectors
-from persona_lens.interventions.directions import each_vector, units_of
+from persona_lens.interventions.directions import each_vector
 from persona_lens.interventions.values import refuse_conflicting_caps
 from persona_lens.live.safeguards import Alert, Safeguard
 from persona_lens.models import Model, announced, identify, residual_points
 from persona_lens.records import JsonLines, ensure_writable
-from persona_lens.vectors import PersonaVector, PersonaVectors
+from persona_lens.vectors import PersonaVector, PersonaVectors, units_of
 
 
 def spell(tokenizer: Any, tokens: Sequence[int]) -> str:

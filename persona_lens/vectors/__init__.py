@@ -7,7 +7,7 @@ Knows nothing about how activations are made or how a vector is applied: tensors
 
 from persona_lens.vectors.directions import difference_in_means, orthonormal_basis
 from persona_lens.vectors.layer_statistics import LayerStatistics
-from persona_lens.vectors.persona_vector import PersonaVector, Position, refuse_absent_layer
+from persona_lens.vectors.persona_vector import PersonaVector, Position, refuse_absent_layer, units_of
 from persona_lens.vectors.persona_vectors import Cache, PersonaVectors, cosine_matrix
 from persona_lens.vectors.provenance import HOOK_POINT, Provenance, Relation, check_model
 
@@ -25,4 +25,5 @@ __all__ = [
     "difference_in_means",
     "orthonormal_basis",
     "refuse_absent_layer",
+    "units_of",
 ]

@@ -5,7 +5,7 @@ Knows nothing about the other layers: `PersonaVectors.at` hands them out one by 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from statistics import fmean
 from typing import Literal
@@ -140,6 +140,18 @@ class PersonaVector(VectorAlgebra):
             residual_norm=fmean(measured) if measured else None,
             provenance=joint_provenance(self, other),
         )
+
+
+def units_of(vectors: Sequence[PersonaVector]) -> Float[Tensor, "vector d_model"]:
+    """Each direction divided by its norm; a direction of zeros raises a ValueError that names its layer."""
+    for vector in vectors:
+        if vector.norm == 0:
+            raise ValueError(
+                f"{vector.trait}: the direction at layer {vector.layer} is exactly zero and has no unit vector: "
+                "leave that layer out."
+            )
+    rows = torch.stack([vector.direction for vector in vectors]).double()
+    return rows / rearrange(torch.linalg.vector_norm(rows, dim=-1), "vector -> vector 1")
 
 
 def refuse_absent_layer(trait: str, layer: int, n_layers: int) -> None:
