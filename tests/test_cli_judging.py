@@ -140,6 +140,20 @@ def test_two_judges_are_compared(cli, judge, tmp_path):
     assert "<html>" in (tmp_path / "agreement.html").read_text()
 
 
+def test_two_files_of_one_name_are_compared_under_their_paths(cli, judge, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        with FaultServer(judge_servers.whole_numbers) as server:
+            judge(server, output=f"{folder}/scores.jsonl")
+    one, two = (tmp_path / folder / "scores.jsonl" for folder in ("one", "two"))
+    files = ["--rollouts", tmp_path / "rollouts.jsonl", "--scores", one, "--against", two]
+
+    code, out, err = cli("agreement", *files, "--json")
+
+    assert code == 0, err
+    assert json.loads(out)["names"] == [str(one), str(two)]
+
+
 def test_a_judge_is_compared_with_people(cli, judge, rollouts, tmp_path):
     with FaultServer(judge_servers.whole_numbers) as server:
         judge(server)

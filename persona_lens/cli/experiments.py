@@ -100,6 +100,7 @@ def _examples(run: Path) -> list[tuple[str, str]]:
 
 def _show(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> None:
     from persona_lens.experiments import plot_experiment_layers, plot_monitoring_experiment
+    from persona_lens.records import write_whole
 
     if as_json:
         print(json.dumps(result.summary()))
@@ -117,8 +118,8 @@ def _show(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> Non
         print_table(head, rows)
         print(f"{result}.")
     try:
-        plot_monitoring_experiment(result).write_html(folder / "experiment.html")
-        plot_experiment_layers(result).write_html(folder / "layers.html")
+        for name, figure in (("experiment", plot_monitoring_experiment), ("layers", plot_experiment_layers)):
+            write_whole(folder / f"{name}.html", figure(result).to_html(include_plotlyjs=True).encode())
     except ImportError as error:
         say(f"No pictures: {error}")
     say(f"Everything is in {folder}.")

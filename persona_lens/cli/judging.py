@@ -184,7 +184,7 @@ def agreement(
     Example: persona-lens agreement --rollouts rollouts.jsonl --scores scores.jsonl --against llm_scores.jsonl
     """
     from persona_lens.judges import judge_agreement, read_human_scores, read_scores
-    from persona_lens.records import ensure_writable
+    from persona_lens.records import ensure_writable, write_whole
     from persona_lens.rollouts import read_rollouts
 
     if (against.suffix == ".csv") != (column is not None):
@@ -195,10 +195,12 @@ def agreement(
     first = read_scores(scores, rows)
     second = read_scores(against, rows) if column is None else read_human_scores(against, rows, column)
     names = (scores.stem, against.stem if column is None else column)
+    if names[0] == names[1]:  # such as the scores.jsonl of two folders
+        names = (str(scores), str(against) if column is None else f"{column} ({against})")
     found = judge_agreement(first, second, names=names, of="coherence" if coherence else "trait_score")
     print(json.dumps(found.summary()) if as_json else found)
     if output is not None:
         from persona_lens.plots import plot_agreement
 
-        plot_agreement(found).write_html(output, include_plotlyjs=True)
+        write_whole(output, plot_agreement(found).to_html(include_plotlyjs=True).encode())
         say(f"The picture is in {output}.")
