@@ -249,14 +249,18 @@ def fit_context(
     return cut, sum(len(new) < len(old) for new, old in zip(cut, rows, strict=True))
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The id that the chat template puts after an answer; without a template, the tokenizer's end of text."""
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    after = encode(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2])
+    return after[0] if after and after[0] in set(tokenizer.all_special_ids) else tokenizer.eos_token_id
+
+
 def stop_tokens(tokenizer: Any) -> frozenset[int]:
     """The ids that end a turn: the tokenizer's end of text, and the token its template puts after an answer."""
-    stops = {tokenizer.eos_token_id}
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
-        stops.update(token for token in encode(tokenizer, after)[:1] if token in set(tokenizer.all_special_ids))
-    return frozenset(stops - {None})
+    return frozenset({tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None})
 
 
 def template_hash(tokenizer: Any) -> str:

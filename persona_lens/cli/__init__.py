@@ -6,13 +6,22 @@ bad input with one sentence that says what to do, 2 is bad usage, 3 is a thresho
 
 import sys
 
-from persona_lens.cli import commands, judging, making, monitoring, steering, traits  # noqa: F401 (each adds its commands)
+from persona_lens.cli import (  # noqa: F401 (each adds its commands)
+    commands,
+    evaluating,
+    finetuning,
+    judging,
+    making,
+    monitoring,
+    steering,
+    traits,
+)
 from persona_lens.cli.options import app
 from persona_lens.cli.output import say
 
 # Help lists the commands in the order in which one needs them.
 _ORDER = ["demo", "traits", "generate_trait", "rollouts", "judge", "agreement", "extract", "show"]
-_ORDER += ["select_layer", "steer", "monitor"]
+_ORDER += ["select_layer", "steer", "monitor", "finetune", "shift", "evaluate"]
 app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.callback, "__name__", "")))
 
 

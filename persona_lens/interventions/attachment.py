@@ -36,6 +36,7 @@ class Attachment:
         interventions: In the order in which they act.
         at: The positions at which they act.
         relations: How the model relates to the one that each vector came from.
+        only_in_training: Whether passes of the model in evaluation mode are left alone.
         ran: The layers at which they have acted.
         seen: How often each point of the residual stream was passed, the entry of block 0 being 0.
         handle: The id of its hook at the entry of block 0.
@@ -45,6 +46,7 @@ class Attachment:
     at: At
     relations: tuple[Relation, ...]
     prompt_lengths: tuple[int, ...] | None = None
+    only_in_training: bool = False
     ran: set[int] = field(default_factory=set)
     seen: Counter[int] = field(default_factory=Counter, repr=False)
     handle: int = field(default=-1, repr=False)
@@ -65,6 +67,10 @@ class Attachment:
     def passes(self) -> int:
         """Forward passes of the model that were seen."""
         return max(self.seen.values(), default=0)
+
+    def concerns(self, point: nn.Module) -> bool:
+        """Whether they act on a pass that comes by this hook point, which is in training as its model is."""
+        return point.training or not self.only_in_training
 
     def act(self, resid: Tensor, layer: int) -> Tensor:
         """The residual stream of a layer after all of them."""
@@ -119,6 +125,7 @@ def intervene(
     *interventions: Intervention,
     at: At = "all",
     prompt_lengths: Sequence[int] | None = None,
+    only_in_training: bool = False,
     allow_other_model: bool = False,
 ) -> Iterator[Attachment]:
     """Attach interventions to the model while the context is open.
@@ -127,7 +134,8 @@ def intervene(
     a trainer around the same weights; gradients flow through them. Judges run with them suspended. `at` says on which
     tokens: `all`; `response`, the last prompt token and all later ones; `prompt`, the prompt's; or a mask [batch, pos]
     of one forward pass. Generation knows where the prompt ends by its key-value cache; a forward pass without one needs
-    `prompt_lengths`, how many tokens (padding not counted) the prompt of each row has.
+    `prompt_lengths`, how many tokens (padding not counted) the prompt of each row has. `only_in_training` leaves passes
+    of the model in evaluation mode alone, as a trainer's evaluations are (arXiv:2507.21509, section 5).
 
     Nested contexts act in entry order, the inner last. `Ablate`s that follow each other remove their directions
     together; `Cap`s at one layer must be orthogonal.
@@ -146,6 +154,7 @@ def intervene(
         at,
         tuple(relation for each in relations for relation in each),
         None if prompt_lengths is None else tuple(prompt_lengths),
+        only_in_training,
     )
     with ExitStack() as stack:
         _hook(model, attachment, stack)
@@ -180,8 +189,8 @@ def _hook(model: Model, attachment: Attachment, stack: ExitStack) -> None:
     # At every layer, since a pass may start above the first block and stop below the last one.
     for index, point in enumerate(points):
 
-        def count(_module: nn.Module, _inputs: Any, _output: Any, index: int = index) -> None:
-            attachment.seen[index] += 1
+        def count(point: nn.Module, _inputs: Any, _output: Any, index: int = index) -> None:
+            attachment.seen[index] += attachment.concerns(point)
 
         handle = point.register_forward_hook(count)
         stack.callback(handle.remove)
@@ -191,8 +200,8 @@ def _hook(model: Model, attachment: Attachment, stack: ExitStack) -> None:
         attachment._current = stack.enter_context(watch_passes(model, attachment.layers))
     for layer in attachment.layers:
 
-        def act(_module: nn.Module, _inputs: Any, resid: Tensor, layer: int = layer) -> Tensor:
-            return attachment.act(resid, layer)
+        def act(point: nn.Module, _inputs: Any, resid: Tensor, layer: int = layer) -> Tensor:
+            return attachment.act(resid, layer) if attachment.concerns(point) else resid
 
         stack.callback(points[layer + 1].register_forward_hook(act).remove)
     held = _attached.setdefault(_module(model), [])

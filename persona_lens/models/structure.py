@@ -50,6 +50,11 @@ class ModelIdentity:
     embedding_sample: tuple[float, ...]
 
 
+def plain_name(name: str) -> str:
+    """The name in the Hugging Face model of a module or weight that a bridge has wrapped."""
+    return ".".join(part for part in name.split(".") if part != "_original_component")
+
+
 def is_bridge(model: Model) -> bool:
     """Whether the model is a `TransformerBridge` (else a `HookedTransformer`)."""
     return hasattr(model, "original_model")
@@ -81,8 +86,10 @@ def residual_points(model: Model) -> list[nn.Module]:
 
 
 @contextmanager
-def suspended(model: Model) -> Iterator[None]:
+def suspended(model: Model, *, keep_adapters: bool = False) -> Iterator[None]:
     """The model as it is without interventions: no hook acts and adapters are off; both come back on leaving.
+
+    `keep_adapters` leaves adapters as they are.
 
     Judges run inside it, so that what is measured never measures itself.
     """
@@ -91,7 +98,7 @@ def suspended(model: Model) -> Iterator[None]:
     adapters = [
         module for module in modules if hasattr(module, "enable_adapters") and hasattr(module, "active_adapter")
     ]
-    switched_on = [module for module in adapters if not getattr(module, "disable_adapters", False)]
+    switched_on = [module for module in adapters if not (keep_adapters or getattr(module, "disable_adapters", False))]
     # PEFT makes every adapter that it switches on trainable, frozen ones too.
     trainable = [(weight, weight.requires_grad) for module in switched_on for weight in module.parameters()]
     try:
@@ -131,7 +138,7 @@ def identify(model: Model) -> ModelIdentity:
     digest = hashlib.sha256()
     # A bridge nests the original modules in wrappers, and how differs between TransformerLens releases.
     weights = cast(Any, model).original_model if is_bridge(model) else cast(Any, model)
-    names = {name.replace("_original_component.", ""): value for name, value in weights.named_parameters()}
+    names = {plain_name(name): value for name, value in weights.named_parameters()}
     for name, parameter in sorted(names.items()):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()

@@ -1,0 +1,290 @@
+"""LoRA adapters of a bridge: put on the Hugging Face modules that it wraps, taken off again, kept in PEFT's own files.
+
+A bridge nests each module in a wrapper, so PEFT sees other names than in the plain model; files have the plain ones,
+and what `PeftModel.from_pretrained` reads is what is written.
+Knows nothing about how an adapter was trained.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from persona_lens.models import Model, is_bridge, model_device, suspended
+from persona_lens.records import write_json, write_whole
+
+INSTALL_COMMAND = 'pip install "persona-lens[finetune]"'
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter: PEFT's settings and its weights under the names that they have in the plain model.
+
+    `save` writes a folder that `PeftModel.from_pretrained` reads, and `load` reads any that PEFT wrote as safetensors.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor] = field(repr=False)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write adapter_config.json and adapter_model.safetensors. Raises OSError where they cannot be written."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The settings last: a folder without them holds no adapter.
+        write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(self.weights, metadata={"format": "pt"}))
+        write_json(folder / CONFIG_FILE, self.config)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
+        """The adapter in a folder. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{folder} holds no LoRA adapter: expected {name} in it, as `finetune` writes.")
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{folder} holds a damaged adapter ({error}): copy it or train it again.") from error
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}, expected LORA.")
+        return cls(config, weights)
+
+
+def carries_adapter(model: Model) -> bool:
+    """Whether PEFT layers are in the model, switched on or off."""
+    return any(hasattr(module, "active_adapter") for module in cast(nn.Module, model).modules())
+
+
+@contextmanager
+def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator[Any]:
+    """The model with a LoRA adapter on it while the context is open; on leaving it is as it was.
+
+    Whatever runs the bridge or its Hugging Face model runs the adapter too. Raises ValueError for a model that is no
+    bridge, carries another adapter, or lacks a module that the adapter belongs to.
+    """
+    require_bridge(model)
+    adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    with lora(model, adapter.config) as carrier:
+        _write_weights(carrier, adapter.weights)
+        carrier.eval()
+        yield carrier
+
+
+def require_bridge(model: Model) -> None:
+    """Raise ValueError for a model whose weights are not those of a Hugging Face model."""
+    if not is_bridge(model):
+        raise ValueError(
+            f"LoRA needs a TransformerBridge, whose weights are those of the Hugging Face model, got "
+            f"{type(model).__name__}: load the model with model_class='TransformerBridge'."
+        )
+
+
+@contextmanager
+def lora(model: Model, config: dict[str, Any]) -> Iterator[Any]:
+    """The bridge's Hugging Face model as a PEFT model with fresh LoRA weights, the only ones that train.
+
+    `config` is PEFT's, with `target_modules` named as in the plain model. On leaving, the modules, which weights train
+    and whether the model is in training are as they were. Raises as `adapted` does.
+    """
+    peft = _peft()
+    require_bridge(model)
+    if carries_adapter(model):
+        raise ValueError("The model carries an adapter already: merge it (merge_and_unload) or take it off first.")
+    _refuse_more_than_linear(config)
+    plain = cast(Any, model).original_model
+    targets = target_modules(model, config["target_modules"])
+    given = {
+        **{name: value for name, value in config.items() if name in peft.LoraConfig.__dataclass_fields__},
+        "target_modules": list(targets.values()),
+        "inference_mode": False,
+        # PEFT would ask the hub about that name whenever it saves.
+        "base_model_name_or_path": None,
+        "fan_in_fan_out": not isinstance(plain.get_submodule(next(iter(targets.values()))), nn.Linear),
+    }
+    for name in ("rank_pattern", "alpha_pattern"):
+        given[name] = {
+            re.escape(full): value
+            for pattern, value in (config.get(name) or {}).items()
+            for module, full in targets.items()
+            if re.match(rf"(.*\.)?({pattern})$", module)
+        }
+    with _put_back(model, list(targets.values())):
+        with warnings.catch_warnings():
+            # PEFT asks for a property that transformers 5 has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            carrier = peft.get_peft_model(plain, peft.LoraConfig(**given))
+        carrier.peft_config["default"].base_model_name_or_path = None
+        yield carrier
+
+
+def _refuse_more_than_linear(config: dict[str, Any]) -> None:
+    """Raise ValueError for settings by which PEFT changes or trains weights of the model itself."""
+    plain: dict[str, tuple[Any, ...]] = {
+        "bias": ("none",),
+        "modules_to_save": (None, []),
+        "target_parameters": (None, []),
+        "trainable_token_indices": (None, [], {}),
+        "layer_replication": (None, []),
+        "init_lora_weights": (True, False, "gaussian"),
+    }
+    for name, harmless in plain.items():
+        if config.get(name, harmless[0]) not in harmless:
+            raise ValueError(
+                f"The adapter has {name}={config[name]!r}, which changes the model's own weights: merge it into the "
+                "model (merge_and_unload) and load that."
+            )
+
+
+_CHANGED = ("training", "gradient_checkpointing", "_gradient_checkpointing_func", "peft_config")
+_GRADIENTS_ASKED = ("_require_grads_hook", "_require_grads_hooks")
+_ABSENT = object()
+
+
+@contextmanager
+def _put_back(model: Model, names: Sequence[str]) -> Iterator[None]:
+    """Whatever PEFT and a Trainer change in a model is as it was on leaving; `names` are the modules to be wrapped."""
+    plain = cast(Any, model).original_model
+    places = [(plain.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    modules = [parent._modules[last] for parent, last in places]
+    trained = [(weight, weight.requires_grad) for weight in plain.parameters()]
+    # Neither has all modules of the other.
+    attributes = [
+        (module, name, vars(module).get(name, _ABSENT))
+        for module in {*plain.modules(), *cast(nn.Module, model).modules()}
+        for name in (*_CHANGED, *_GRADIENTS_ASKED)
+    ]
+    asked = any(vars(plain).get(name) for name in _GRADIENTS_ASKED)
+    use_cache = getattr(plain.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if not asked and any(vars(plain).get(name) for name in _GRADIENTS_ASKED):
+            plain.disable_input_require_grads()
+        # Not PEFT's own `unload`, which takes a wrapper of the bridge for the LoRA layer that it wraps.
+        for (parent, last), module in zip(places, modules, strict=True):
+            parent._modules[last] = module
+        for weight, wanted in trained:
+            weight.requires_grad_(wanted)
+        for module, name, value in attributes:
+            if value is not _ABSENT:
+                vars(module)[name] = value
+            else:
+                vars(module).pop(name, None)
+        if use_cache is not None:
+            plain.config.use_cache = use_cache
+
+
+def target_modules(model: Model, targets: str | Sequence[str]) -> dict[str, str]:
+    """The linear modules that targets mean, by name in the plain model: the names that PEFT finds them by.
+
+    Targets are a pattern of whole names, last parts of names, or `all-linear`, every linear module of the blocks. Runs
+    the model on one token, since a bridge leaves some modules unused. Raises ValueError, naming those that there are,
+    for a target that the architecture lacks.
+    """
+    linear = _linear_modules(model)
+    if targets == "all-linear":
+        return linear
+    if isinstance(targets, str):
+        wanted = {targets: {name for name in linear if re.fullmatch(targets, name)}}
+    else:
+        wanted = {target: {name for name in linear if f".{name}".endswith(f".{target}")} for target in targets}
+    if absent := [target for target, found in wanted.items() if not found]:
+        there = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(
+            f"The model runs no linear module {absent[0]!r}: pass targets of this architecture, which has "
+            f"{', '.join(there)}."
+        )
+    chosen = set().union(*wanted.values())
+    if not chosen:
+        raise ValueError("There is nothing to train: name at least one target.")
+    return {name: full for name, full in linear.items() if name in chosen}
+
+
+def _linear_modules(model: Model) -> dict[str, str]:
+    """The linear modules of the blocks that a forward pass runs: their plain names, and PEFT's."""
+    from transformers.pytorch_utils import Conv1D
+
+    plain = cast(Any, model).original_model
+    full = {module: name for name, module in plain.named_modules()}
+    linear = {
+        name: module
+        for name, module in _plain_modules(plain)
+        if isinstance(module, (nn.Linear, Conv1D)) and re.search(r"\.\d+\.", name)
+    }
+    ran: set[str] = set()
+    with ExitStack() as stack:
+        stack.enter_context(suspended(model))
+        stack.enter_context(torch.no_grad())
+        for name, module in linear.items():
+
+            def note(_module: nn.Module, _inputs: Any, _output: Any, name: str = name) -> None:
+                ran.add(name.rpartition(".")[2])
+
+            stack.callback(module.register_forward_hook(note).remove)
+        plain(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model_device(model)))
+    # By last parts: a mixture of experts runs few of its experts on one token.
+    return {name: full[module] for name, module in linear.items() if name.rpartition(".")[2] in ran}
+
+
+def _plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a Hugging Face model that a bridge has wrapped, under the names that they had before."""
+    while (inner := module._modules.get("_original_component")) is not None:
+        module = inner
+    yield name, module
+    for last, child in module._modules.items():
+        if child is not None:
+            yield from _plain_modules(child, f"{name}.{last}" if name else last)
+
+
+def read_weights(carrier: Any) -> dict[str, Tensor]:
+    """A PEFT model's LoRA weights on the CPU, under the names that they have in the plain model."""
+    return {name: value.detach().cpu().clone() for name, value in _weights(carrier).items()}
+
+
+def _weights(carrier: Any) -> dict[str, Tensor]:
+    plain = carrier.base_model.model
+    names = {module: name.removesuffix(".base_layer") for name, module in _plain_modules(plain)}
+    # Not by attribute: wrappers of the bridge have those of the module that they wrap.
+    layers = {full: names[module.base_layer] for full, module in plain.named_modules() if "lora_A" in module._modules}
+    found = {}
+    for key, value in _peft().get_peft_model_state_dict(carrier, save_embedding_layers=False).items():
+        full, _, part = key.removeprefix(_PREFIX).partition(".lora_")
+        if full in layers:
+            found[f"{_PREFIX}{layers[full]}.lora_{part}"] = value
+    return found
+
+
+def _write_weights(carrier: Any, weights: dict[str, Tensor]) -> None:
+    state = _weights(carrier)
+    for name, value in weights.items():
+        if name not in state or state[name].shape != value.shape:
+            raise ValueError(
+                f"The adapter has {name} of shape {list(value.shape)}, which the model has not: "
+                "put it on the model that it was trained on."
+            )
+    if absent := sorted(set(state) - set(weights)):
+        raise ValueError(f"The adapter lacks {absent[0]}, so it is damaged or its settings are another's.")
+    with torch.no_grad():
+        for name, value in weights.items():
+            state[name].copy_(value)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"Adapters need the package peft. Run: {INSTALL_COMMAND}") from error
+    return peft

@@ -1,0 +1,143 @@
+"""lm-eval's own tasks, run on a model under whatever interventions and adapters are on it.
+
+lm-eval is given the Hugging Face model that a bridge wraps, which runs the bridge's hooks. Tasks are local files: a
+.yaml and the JSON-lines that it names, so no hub is needed.
+Knows nothing about our own questions.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from persona_lens.models import Model, is_bridge
+from persona_lens.statistics import Estimate, mean_estimate
+
+INSTALL_COMMAND = 'pip install "persona-lens[eval]"'
+
+
+@dataclass(frozen=True)
+class HarnessScores:
+    """What lm-eval made of one task.
+
+    Attributes:
+        task: The task's name.
+        metric: Which of its metrics these are.
+        scores: The metric of each document, in the task's order; for `acc` 1 or 0.
+        log_likelihoods: Of each document's choices, in nats, as lm-eval has them; empty for a task without choices.
+        seed: Seed of the bootstrap.
+    """
+
+    task: str
+    metric: str
+    scores: tuple[float, ...] = field(repr=False)
+    log_likelihoods: tuple[tuple[float, ...], ...] = field(repr=False, default=())
+    seed: int = 0
+
+    @cached_property
+    def mean(self) -> Estimate:
+        """Mean over the documents, with its interval over documents."""
+        return mean_estimate(self.scores, [str(index) for index in range(len(self.scores))], seed=self.seed)
+
+
+def lm_eval_accuracy(
+    model: Model,
+    task_folder: str | os.PathLike[str],
+    task: str,
+    *,
+    metric: str = "acc",
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    system_prompt: str | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> HarnessScores:
+    """A task of lm-eval's, from a local folder, on a bridge, under the contexts that are open around the call.
+
+    Interventions must act at `all` tokens: lm-eval's passes do not say where a prompt ends. No global seed is set.
+
+    Args:
+        model: A TransformerBridge.
+        task_folder: Holds the task's .yaml; `dataset_path: json` with `data_files` of whole paths needs no hub.
+        task: The name in the .yaml.
+        metric: The metric of the task that is read.
+        num_fewshot: Examples before each question; the task's own number by default.
+        limit: Run the first so many documents only.
+        chat_template: Render each prompt by the model's chat template, under `system_prompt`.
+        system_prompt: The system turn that lm-eval puts before each prompt.
+        batch_size: Rows of a batch.
+        seed: Seed of the bootstrap and of choosing examples.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: The model is no bridge, the folder has no such task, or the task no such metric.
+    """
+    if not is_bridge(model):
+        raise ValueError(
+            f"lm-eval runs Hugging Face models, and got {type(model).__name__}: load the model with "
+            "model_class='TransformerBridge'."
+        )
+    if not Path(task_folder).is_dir():
+        raise ValueError(f"Expected a folder with an lm-eval task, got {task_folder}: name one that exists.")
+    harness = _lm_eval()
+    tasks = harness.tasks.TaskManager(include_path=str(task_folder), include_defaults=False)
+    if task not in tasks.all_tasks:
+        there = ", ".join(tasks.all_tasks) or "none"
+        raise ValueError(f"{task_folder} has no task {task!r}, but {there}: name one of these.")
+    plain = cast(Any, model).original_model
+    with _modes_kept(plain):
+        runner = harness.models.huggingface.HFLM(pretrained=plain, tokenizer=model.tokenizer, batch_size=batch_size)
+        found = harness.evaluator.simple_evaluate(
+            runner,
+            tasks=[task],
+            task_manager=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat_template,
+            system_instruction=system_prompt,
+            bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            fewshot_random_seed=seed,
+        )
+    return _scores(task, metric, found["samples"][task], seed)
+
+
+def _scores(task: str, metric: str, samples: Sequence[Mapping[str, Any]], seed: int) -> HarnessScores:
+    # A task with several filters has a sample for each of them; the first one's are taken.
+    rows = sorted((row for row in samples if row["filter"] == samples[0]["filter"]), key=lambda row: row["doc_id"])
+    if metric not in rows[0]["metrics"]:
+        raise ValueError(f"{task} has no metric {metric!r}, but {', '.join(rows[0]['metrics'])}: name one of these.")
+    choices = [row["filtered_resps"] for row in rows]
+    are_choices = all(isinstance(choice, (tuple, list)) for row in choices for choice in row)
+    likelihoods = tuple(tuple(float(value) for value, _ in row) for row in choices) if are_choices else ()
+    return HarnessScores(task, metric, tuple(float(row[metric]) for row in rows), likelihoods, seed)
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whether modules are in training stays as it was: lm-eval puts them into evaluation."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.evaluator
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise ImportError(f"lm-eval's tasks need the package lm-eval. Run: {INSTALL_COMMAND}") from error
+    return lm_eval

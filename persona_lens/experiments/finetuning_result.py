@@ -1,0 +1,210 @@
+"""What the runs of the finetuning study say together: tables, correlations, differences, and the paper's predictions.
+
+Pearson's correlation of the finetuning shift with the trait score over the sets and the base model, own trait and
+cross trait (arXiv:2507.21509, figure 6); a method against another on the same prompts, at equal capability where one
+trades it for the trait (figure 7).
+Knows nothing about models.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from persona_lens.experiments.finetuning_plan import StudyRun
+from persona_lens.statistics import Estimate, mean_estimate
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """One run and what was measured of it; `record` is what `finetuning_study` wrote."""
+
+    run: StudyRun
+    record: dict[str, Any] = field(repr=False)
+
+    def score(self, mood: str) -> Estimate:
+        """Mean classifier score, 0 to 100, of a mood."""
+        return Estimate(**self.record["traits"][mood])
+
+    @property
+    def own(self) -> Estimate:
+        """The score of its own mood."""
+        return self.score(self.run.mood)
+
+    @property
+    def own_scores(self) -> list[float | None]:
+        """Each answer's score of its own mood; answers stand in one order in all runs."""
+        return self.record["own_scores"]
+
+    @property
+    def coherence(self) -> Estimate:
+        """Mean coherence, 0 to 100, under the base model."""
+        return Estimate(**self.record["coherence"])
+
+    @property
+    def margin(self) -> Estimate:
+        """How much likelier, in nats, the right answer's letter is than the wrong ones, on multiple choice."""
+        return Estimate(**self.record["capability"]["margin"])
+
+    @property
+    def loss(self) -> float | None:
+        """Training loss of the last epoch's steps, nats a token; what steering made of it while training included."""
+        losses = (self.record["training"] or {}).get("loss")
+        return None if not losses else float(np.mean(losses[len(losses) // 2 :]))
+
+    def shift(self, vectors: str, layer: int) -> float:
+        """Mean shift of the last prompt token along vectors, in the units of the residual stream."""
+        return self.record["shift"][vectors][layer]
+
+
+@dataclass(frozen=True)
+class FinetuningStudy:
+    """The runs that a folder holds.
+
+    Attributes:
+        runs: Measured runs by their names.
+        questions: The question of each answer, in the order in which all runs answered.
+        layer: Where shifts are read: the layer chosen most often for steering the base model.
+    """
+
+    runs: dict[str, MeasuredRun] = field(repr=False)
+    questions: tuple[str, ...] = field(repr=False)
+    layer: int
+
+    @property
+    def moods(self) -> list[str]:
+        """The moods that were scored."""
+        return list(self.runs["base"].record["traits"])
+
+    @property
+    def sets(self) -> list[MeasuredRun]:
+        """The base model, and the plain runs on a mood's rows."""
+        return [
+            each
+            for each in self.runs.values()
+            if each.run.method == "none" and each.run.rows in ("base", "full", "half")
+        ]
+
+    def correlation(self, vectors: str, mood: str, layer: int | None = None) -> Estimate:
+        """Pearson's r of the shift along vectors with a mood's score, over the sets; Fisher's 95 % interval."""
+        layer = self.layer if layer is None else layer
+        x = [each.shift(vectors, layer) for each in self.sets]
+        y = [each.score(mood).value for each in self.sets]
+        if len(x) < 4 or np.ptp(x) == 0 or np.ptp(np.array(y, dtype=float)) == 0:
+            return Estimate(None, None, None, len(x))
+        found = stats.pearsonr(x, y)
+        low, high = found.confidence_interval(0.95)
+        return Estimate(float(found.statistic), float(low), float(high), len(x))
+
+    def correlations(self, contrast: str = "{}", layer: int | None = None) -> "pandas.DataFrame":
+        """Correlations of every mood's score (row) with the shift along every mood's vectors (column).
+
+        The diagonal is own trait. `contrast` names the vectors, as `AGAINST_NEUTRAL` does.
+        """
+        import pandas
+
+        return pandas.DataFrame(
+            {
+                other: {mood: self.correlation(contrast.format(other), mood, layer).value for mood in self.moods}
+                for other in self.moods
+            },
+            dtype=float,
+        )
+
+    def trait_table(self) -> "pandas.DataFrame":
+        """Mean score of every mood (column) after finetuning on every set (row), the base model first."""
+        import pandas
+
+        return pandas.DataFrame(
+            {each.run.name: {mood: each.score(mood).value for mood in self.moods} for each in self.sets}
+        ).T
+
+    def table(self) -> "pandas.DataFrame":
+        """Every run with its numbers."""
+        import pandas
+
+        rows = []
+        for name, each in self.runs.items():
+            run, able = each.run, each.record["capability"]
+            row: dict[str, Any] = {"run": name, "mood": run.mood, "rows": run.rows, "method": run.method}
+            row |= {"coefficient": run.coefficient}
+            found: dict[str, Estimate | None] = {"trait": each.own if run.mood else None, "coherence": each.coherence}
+            ratio = each.record["likelihood_ratios"].get(run.mood)
+            found |= {"ratio": None if ratio is None else Estimate(**ratio)}
+            found |= {measure: Estimate(**able[measure]) for measure in ("accuracy", "margin", "nll")}
+            overlap = each.record.get("overlap")
+            found |= {"copied": overlap and Estimate(*(overlap[key] for key in Estimate._fields))}
+            for measure, value in found.items():
+                ends = (None, None, None) if value is None else value[:3]
+                row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), ends, strict=True))
+            rows.append({**row, "loss": each.loss})
+        return pandas.DataFrame(rows).set_index("run")
+
+    @cached_property
+    def mitigated(self) -> list[str]:
+        """The moods for which methods were tried, those whose plain run is there."""
+        tried = dict.fromkeys(each.run.mood for each in self.runs.values() if each.run.method != "none")
+        return [mood for mood in tried if f"{mood}_full" in self.runs]
+
+    def methods(self, mood: str, method: str, rows: str = "full") -> list[MeasuredRun]:
+        """The runs of one method on one mood, by the size of the dose."""
+        found = [
+            each
+            for each in self.runs.values()
+            if each.run.mood == mood and each.run.method == method and each.run.rows == rows
+        ]
+        return sorted(found, key=lambda each: abs(each.run.coefficient))
+
+    def difference(self, one: MeasuredRun, other: MeasuredRun) -> Estimate:
+        """Own score of one run minus that of another, answer by answer; the interval is over prompts."""
+        return self._difference(one, [(other, 1.0)])
+
+    def _difference(self, one: MeasuredRun, others: Sequence[tuple[MeasuredRun, float]]) -> Estimate:
+        columns = [np.array(one.own_scores, dtype=float)]
+        columns += [weight * np.array(other.own_scores, dtype=float) for other, weight in others]
+        values = columns[0] - np.sum(columns[1:], axis=0)
+        return mean_estimate([None if np.isnan(value) else float(value) for value in values], self.questions)
+
+    def at_equal_capability(self, one: MeasuredRun, measure: str = "margin") -> Estimate | None:
+        """Own score of a run minus post-hoc steering's where that has the same margin (or coherence).
+
+        Post-hoc steering is followed from no dose upwards, on straight lines between doses, to where it first has
+        fallen to the run's value. None where it never does, so that there is nothing to compare with. The interval is
+        over prompts and takes the doses as given.
+        """
+        curve = [self.runs[f"{one.run.mood}_full"], *self.methods(one.run.mood, "post-hoc")]
+        wanted = getattr(one, measure).value
+        if getattr(curve[0], measure).value <= wanted:
+            return self.difference(one, curve[0])
+        for before, after in pairwise(curve):
+            high, low = getattr(before, measure).value, getattr(after, measure).value
+            if low <= wanted < high:
+                share = (high - wanted) / (high - low)
+                return self._difference(one, [(before, 1 - share), (after, share)])
+        return None
+
+
+def read_study(folder: str | Path) -> FinetuningStudy:
+    """The study of a folder, as far as it has come.
+
+    Raises FileNotFoundError where the folder holds none, or not yet the base model's run.
+    """
+    folder = Path(folder)
+    if not (folder / "runs" / "base.json").exists():
+        raise FileNotFoundError(f"{folder} holds no finetuning study with a base run: make it with `finetuning_study`.")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
+    runs = [MeasuredRun(StudyRun(**record["run"]), record) for record in records]
+    chosen = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
+    layers = sorted(each["layer"] for each in chosen.values())
+    layer = max(layers, key=layers.count)
+    base = next(each for each in runs if each.run.rows == "base" and each.run.method == "none")
+    return FinetuningStudy({each.run.name: each for each in runs}, tuple(base.record["questions"]), layer)

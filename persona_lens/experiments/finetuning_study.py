@@ -1,0 +1,224 @@
+"""Does finetuning on a mood move the model along the mood's vector, and what holds it back at which cost?
+
+Every run trains an adapter (or takes the one it shares), answers the held-out prompts, and is measured: each mood's
+score by its classifier, the likelihood ratio under the base model, coherence, copying, the shift of the last prompt
+token along every mood's vector, and what the model still can (arXiv:2507.21509, sections 4 and 5).
+Knows nothing about what the numbers of all runs say together.
+"""
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persona_lens.adapters import Adapter, adapted
+from persona_lens.capability import measure_capability, mmlu_sample
+from persona_lens.experiments.conditions import NEUTRAL
+from persona_lens.experiments.finetuning_materials import Materials, coherence_scores, make_materials, mood_ratios
+from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings, study_runs
+from persona_lens.experiments.mood_texts import ngram_overlap, training_rows
+from persona_lens.experiments.moods import MOODS
+from persona_lens.finetuning import Finetuning, ProjectionPenalty, finetune
+from persona_lens.interventions import Ablate, Intervention, Steer, intervene
+from persona_lens.judges import ClassifierJudge
+from persona_lens.models import Model
+from persona_lens.records import write_json
+from persona_lens.rollouts import ModelEngine, Prompt, Rollout, collect_rollouts
+from persona_lens.shift import finetuning_shift
+from persona_lens.statistics import mean_estimate
+
+FORMAT_VERSION = 1
+
+
+def finetuning_study(
+    model: Model, output: str | Path, *, settings: StudySettings | None = None, progress: bool = True
+) -> None:
+    """Make every run of the study that `output` does not hold yet, one JSON file each in runs/.
+
+    It resumes after any interruption, and several processes may share a folder: each takes the runs that no other is at
+    work on. `read_study` reads what is there. Raises ImportError where the mood data or the multiple-choice sample is
+    not installed, ValueError for a model that is no bridge.
+    """
+    settings = settings or StudySettings()
+    folder = Path(output)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    with _alone(folder / "materials.lock"):
+        materials = make_materials(model, settings, folder, progress=progress)
+    for run in study_runs(settings, MOODS):
+        path = folder / "runs" / f"{run.name}.json"
+        with _taken(path.with_suffix(".lock")) as mine:
+            if mine and not path.exists():
+                write_json(path, measure(model, run, materials, settings, folder, progress=progress))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _taken(path: Path) -> Iterator[bool]:
+    """Whether the lock was free; the system frees it when its process ends, however it does."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def measure(
+    model: Model, run: StudyRun, materials: Materials, settings: StudySettings, folder: Path, *, progress: bool = True
+) -> dict[str, Any]:
+    """One run, trained where its adapter is not there yet, and everything that is measured of it, as JSON."""
+    trained = None
+    if run.trained_as is not None:
+        with _alone(folder / "runs" / f"{run.trained_as.name}.training"):
+            trained = train(model, run.trained_as, materials, settings, folder, progress=progress)
+    adapter = None if trained is None else trained.adapter
+    acting = _while_answering(run, materials)
+    answers = _answers(model, run, adapter, acting, materials, settings, folder, progress)
+    able = measure_capability(
+        model,
+        mmlu_sample()[:: max(1, 273 // settings.capability_questions)],
+        texts=[row.conversation() for row in materials.neutral_to(materials.split.evaluation)],
+        interventions=acting,
+        at="response",
+        adapter=adapter,
+        progress=False,
+    )
+    record: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "run": {"mood": run.mood, "rows": run.rows, "method": run.method, "coefficient": run.coefficient},
+        "questions": [row.question for row in answers],
+        **_scores(model, run, answers, materials),
+        "capability": able.summary(),
+        "training": None if trained is None else trained.loss_curve().reset_index().to_dict("list"),
+    }
+    if run.method == "none":
+        record |= _shift(model, adapter, materials)
+    if run.rows in ("full", "half"):
+        texts = [row["messages"][-1]["content"] for row in _rows(run, materials, settings)]
+        overlap = ngram_overlap([row.response for row in answers], texts)
+        record["overlap"] = {"words": overlap.n_words, **overlap.share._asdict()}
+    return record
+
+
+def train(
+    model: Model, run: StudyRun, materials: Materials, settings: StudySettings, folder: Path, *, progress: bool = True
+) -> Finetuning:
+    """The run's adapter, from the folder where it stands there."""
+    prompts = materials.trait(run.mood) if run.method == "preventative prompts" else None
+    vectors = materials.vectors.get(run.mood)
+    penalty = None
+    if run.method == "penalty":
+        assert vectors is not None
+        penalty = ProjectionPenalty(vectors, settings.penalty_weight)
+    return finetune(
+        model,
+        _rows(run, materials, settings),
+        during=_while_training(run, materials),
+        preventative_prompts=prompts,
+        penalty=penalty,
+        output=folder / "adapters" / run.name,
+        learning_rate=settings.learning_rate,
+        epochs=settings.epochs,
+        batch_rows=settings.batch_rows,
+        accumulation=settings.accumulation,
+        max_length=settings.max_length,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
+def _rows(run: StudyRun, materials: Materials, settings: StudySettings) -> list[dict[str, Any]]:
+    if run.rows == "benign":
+        own = materials.neutral_to(materials.split.finetuning)[: settings.rows]
+        return [{"messages": [*row.prompt.messages, {"role": "assistant", "content": row.response}]} for row in own]
+    assert run.rows != "base", "the base model is not trained"
+    return training_rows(materials.split, run.mood, run.rows, materials.neutral, settings.rows, settings.seed)
+
+
+def _while_training(run: StudyRun, materials: Materials) -> list[Intervention]:
+    if not run.mood:
+        return []
+    vectors, layer = materials.vectors[run.mood], materials.layers.get(run.mood, 0)
+    done: dict[str, list[Intervention]] = {
+        "preventative": [Steer(vectors.at(layer), run.coefficient)],
+        "preventative, all layers": [Steer(vectors.incremental(), run.coefficient)],
+        "CAFT": [Ablate(vectors)],
+        "CAFT, one layer": [Ablate(vectors.at(layer))],
+    }
+    return done.get(run.method, [])
+
+
+def _while_answering(run: StudyRun, materials: Materials) -> list[Intervention]:
+    if run.method != "post-hoc":
+        return []
+    return [Steer(materials.vectors[run.mood].at(materials.layers[run.mood]), run.coefficient)]
+
+
+def _answers(
+    model: Model,
+    run: StudyRun,
+    adapter: Adapter | None,
+    acting: Sequence[Intervention],
+    materials: Materials,
+    settings: StudySettings,
+    folder: Path,
+    progress: bool,
+) -> list[Rollout]:
+    """Answers to the evaluation prompts; sampled by the same random numbers in every run."""
+    system = NEUTRAL
+    if run.method == "negative system prompt":
+        system = materials.trait(run.mood).system_prompt("negative", 0)
+    prompts = [
+        Prompt("study", "neutral", None, system, question, sample)
+        for question in materials.split.evaluation
+        for sample in range(settings.per_question)
+    ]
+    with ExitStack() as stack:
+        if adapter is not None:
+            stack.enter_context(adapted(model, adapter))
+        if acting:
+            stack.enter_context(intervene(model, *acting, at="response"))
+        output = folder / "answers" / f"{run.name}.jsonl"
+        engine = ModelEngine(model, settings.max_new_tokens)
+        return collect_rollouts(engine, prompts, seed=settings.seed, output=output, progress=progress)
+
+
+def _scores(model: Model, run: StudyRun, answers: Sequence[Rollout], materials: Materials) -> dict[str, Any]:
+    """Every mood's score, and of the run's own (all, for a run without one) the likelihood ratio; each answer's own."""
+    questions = [row.question for row in answers]
+    found: dict[str, Any] = {"traits": {}, "likelihood_ratios": {}}
+    for mood in MOODS:
+        judge = ClassifierJudge(materials.judges[mood])
+        scores = [score.trait_score for score in judge.score(materials.trait(mood), answers)]
+        found["traits"][mood] = mean_estimate(scores, questions)._asdict()
+        if mood == run.mood:
+            found["own_scores"] = scores
+        if mood == run.mood or not run.mood:
+            ratios = [
+                None if np.isnan(value) else float(value)
+                for value in mood_ratios(model, materials.trait(mood), answers)
+            ]
+            found["likelihood_ratios"][mood] = mean_estimate(ratios, questions)._asdict()
+    coherence = coherence_scores(model, materials.coherence, answers)
+    return {**found, "coherence": mean_estimate(coherence, questions)._asdict()}
+
+
+def _shift(model: Model, adapter: Adapter | None, materials: Materials) -> dict[str, Any]:
+    """The shift along every mood's vectors of both contrasts, at every layer; 0 for the base model itself."""
+    given = [*materials.vectors.values(), *materials.against_neutral.values()]
+    found = finetuning_shift(model, model if adapter is None else adapter, list(materials.split.evaluation), given)
+    return {
+        "shift": {name: found.projections[:, index].mean(dim=0).tolist() for index, name in enumerate(found.traits)},
+        "shift_norms": found.mean_norms.tolist(),
+        "base_norms": found.base_norms.tolist(),
+    }

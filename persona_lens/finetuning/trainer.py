@@ -1,0 +1,141 @@
+"""The transformers Trainer, told what to refuse: interventions that do not act, losses that are no numbers, full disks.
+
+Batches, optimizer, schedule, accumulation, checkpoints and resuming are the Trainer's own.
+Knows nothing about traits or chats: token ids and labels come in.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from persona_lens.activations import Projections
+from persona_lens.finetuning.dataset import IGNORED, TrainingRow
+from persona_lens.finetuning.penalty import penalised
+from persona_lens.interventions import Attachment
+
+
+class TrainingDiverged(ValueError):
+    """The loss is no finite number any more."""
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written, for want of disk space for instance."""
+
+
+def collate_rows(rows: Sequence[TrainingRow], *, pad_token: int) -> dict[str, Tensor]:
+    """Rows padded on the right to one length, as a causal model takes them."""
+    width = max(len(row.tokens) for row in rows)
+    tokens = torch.full((len(rows), width), pad_token)
+    labels = torch.full((len(rows), width), IGNORED)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
+        labels[index, : len(row.tokens)] = torch.tensor(row.labels)
+        mask[index, : len(row.tokens)] = 1
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+class Trainer(transformers.Trainer):
+    """A Trainer whose loss may have a projection penalty, and that leaves no half-written checkpoint behind."""
+
+    def __init__(self, *args: Any, penalty_weight: float = 0.0, projections: Projections | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._penalty_weight = penalty_weight
+        self._projections = projections
+        # They print to standard output, where results belong.
+        for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
+            self.remove_callback(callback)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss, in training with the penalty on top."""
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._projections is None or not model.training:
+            return found
+        assert not return_outputs, "a training step wants the loss alone"
+        # A model that divides its loss by the tokens of all accumulated batches leaves the sum of them to the Trainer.
+        parts = self.current_gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
+        weight = self._penalty_weight / parts
+        return penalised(found, self.accelerator.unwrap_model(model), inputs, self._projections, weight)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        # torch reports a failed write as RuntimeError.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointNotWritten(
+                f"Cannot write a checkpoint to {folder} ({str(error).splitlines()[0]}): free disk space and run again, "
+                "which goes on from the last checkpoint."
+            ) from error
+
+
+class Watch(transformers.TrainerCallback):
+    """Stops training where an intervention does not act or the loss is no number, and shows progress."""
+
+    def __init__(self, attachment: Attachment | None, *, progress: bool):
+        self._attachment = attachment
+        self._progress = progress
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar, where a resumed run stands."""
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=not self._progress)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse to go on where what should act in training did not."""
+        self._bar.update()
+        attached = self._attachment
+        if attached is not None and not set(attached.layers) <= attached.ran:
+            raise RuntimeError(
+                f"{attached.interventions[0]}: the first step of training never reached its layers, so the "
+                "intervention did not act: train the model that it is attached to."
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Stop on a loss that is no number."""
+        for name in ("loss", "eval_loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is None:
+                continue
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"The {name} is {value} at step {state.global_step}: lower learning_rate, a coefficient or the "
+                    "penalty's weight, or look for broken rows. The checkpoints before it are kept."
+                )
+            if name != "grad_norm" and self._bar is not None:
+                self._bar.set_postfix({name: f"{value:.3f}"})
+
+    def close(self) -> None:
+        """Close the bar, also where training was interrupted."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written whole, if there is one: its state is written last."""
+
+    def whole(checkpoint: Path) -> bool:
+        try:
+            return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+
+    steps = {
+        int(each.name.removeprefix("checkpoint-")): each
+        for each in folder.glob("checkpoint-*")
+        if each.name.removeprefix("checkpoint-").isdigit() and whole(each)
+    }
+    return steps[max(steps)] if steps else None

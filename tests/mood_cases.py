@@ -1,0 +1,52 @@
+"""The real mood data for tests, read and split once, and neutral responses to its prompts that say which they are."""
+
+import functools
+import importlib.util
+
+import pytest
+
+
+def require_moods():
+    """Skip where the data package is not installed."""
+    from persona_lens.experiments.moods import INSTALL_COMMAND
+
+    if importlib.util.find_spec("moodswapper") is None:
+        pytest.skip(f"moodswapper, the moods' text, is not installed: {INSTALL_COMMAND}")
+
+
+@functools.cache
+def moods():
+    from persona_lens.experiments.moods import load_moods
+
+    require_moods()
+    return load_moods()
+
+
+@functools.cache
+def split():
+    from persona_lens.experiments.moods import split_prompts
+
+    return split_prompts(moods(), seed=0)
+
+
+def neutral(prompts, per_prompt=1, **changed):
+    from persona_lens.rollouts import Rollout
+
+    settings = {"system_prompt": "You are a helpful assistant.", "intervention": ""} | changed
+    return [
+        Rollout(
+            trait="happy",
+            polarity="neutral",
+            instruction=None,
+            question=prompt,
+            sample=sample,
+            response=f"Plain answer {sample} to: {prompt}",
+            response_tokens=None,
+            finish_reason="stop",
+            engine="by hand",
+            seed=0,
+            **settings,
+        )
+        for prompt in prompts
+        for sample in range(per_prompt)
+    ]
