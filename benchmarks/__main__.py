@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
-from benchmarks import clients, extraction, live, steering
+from benchmarks import clients, extraction, finetuning, live, steering
 from benchmarks.comparison import Comparison
 from benchmarks.report import as_json, show
 
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Comparison]]] = {
     "steering-overhead": steering.steering_overhead,
     "layer-sweep": steering.layer_sweep,
     "live-monitoring": live.live_monitoring,
+    "training-step": finetuning.training_step,
     "client-throughput": clients.client_throughput,
 }
 

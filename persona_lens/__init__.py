@@ -10,6 +10,8 @@ The pipeline, each step a function of its own:
     vector  = vectors.at(sweep.best().layer)            # layers count from 0: the paper's layer 20 is 19
     with steer(model, vector, coefficient=2.0): ...     # or ablate, cap, or intervene with several
     vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))
+    tuned   = finetune(model, "chats.jsonl", during=[Steer(vector, 2.0)])    # preventative steering
+    shift   = finetuning_shift(model, tuned.adapter, trait, vectors)     # and `with adapted(model, tuned.adapter): ...`
 """
 
 from importlib import import_module
@@ -19,10 +21,20 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "persona_lens.activations": ["mean_activations"],
+    "persona_lens.adapters": ["Adapter", "adapted"],
+    "persona_lens.capability": [
+        "Capability",
+        "Question",
+        "lm_eval_accuracy",
+        "measure_capability",
+        "mmlu_sample",
+        "read_questions",
+    ],
     "persona_lens.chat": ["ChatBatch", "Conversation", "chat_batch", "show_tokens"],
     "persona_lens.clients": ["OpenAIClient"],
     "persona_lens.evaluation": ["Evaluation", "evaluate"],
     "persona_lens.extraction": ["extract_from_responses"],
+    "persona_lens.finetuning": ["Finetuning", "ProjectionPenalty", "finetune"],
     "persona_lens.generation": ["generate"],
     "persona_lens.interventions": ["Ablate", "Cap", "Steer", "When", "ablate", "cap", "intervene", "steer"],
     "persona_lens.judges": [
@@ -52,13 +64,19 @@ _HOMES = {
         "plot_layer_correlations",
         "plot_layer_statistics",
         "plot_layer_sweep",
+        "plot_losses",
+        "plot_mitigation",
         "plot_projection_scores",
         "plot_roc",
+        "plot_shift_scores",
+        "plot_trade_off",
+        "plot_trait_scores",
         "plot_turns",
         "tokens_html",
     ],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
     "persona_lens.rollouts": ["Rollout", "ServerEngine", "read_rollouts", "sample_rollouts"],
+    "persona_lens.shift": ["FinetuningShift", "finetuning_shift"],
     "persona_lens.thresholds": [
         "Detection",
         "Threshold",
@@ -83,10 +101,20 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
     from persona_lens.activations import mean_activations
+    from persona_lens.adapters import Adapter, adapted
+    from persona_lens.capability import (
+        Capability,
+        Question,
+        lm_eval_accuracy,
+        measure_capability,
+        mmlu_sample,
+        read_questions,
+    )
     from persona_lens.chat import ChatBatch, Conversation, chat_batch, show_tokens
     from persona_lens.clients import OpenAIClient
     from persona_lens.evaluation import Evaluation, evaluate
     from persona_lens.extraction import extract_from_responses
+    from persona_lens.finetuning import Finetuning, ProjectionPenalty, finetune
     from persona_lens.generation import generate
     from persona_lens.interventions import Ablate, Cap, Steer, When, ablate, cap, intervene, steer
     from persona_lens.judges import (
@@ -116,13 +144,19 @@ if TYPE_CHECKING:
         plot_layer_correlations,
         plot_layer_statistics,
         plot_layer_sweep,
+        plot_losses,
+        plot_mitigation,
         plot_projection_scores,
         plot_roc,
+        plot_shift_scores,
+        plot_trade_off,
+        plot_trait_scores,
         plot_turns,
         tokens_html,
     )
     from persona_lens.responses import read_messages, read_reference_csv
     from persona_lens.rollouts import Rollout, ServerEngine, read_rollouts, sample_rollouts
+    from persona_lens.shift import FinetuningShift, finetuning_shift
     from persona_lens.thresholds import (
         Detection,
         Threshold,
@@ -145,13 +179,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Ablate",
+    "Adapter",
     "Cap",
+    "Capability",
     "ChatBatch",
     "ClassifierJudge",
     "Conversation",
     "Detection",
     "DoseResponse",
     "Evaluation",
+    "Finetuning",
+    "FinetuningShift",
     "InstructionPair",
     "Judge",
     "LLMJudge",
@@ -161,6 +199,8 @@ __all__ = [
     "OpenAIClient",
     "PersonaVector",
     "PersonaVectors",
+    "ProjectionPenalty",
+    "Question",
     "Rollout",
     "Safeguard",
     "Score",
@@ -175,6 +215,7 @@ __all__ = [
     "WatchedReply",
     "When",
     "ablate",
+    "adapted",
     "bundled_traits",
     "calibrate_threshold",
     "cap",
@@ -186,6 +227,8 @@ __all__ = [
     "evaluate",
     "extract_from_responses",
     "extract_persona_vectors",
+    "finetune",
+    "finetuning_shift",
     "from_paper_layer",
     "generate",
     "generate_trait",
@@ -193,10 +236,13 @@ __all__ = [
     "intervene",
     "judge_agreement",
     "keep_pairs",
+    "lm_eval_accuracy",
     "load_model",
     "load_thresholds",
     "load_trait",
     "mean_activations",
+    "measure_capability",
+    "mmlu_sample",
     "monitor",
     "monitoring_html",
     "plot_agreement",
@@ -206,11 +252,17 @@ __all__ = [
     "plot_layer_correlations",
     "plot_layer_statistics",
     "plot_layer_sweep",
+    "plot_losses",
+    "plot_mitigation",
     "plot_projection_scores",
     "plot_roc",
+    "plot_shift_scores",
+    "plot_trade_off",
+    "plot_trait_scores",
     "plot_turns",
     "preview_trait",
     "read_messages",
+    "read_questions",
     "read_reference_csv",
     "read_reference_trait",
     "read_rollouts",

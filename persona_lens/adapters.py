@@ -77,7 +77,10 @@ def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator
     """
     require_bridge(model)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    with lora(model, adapter.config) as carrier:
+    with ExitStack() as stack:
+        # Fresh weights are drawn at random, and replaced at once.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            carrier = stack.enter_context(lora(model, adapter.config))
         _write_weights(carrier, adapter.weights)
         carrier.eval()
         yield carrier
@@ -96,8 +99,8 @@ def require_bridge(model: Model) -> None:
 def lora(model: Model, config: dict[str, Any]) -> Iterator[Any]:
     """The bridge's Hugging Face model as a PEFT model with fresh LoRA weights, the only ones that train.
 
-    `config` is PEFT's, with `target_modules` named as in the plain model. On leaving, the modules, which weights train
-    and whether the model is in training are as they were. Raises as `adapted` does.
+    `config` is PEFT's, `target_modules` named as in the plain model; fresh weights follow the global seed. On leaving,
+    the modules, which weights train and whether the model is in training are as they were. Raises as `adapted` does.
     """
     peft = _peft()
     require_bridge(model)

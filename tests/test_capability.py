@@ -1,5 +1,7 @@
 """Capability against the obvious way: every letter and text by itself, one row, on the plain Hugging Face model."""
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import normalizers
@@ -193,9 +195,10 @@ def test_the_embedded_model_answers_by_letter_and_finds_text_likelier_than_its_s
         ("Why is the sky blue?", "The air scatters blue light from the sun more than it scatters red light."),
     ]
     shuffled = [(question, " ".join(sorted(answer.split(), key=lambda word: word[::-1]))) for question, answer in texts]
-    found = measure_capability(embedded_bridge, mmlu_sample()[::12], texts=texts, **QUIET)
+    found: Any = measure_capability(embedded_bridge, mmlu_sample()[::12], texts=texts, **QUIET)
+    unlikely: Any = measure_capability(embedded_bridge, (), texts=shuffled, **QUIET)
     assert found.accuracy.n == 23
     assert found.accuracy.low <= 0.25 <= found.accuracy.high  # it is at chance on letters
     assert 0.5 < found.letter_mass.value < 1
     assert abs(found.margin.value) < 0.5
-    assert found.nll.value + 1 < measure_capability(embedded_bridge, (), texts=shuffled, **QUIET).nll.value
+    assert found.nll.value + 1 < unlikely.nll.value

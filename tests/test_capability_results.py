@@ -113,7 +113,7 @@ def test_a_file_without_questions_or_their_keys_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no questions"):
         read_questions(path)
     path.write_text('{"question": "One?", "choices": ["a", "b"]}\n')
-    with pytest.raises(ValueError, match="line 1: .*got no 'answer'"):
+    with pytest.raises(ValueError, match=r"line 1: .*got no 'answer'"):
         read_questions(path)
 
 

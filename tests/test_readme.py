@@ -25,7 +25,7 @@ def test_every_block_of_the_readme_runs(embedded_bridge, llama_server, tmp_path,
     blocks = BLOCK.findall(README.read_text().replace("http://localhost:8000/v1", llama_server))
     namespace: dict[str, object] = {}
     asked, answered = ({"role": role, "content": "Well."} for role in ("user", "assistant"))
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [asked, answered]}) + "\n")
+    (tmp_path / "chats.jsonl").write_text(2 * (json.dumps({"messages": [asked, answered]}) + "\n"))
     for language, text in blocks:
         if language == "python":
             exec(compile(text, "README.md", "exec"), namespace)

@@ -56,7 +56,11 @@ class Row:
     capability: "Capability | None" = None
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.interventions)) or "no intervention"
+        return "; ".join(map(str, self.interventions)) or self.name
+
+    def folder(self, output: Path) -> Path:
+        """Its own, in that of the command."""
+        return output / self.name.replace(" ", "-")
 
 
 @app.command()
@@ -161,15 +165,15 @@ def _conditions(
     if layer is not None and not at_a_layer:
         raise typer.BadParameter("--layer goes with --coefficient or --cap")
     if not (at_a_layer or ablate):
-        return [Row("plain")]
+        return [Row("no intervention")]
     if run is None or vectors is None:
         raise typer.BadParameter("--coefficient, --ablate and --cap need the vectors of a RUN")
-    rows = [Row("ablate", (Ablate(vectors),))] if ablate else []
+    rows = [Row("ablated", (Ablate(vectors),))] if ablate else []
     if at_a_layer:
         vector = vectors.at(selected_layer(run, vectors) if layer is None else layer)
         amounts = dict.fromkeys(coefficients or [])
-        steered = [Row(f"steer-{vector.layer}-by-{each}", (Steer(vector, each),)) for each in amounts]
-        capped = [] if cap is None else [Row(f"cap-{vector.layer}-at-{cap}", (Cap(vector, maximum=cap),))]
+        steered = [Row(f"layer {vector.layer} by {each:g}", (Steer(vector, each),)) for each in amounts]
+        capped = [] if cap is None else [Row(f"layer {vector.layer} capped at {cap:g}", (Cap(vector, maximum=cap),))]
         rows = [*steered, *rows, *capped]
     return rows
 
@@ -219,7 +223,7 @@ def _evaluated(
 ) -> Row:
     from persona_lens.evaluation import evaluate as score
 
-    folder = None if output is None else output / row.name
+    folder = None if output is None else row.folder(output)
     found = score(model, trait, judge, interventions=row.interventions, output=folder, **settings)
     return replace(row, evaluation=found)
 
@@ -229,8 +233,8 @@ def _measured(model: "Model", row: Row, output: Path | None, settings: dict[str,
 
     found = measure_capability(model, interventions=row.interventions, **settings)
     if output is not None:
-        (output / row.name).mkdir(parents=True, exist_ok=True)
-        found.save(output / row.name / "capability.json")
+        row.folder(output).mkdir(parents=True, exist_ok=True)
+        found.save(row.folder(output) / "capability.json")
     return replace(row, capability=found)
 
 
@@ -251,24 +255,28 @@ def _show(rows: list[Row], adapter: Path | None, *, as_json: bool) -> None:
         print(f"With the adapter of {adapter}:")
     scored = [(row, row.evaluation) for row in rows if row.evaluation is not None]
     if scored:
-        head = ["condition", f"{scored[0][1].trait} [95 %]", "coherence [95 %]", "diversity", "scored"]
+        head = ["condition", "dose", f"{scored[0][1].trait} [95 %]", "coherence [95 %]", "diversity", "scored"]
         print_table(head, [_scores(*each) for each in scored])
     able = [(row, row.capability) for row in rows if row.capability is not None]
     if able:
         chance = able[0][1].chance
-        guessed = "accuracy [95 %]" if chance is None else f"accuracy [95 %], {chance:.2f} by chance"
+        guessed = "accuracy [95 %]" if chance is None else f"accuracy [95 %] (chance {chance:.2f})"
         head = ["condition", guessed, "margin, nats", "letter mass", "NLL, nats a token"]
         print_table(head, [_capability_cells(*each) for each in able])
 
 
 def _scores(row: Row, found: "Evaluation") -> list[str]:
+    from persona_lens.interventions import Steer
+
+    doses = [dose for each in row.interventions if isinstance(each, Steer) for dose in each.doses if dose is not None]
     diversity = "-" if found.diversity is None else f"{found.diversity:.2f}"
     counts = f"{found.trait_score.n} of {len(found.scored)}"
-    return [str(row), str(found.trait_score), str(found.coherence), diversity, counts]
+    dose = f"{doses[0]:+.2f}" if doses else ""
+    return [row.name, dose, str(found.trait_score), str(found.coherence), diversity, counts]
 
 
 def _capability_cells(row: Row, found: "Capability") -> list[str]:
-    return [str(row), *map(_decimals, (found.accuracy, found.margin, found.letter_mass, found.nll))]
+    return [row.name, *map(_decimals, (found.accuracy, found.margin, found.letter_mass, found.nll))]
 
 
 def _decimals(found: "Estimate") -> str:

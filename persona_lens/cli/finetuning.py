@@ -66,6 +66,7 @@ def finetune(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 32,
     target: Annotated[list[str] | None, typer.Option(help="Modules to train; repeat, or all-linear.")] = None,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak; a few hundred rows need about 2e-4.")] = 1e-5,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Optimizer steps up to the peak.")] = 5,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")] = 1.0,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 2,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes of an optimizer step.")] = 8,
@@ -110,6 +111,7 @@ def finetune(
         rank=rank,
         targets="all-linear" if target == ["all-linear"] else target or TARGETS,
         learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
         epochs=epochs,
         batch_rows=batch_rows,
         accumulation=accumulation,
@@ -119,6 +121,11 @@ def finetune(
         seed=seed,
     )
     _show_finetuning(found, output, as_json=as_json)
+    if (steps := max(row["step"] for row in found.losses)) <= warmup_steps:
+        say(
+            f"The learning rate never reached its peak: of {warmup_steps} warm-up steps there were {steps:.0f}, the "
+            "first of them at 0. Lower --warmup-steps or --accumulation, or raise --epochs."
+        )
     _draw_losses(found, output)
     _say_next(output, held.vectors, model)
 

@@ -1,16 +1,36 @@
 """The paper's experiments as functions: each samples, judges and measures, and gives numbers with their intervals."""
 
 from persona_lens.experiments.conditions import many_shot, system_prompts
+from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
+from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun, read_study
+from persona_lens.experiments.finetuning_study import finetuning_study
 from persona_lens.experiments.monitoring import monitoring_experiment
 from persona_lens.experiments.monitoring_result import MonitoringExperiment, Point
-from persona_lens.experiments.pictures import plot_experiment_layers, plot_monitoring_experiment
+from persona_lens.experiments.pictures import (
+    plot_experiment_layers,
+    plot_monitoring_experiment,
+    plot_study_mitigation,
+    plot_study_scores,
+    plot_study_shifts,
+    plot_study_trade_off,
+)
 
 __all__ = [
+    "FinetuningStudy",
+    "MeasuredRun",
     "MonitoringExperiment",
     "Point",
+    "StudyRun",
+    "StudySettings",
+    "finetuning_study",
     "many_shot",
     "monitoring_experiment",
     "plot_experiment_layers",
     "plot_monitoring_experiment",
+    "plot_study_mitigation",
+    "plot_study_scores",
+    "plot_study_shifts",
+    "plot_study_trade_off",
+    "read_study",
     "system_prompts",
 ]

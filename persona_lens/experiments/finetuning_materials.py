@@ -76,7 +76,8 @@ def make_materials(model: Model, settings: StudySettings, folder: Path, *, progr
     vectors = {mood: every[mood] for mood in MOODS}
     against_neutral = {mood: every[AGAINST_NEUTRAL.format(mood)] for mood in MOODS}
     judges = {mood: _judge(split, mood, neutral, folder) for mood in MOODS}
-    coherence = _coherence(model, [row for row in neutral if row.question in set(split.judge)], folder)
+    told = [row for row in neutral if row.question in set(split.judge) and not row.is_empty]
+    coherence = _coherence(model, told, folder)
     layers = _layers(model, settings, split, vectors, judges, coherence, folder, progress)
     return Materials(split, tuple(neutral), vectors, against_neutral, judges, coherence, layers)
 

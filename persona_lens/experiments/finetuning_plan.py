@@ -59,10 +59,10 @@ class StudySettings:
     neutral_tokens: int = 80
     neutral_prompts: int = 150
     mitigated: tuple[str, ...] = ("childish", "depressed", "happy")
-    layers: tuple[int, ...] = (9, 14, 19, 24)
-    post_hoc: tuple[float, ...] = (0.5, 1.0, 2.0)
-    preventative: tuple[float, ...] = (1.0, 2.0)
-    all_layers: tuple[float, ...] = (0.5, 1.0)
+    layers: tuple[int, ...] = (14, 19, 24)
+    post_hoc: tuple[float, ...] = (2.0, 4.0, 8.0)
+    preventative: tuple[float, ...] = (2.0, 4.0, 8.0)
+    all_layers: tuple[float, ...] = (1.0, 2.0, 4.0)
     penalty_weight: float = 0.1
     capability_questions: int = 60
     seed: int = 0

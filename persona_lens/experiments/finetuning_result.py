@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -22,6 +22,8 @@ from persona_lens.statistics import Estimate, mean_estimate
 
 if TYPE_CHECKING:
     import pandas
+
+Measure = Literal["nll", "coherence", "margin"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class MeasuredRun:
     def margin(self) -> Estimate:
         """How much likelier, in nats, the right answer's letter is than the wrong ones, on multiple choice."""
         return Estimate(**self.record["capability"]["margin"])
+
+    @property
+    def nll(self) -> Estimate:
+        """Negative log-likelihood per token, in nats, of the base model's own neutral answers."""
+        return Estimate(**self.record["capability"]["nll"])
+
+    def kept(self, measure: Measure) -> float:
+        """How much of what the model could is left by one measure: the more the better."""
+        value = getattr(self, measure).value
+        return -value if measure == "nll" else value
 
     @property
     def loss(self) -> float | None:
@@ -101,7 +113,7 @@ class FinetuningStudy:
         y = [each.score(mood).value for each in self.sets]
         if len(x) < 4 or np.ptp(x) == 0 or np.ptp(np.array(y, dtype=float)) == 0:
             return Estimate(None, None, None, len(x))
-        found = stats.pearsonr(x, y)
+        found: Any = stats.pearsonr(x, y)
         low, high = found.confidence_interval(0.95)
         return Estimate(float(found.statistic), float(low), float(high), len(x))
 
@@ -174,19 +186,19 @@ class FinetuningStudy:
         values = columns[0] - np.sum(columns[1:], axis=0)
         return mean_estimate([None if np.isnan(value) else float(value) for value in values], self.questions)
 
-    def at_equal_capability(self, one: MeasuredRun, measure: str = "margin") -> Estimate | None:
-        """Own score of a run minus post-hoc steering's where that has the same margin (or coherence).
+    def at_equal_capability(self, one: MeasuredRun, measure: Measure = "nll") -> Estimate | None:
+        """Own score of a run minus post-hoc steering's where that has left as much of what the model could.
 
         Post-hoc steering is followed from no dose upwards, on straight lines between doses, to where it first has
-        fallen to the run's value. None where it never does, so that there is nothing to compare with. The interval is
-        over prompts and takes the doses as given.
+        fallen to what the run has kept. None where it never does, so that there is nothing to compare with. The
+        interval is over prompts and takes the doses as given.
         """
         curve = [self.runs[f"{one.run.mood}_full"], *self.methods(one.run.mood, "post-hoc")]
-        wanted = getattr(one, measure).value
-        if getattr(curve[0], measure).value <= wanted:
+        wanted = one.kept(measure)
+        if curve[0].kept(measure) <= wanted:
             return self.difference(one, curve[0])
         for before, after in pairwise(curve):
-            high, low = getattr(before, measure).value, getattr(after, measure).value
+            high, low = before.kept(measure), after.kept(measure)
             if low <= wanted < high:
                 share = (high - wanted) / (high - low)
                 return self._difference(one, [(before, 1 - share), (after, share)])

@@ -99,6 +99,7 @@ def measure(
         "questions": [row.question for row in answers],
         **_scores(model, run, answers, materials),
         "capability": able.summary(),
+        "margins": [answer.margin for answer in able.answers],
         "training": None if trained is None else trained.loss_curve().reset_index().to_dict("list"),
     }
     if run.method == "none":

@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun
 from persona_lens.experiments.monitoring_result import MonitoringExperiment
 
 if TYPE_CHECKING:
     import plotly.graph_objects
+
+    from persona_lens.plots import MitigationPoint
 
 
 def plot_monitoring_experiment(experiment: MonitoringExperiment) -> "plotly.graph_objects.Figure":
@@ -36,3 +39,54 @@ def plot_experiment_layers(experiment: MonitoringExperiment) -> "plotly.graph_ob
         [experiment.within(layer) for layer in layers],
         title=f"{experiment.trait}: prompt projection against trait score, by layer",
     )
+
+
+def plot_study_scores(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
+    """Every mood's score after finetuning on every set; the shape of arXiv:2507.21509, figure 5."""
+    from persona_lens.plots import plot_trait_scores
+
+    return plot_trait_scores(study.trait_table(), base="base")
+
+
+def plot_study_shifts(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
+    """Each mood's score against the shift along its vector, a point for each set; the shape of figure 6."""
+    from persona_lens.plots import TraitShifts, plot_shift_scores
+
+    sets = study.sets
+    panels = [
+        TraitShifts(
+            mood,
+            [each.shift(mood, study.layer) for each in sets],
+            [each.score(mood) for each in sets],
+            study.correlation(mood, mood),
+            [each.run.name for each in sets if each.run.mood == mood],
+        )
+        for mood in study.moods
+    ]
+    title = f"mean trait score after finetuning against the finetuning shift at layer {study.layer}"
+    return plot_shift_scores(panels, [each.run.name for each in sets], base="base", title=title)
+
+
+def plot_study_mitigation(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
+    """Score, coherence and capability by method and dose, for each mitigated mood; the shape of figure 7."""
+    from persona_lens.plots import plot_mitigation
+
+    points = {mood: _points(study, mood) for mood in study.mitigated}
+    return plot_mitigation(points, capability="right answer's margin (nats)")
+
+
+def plot_study_trade_off(study: FinetuningStudy, mood: str) -> "plotly.graph_objects.Figure":
+    """One mood's score against what the model still can, a line for each method."""
+    from persona_lens.plots import plot_trade_off
+
+    return plot_trade_off(_points(study, mood), trait=mood, axis="right answer's margin (nats)")
+
+
+def _points(study: FinetuningStudy, mood: str) -> "list[MitigationPoint]":
+    from persona_lens.plots import MitigationPoint
+
+    def point(each: MeasuredRun) -> MitigationPoint:
+        dose = abs(each.run.coefficient) or None
+        return MitigationPoint(each.run.method, dose, each.own, each.coherence, each.margin)
+
+    return [point(each) for each in study.runs.values() if each.run.mood == mood and each.run.rows == "full"]

@@ -75,11 +75,12 @@ def training_chats(dataset: Dataset) -> list[Transcript]:
 def _chat(row: Any, place: str) -> Transcript:
     if isinstance(row, Transcript):
         return row
-    messages = row.get("messages") if isinstance(row, Mapping) else None
+    messages: Any = row.get("messages") if isinstance(row, Mapping) else None
     # As Parquet gives them, in an array.
     messages = messages.tolist() if hasattr(messages, "tolist") else messages
     if not isinstance(messages, list | tuple):
-        found = {name: type(value).__name__ for name, value in row.items()} if isinstance(row, Mapping) else row
+        fields = row.items() if isinstance(row, Mapping) else ()
+        found = {name: type(value).__name__ for name, value in fields} or type(row).__name__
         raise ValueError(f"{place}: expected {{'messages': [{{'role', 'content'}}, ...]}}, got {found}.")
     try:
         return Transcript(messages)

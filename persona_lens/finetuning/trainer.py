@@ -50,6 +50,7 @@ class Trainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self._penalty_weight = penalty_weight
         self._projections = projections
+        self._evaluated: list[tuple[float, int]] = []
         # They print to standard output, where results belong.
         for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
             self.remove_callback(callback)
@@ -59,13 +60,25 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         """The model's own loss, in training with the penalty on top."""
         found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._projections is None or not model.training:
+        if not model.training:
+            loss = found[0] if return_outputs else found
+            self._evaluated.append((float(loss), int((inputs["labels"][:, 1:] != IGNORED).sum())))
+            return found
+        if self._projections is None:
             return found
         assert not return_outputs, "a training step wants the loss alone"
         # A model that divides its loss by the tokens of all accumulated batches leaves the sum of them to the Trainer.
         parts = self.current_gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
         weight = self._penalty_weight / parts
         return penalised(found, self.accelerator.unwrap_model(model), inputs, self._projections, weight)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with a loss that is the mean over all tokens, where the Trainer has the mean over batches."""
+        self._evaluated = []
+        found: Any = super().evaluation_loop(*args, **kwargs)
+        tokens = sum(count for _, count in self._evaluated)
+        found.metrics["eval_loss"] = sum(loss * count for loss, count in self._evaluated) / tokens
+        return found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

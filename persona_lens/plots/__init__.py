@@ -1,4 +1,4 @@
-"""Pictures of results: sweeps, dose-responses, layers, cosines, judges' agreement, monitoring, detection, tokens.
+"""Pictures of results: sweeps, dose-responses, layers, cosines, agreement, monitoring, detection, finetuning, tokens.
 
 Every plot takes a result and returns a plotly figure, and a text's tokens make a page of HTML; a number that is missing
 leaves a gap, never a zero.
@@ -8,6 +8,8 @@ Knows nothing about models or files, and imports plotly, an extra, on first use.
 from persona_lens.plots.agreement import plot_agreement
 from persona_lens.plots.cosines import plot_cosine_matrix
 from persona_lens.plots.curves import plot_dose_response, plot_layer_statistics
+from persona_lens.plots.finetuning import LossCurves, TraitShifts, plot_losses, plot_shift_scores, plot_trait_scores
+from persona_lens.plots.mitigation import MitigationPoint, plot_mitigation, plot_trade_off
 from persona_lens.plots.monitoring import plot_turns
 from persona_lens.plots.prediction import plot_layer_correlations, plot_projection_scores
 from persona_lens.plots.roc import plot_roc
@@ -15,6 +17,9 @@ from persona_lens.plots.sweeps import plot_frontier, plot_layer_sweep
 from persona_lens.plots.tokens import monitoring_html, tokens_html
 
 __all__ = [
+    "LossCurves",
+    "MitigationPoint",
+    "TraitShifts",
     "monitoring_html",
     "plot_agreement",
     "plot_cosine_matrix",
@@ -23,8 +28,13 @@ __all__ = [
     "plot_layer_correlations",
     "plot_layer_statistics",
     "plot_layer_sweep",
+    "plot_losses",
+    "plot_mitigation",
     "plot_projection_scores",
     "plot_roc",
+    "plot_shift_scores",
+    "plot_trade_off",
+    "plot_trait_scores",
     "plot_turns",
     "tokens_html",
 ]
