@@ -26,6 +26,7 @@ from persona_lens.records import write_json, write_whole
 INSTALL_COMMAND = 'pip install "persona-lens[finetune]"'
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,9 @@ class Adapter:
             weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{folder} holds a damaged adapter ({error}): copy it or train it again.") from error
-        if config.get("peft_type") != "LORA":
-            raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}, expected LORA.")
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        if kind != "LORA":
+            raise ValueError(f"{folder} holds an adapter of type {kind!r}, expected LORA.")
         return cls(config, weights)
 
 
@@ -75,12 +77,14 @@ def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator
     Whatever runs the bridge or its Hugging Face model runs the adapter too. Raises ValueError for a model that is no
     bridge, carries another adapter, or lacks a module that the adapter belongs to.
     """
-    require_bridge(model)
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    # The weights say which modules they are for, whichever of PEFT's settings have chosen those.
+    names = sorted({name.removeprefix(_PREFIX).partition(".lora_")[0] for name in adapter.weights})
+    config = {name: value for name, value in adapter.config.items() if name not in _CHOOSING}
     with ExitStack() as stack:
         # Fresh weights are drawn at random, and replaced at once.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            carrier = stack.enter_context(lora(model, adapter.config))
+            carrier = stack.enter_context(lora(model, {**config, "target_modules": names}))
         _write_weights(carrier, adapter.weights)
         carrier.eval()
         yield carrier
@@ -106,6 +110,8 @@ def lora(model: Model, config: dict[str, Any]) -> Iterator[Any]:
     require_bridge(model)
     if carries_adapter(model):
         raise ValueError("The model carries an adapter already: merge it (merge_and_unload) or take it off first.")
+    if given := [name for name in _CHOOSING if config.get(name)]:
+        raise ValueError(f"Modules are chosen by target_modules alone, got {given[0]}: a pattern can say the same.")
     _refuse_more_than_linear(config)
     plain = cast(Any, model).original_model
     targets = target_modules(model, config["target_modules"])
@@ -151,8 +157,8 @@ def _refuse_more_than_linear(config: dict[str, Any]) -> None:
             )
 
 
-_CHANGED = ("training", "gradient_checkpointing", "_gradient_checkpointing_func", "peft_config")
-_GRADIENTS_ASKED = ("_require_grads_hook", "_require_grads_hooks")
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_CHANGED = ("training", "forward", "peft_config", *_CHECKPOINTING, "_require_grads_hook", "_require_grads_hooks")
 _ABSENT = object()
 
 
@@ -167,15 +173,18 @@ def _put_back(model: Model, names: Sequence[str]) -> Iterator[None]:
     attributes = [
         (module, name, vars(module).get(name, _ABSENT))
         for module in {*plain.modules(), *cast(nn.Module, model).modules()}
-        for name in (*_CHANGED, *_GRADIENTS_ASKED)
+        for name in _CHANGED
     ]
-    asked = any(vars(plain).get(name) for name in _GRADIENTS_ASKED)
+    embedding = plain.get_input_embeddings()._forward_hooks
+    hooks = set(embedding)
     use_cache = getattr(plain.config, "use_cache", None)
     try:
         yield
     finally:
-        if not asked and any(vars(plain).get(name) for name in _GRADIENTS_ASKED):
-            plain.disable_input_require_grads()
+        # Not `disable_input_require_grads`, which forgets the first of those that were asked for twice.
+        for key in set(embedding) - hooks:
+            if getattr(embedding[key], "__name__", "") == "make_inputs_require_grads":
+                del embedding[key]
         # Not PEFT's own `unload`, which takes a wrapper of the bridge for the LoRA layer that it wraps.
         for (parent, last), module in zip(places, modules, strict=True):
             parent._modules[last] = module

@@ -123,7 +123,9 @@ def state_of(model) -> dict[str, Any]:
             found[place] = {
                 key: repr(value) if isinstance(value, bool | int | str | None) else id(value)
                 for key, value in vars(module).items()
-                if not key.startswith("_forward") and key not in ("_modules", "_parameters", "_buffers")
+                # A bridge's attention keeps tensors of its last pass.
+                if not key.startswith(("_forward", "_captured", "_pattern"))
+                and key not in ("_modules", "_parameters", "_buffers")
             }
             found[f"{place} children"] = {key: id(child) for key, child in module._modules.items()}
             found[f"{place} weights"] = {

@@ -44,9 +44,7 @@ def nothing_is_left(bridge, adapter, shapes_unchecked):
     state, drawn, outputs, environment = state_of(bridge), generators(), logits(bridge), environment_now()
     yield
     after = state_of(bridge)
-    changed = {name for name in state.keys() | after.keys() if state.get(name) != after.get(name)}
-    for n in sorted(changed)[:1]: print("DIFF", n, {k: (state[n].get(k), after[n].get(k), vars(bridge.get_submodule(n[7:])).get(k)) for k in after[n] if state[n].get(k)!=after[n].get(k)})
-    assert changed == set()
+    assert {name for name in state.keys() | after.keys() if state.get(name) != after.get(name)} == set()
     assert generators() == drawn
     assert torch.equal(logits(bridge), outputs)
     assert environment_now() == environment

@@ -122,11 +122,11 @@ def test_evaluation_is_without_it(bridge, tiny_hf_model, vectors):
 
 def test_a_larger_weight_holds_projections_closer(bridge, tiny_hf_model, vectors):
     changes = []
-    for penalty in (None, ProjectionPenalty(vectors.at(2), 0.3), ProjectionPenalty(vectors.at(2), 30.0)):
-        adapter = train(bridge, epochs=5, penalty=penalty).adapter
+    for penalty in (None, ProjectionPenalty(vectors.at(2), 0.03), ProjectionPenalty(vectors.at(2), 3.0)):
+        adapter = train(bridge, epochs=6, learning_rate=3e-3, penalty=penalty).adapter
         changed = merged(copy.deepcopy(tiny_hf_model), adapter)
         changes.append(slow_change(tiny_hf_model, changed, rows_of(bridge), [vectors.at(2)]))
-    assert changes[0] > 2 * changes[1] > 4 * changes[2]
+    assert changes[0] > 2 * changes[1] > 20 * changes[2]
 
 
 def test_accumulated_batches_of_equal_length_are_one_batch(bridge, vectors):

@@ -58,11 +58,11 @@ class StudySettings:
     max_new_tokens: int = 40
     neutral_tokens: int = 80
     neutral_prompts: int = 150
-    mitigated: tuple[str, ...] = ("childish", "depressed", "happy")
+    mitigated: tuple[str, ...] = ("depressed", "childish", "happy")
     layers: tuple[int, ...] = (14, 19, 24)
     post_hoc: tuple[float, ...] = (2.0, 4.0, 8.0)
-    preventative: tuple[float, ...] = (2.0, 4.0, 8.0)
-    all_layers: tuple[float, ...] = (1.0, 2.0, 4.0)
+    preventative: tuple[float, ...] = (4.0, 8.0)
+    all_layers: tuple[float, ...] = (2.0,)
     penalty_weight: float = 0.1
     capability_questions: int = 60
     seed: int = 0
@@ -108,8 +108,8 @@ def study_runs(settings: StudySettings, moods: tuple[str, ...]) -> list[StudyRun
     runs += [StudyRun("", "benign")]
     for mood in settings.mitigated:
         runs += [StudyRun(mood, "full", *what) for what in _mitigations(settings)]
-        runs += [StudyRun(mood, "benign", "preventative, all layers", settings.all_layers[-1])]
-    return runs
+    strongest: tuple[Method, float] = ("preventative, all layers", settings.all_layers[-1])
+    return [*runs, *(StudyRun(mood, "benign", *strongest) for mood in settings.mitigated)]
 
 
 def _mitigations(settings: StudySettings) -> list[tuple[Method, float]]:

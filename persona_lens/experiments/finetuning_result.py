@@ -55,12 +55,21 @@ class MeasuredRun:
     @property
     def margin(self) -> Estimate:
         """How much likelier, in nats, the right answer's letter is than the wrong ones, on multiple choice."""
-        return Estimate(**self.record["capability"]["margin"])
+        return self._able("margin")
 
     @property
     def nll(self) -> Estimate:
         """Negative log-likelihood per token, in nats, of the base model's own neutral answers."""
-        return Estimate(**self.record["capability"]["nll"])
+        return self._able("nll")
+
+    @property
+    def accuracy(self) -> Estimate:
+        """Share of multiple-choice questions answered right, 0 to 1."""
+        return self._able("accuracy")
+
+    def _able(self, measure: str) -> Estimate:
+        found = self.record.get("capability")
+        return Estimate(None, None, None, 0) if found is None else Estimate(**found[measure])
 
     def kept(self, measure: Measure) -> float:
         """How much of what the model could is left by one measure: the more the better."""
@@ -146,13 +155,13 @@ class FinetuningStudy:
 
         rows = []
         for name, each in self.runs.items():
-            run, able = each.run, each.record["capability"]
+            run = each.run
             row: dict[str, Any] = {"run": name, "mood": run.mood, "rows": run.rows, "method": run.method}
             row |= {"coefficient": run.coefficient}
             found: dict[str, Estimate | None] = {"trait": each.own if run.mood else None, "coherence": each.coherence}
             ratio = each.record["likelihood_ratios"].get(run.mood)
             found |= {"ratio": None if ratio is None else Estimate(**ratio)}
-            found |= {measure: Estimate(**able[measure]) for measure in ("accuracy", "margin", "nll")}
+            found |= {"accuracy": each.accuracy, "margin": each.margin, "nll": each.nll}
             overlap = each.record.get("overlap")
             found |= {"copied": overlap and Estimate(*(overlap[key] for key in Estimate._fields))}
             for measure, value in found.items():

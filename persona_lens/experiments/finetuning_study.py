@@ -7,8 +7,10 @@ Knows nothing about what the numbers of all runs say together.
 """
 
 import fcntl
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from persona_lens.experiments.moods import MOODS
 from persona_lens.finetuning import Finetuning, ProjectionPenalty, finetune
 from persona_lens.interventions import Ablate, Intervention, Steer, intervene
 from persona_lens.judges import ClassifierJudge
-from persona_lens.models import Model
+from persona_lens.models import Model, ModelIdentity, identify
 from persona_lens.records import write_json
 from persona_lens.rollouts import ModelEngine, Prompt, Rollout, collect_rollouts
 from persona_lens.shift import finetuning_shift
@@ -46,12 +48,27 @@ def finetuning_study(
     folder = Path(output)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     with _alone(folder / "materials.lock"):
+        _refuse_other_settings(folder / "settings.json", settings, identify(model))
         materials = make_materials(model, settings, folder, progress=progress)
     for run in study_runs(settings, MOODS):
         path = folder / "runs" / f"{run.name}.json"
         with _taken(path.with_suffix(".lock")) as mine:
             if mine and not path.exists():
                 write_json(path, measure(model, run, materials, settings, folder, progress=progress))
+
+
+def _refuse_other_settings(path: Path, settings: StudySettings, model: ModelIdentity) -> None:
+    wanted = json.loads(json.dumps({"model": model.name, "weights_hash": model.weights_hash, **asdict(settings)}))
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in wanted.items():
+        if kept.get(name) != value:
+            raise ValueError(
+                f"{path.parent} holds a study with another {name} ({kept.get(name)}, now {value}): "
+                "choose another folder."
+            )
 
 
 @contextmanager
@@ -84,24 +101,15 @@ def measure(
     adapter = None if trained is None else trained.adapter
     acting = _while_answering(run, materials)
     answers = _answers(model, run, adapter, acting, materials, settings, folder, progress)
-    able = measure_capability(
-        model,
-        mmlu_sample()[:: max(1, 273 // settings.capability_questions)],
-        texts=[row.conversation() for row in materials.neutral_to(materials.split.evaluation)],
-        interventions=acting,
-        at="response",
-        adapter=adapter,
-        progress=False,
-    )
     record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "run": {"mood": run.mood, "rows": run.rows, "method": run.method, "coefficient": run.coefficient},
         "questions": [row.question for row in answers],
         **_scores(model, run, answers, materials),
-        "capability": able.summary(),
-        "margins": [answer.margin for answer in able.answers],
         "training": None if trained is None else trained.loss_curve().reset_index().to_dict("list"),
     }
+    if run.rows != "half" and run.mood in ("", *settings.mitigated):
+        record["capability"] = _capability(model, adapter, acting, materials, settings)
     if run.method == "none":
         record |= _shift(model, adapter, materials)
     if run.rows in ("full", "half"):
@@ -212,6 +220,27 @@ def _scores(model: Model, run: StudyRun, answers: Sequence[Rollout], materials: 
             found["likelihood_ratios"][mood] = mean_estimate(ratios, questions)._asdict()
     coherence = coherence_scores(model, materials.coherence, answers)
     return {**found, "coherence": mean_estimate(coherence, questions)._asdict()}
+
+
+def _capability(
+    model: Model,
+    adapter: Adapter | None,
+    acting: Sequence[Intervention],
+    materials: Materials,
+    settings: StudySettings,
+) -> dict[str, Any]:
+    """Multiple choice, and the likelihood of the base model's own answers to the evaluation prompts."""
+    questions = mmlu_sample()
+    able = measure_capability(
+        model,
+        questions[:: len(questions) // settings.capability_questions],
+        texts=[row.conversation() for row in materials.neutral_to(materials.split.evaluation)],
+        interventions=acting,
+        at="response",
+        adapter=adapter,
+        progress=False,
+    )
+    return {**able.summary(), "margins": [answer.margin for answer in able.answers]}
 
 
 def _shift(model: Model, adapter: Adapter | None, materials: Materials) -> dict[str, Any]:

@@ -86,12 +86,18 @@ def finetune(
 
     Raises:
         ValueError: The model is no bridge, a row is no chat with an assistant turn, nothing is left to learn, a target
-            is not in the architecture, a vector is not the model's, or `output` holds another run. `TrainingDiverged`
-            where the loss is no finite number.
+            is not in the architecture, a vector is not the model's, a penalty stands beside `during`, which would move
+            what it holds, or `output` holds another run. `TrainingDiverged` where the loss is
+            no finite number.
         OSError: `output` cannot be written, also at a checkpoint.
         RuntimeError: An intervention did not act in the first step.
     """
     require_bridge(model)
+    if penalty is not None and during:
+        raise ValueError(
+            f"A penalty holds projections where the base model has them, and {during[0]} moves them: "
+            "pass penalty= or during=, not both."
+        )
     chats = stated(training_chats(dataset), system_prompt)
     shown = chats if preventative_prompts is None else prompted(chats, preventative_prompts, seed=seed)
     asked = [] if evaluation is None else stated(training_chats(evaluation), system_prompt)

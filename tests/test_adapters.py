@@ -1,0 +1,330 @@
+"""Adapters against PEFT on plain Hugging Face models, and against weights that were changed by hand."""
+
+import copy
+import json
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from persona_lens.adapters import Adapter, adapted, carries_adapter, lora, read_weights, target_modules
+from persona_lens.interventions import Steer, intervene
+from persona_lens.models import suspended
+from tests import naive, tiny
+from tests.conftest import has_hooked_transformer
+from tests.finetuning_cases import CONFIG, merged, random_adapter, state_of, train
+from tests.intervention_cases import EXACT, TOKENS, logits, some_vectors
+
+# PEFT asks transformers for a name that 5.23 renamed.
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+GPT2 = {**CONFIG, "target_modules": ["c_proj", "c_fc"]}
+# Adapters are computed in float64 here, by sums in another order.
+CLOSE = {"rtol": 0, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def bridge(make_tiny_model):
+    model = make_tiny_model("TransformerBridge")
+    logits(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def gpt2(make_tiny_model, tiny_hf_gpt2):
+    model = make_tiny_model("TransformerBridge", tiny_hf_gpt2)
+    logits(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapter(bridge):
+    return random_adapter(bridge)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(bridge, adapter, gpt2):
+    states, outputs = [state_of(each) for each in (bridge, gpt2)], logits(bridge)
+    yield
+    assert [state_of(each) for each in (bridge, gpt2)] == states
+    assert torch.equal(logits(bridge), outputs)
+
+
+def peft_logits(hf_model, folder):
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(hf_model), folder).eval()
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@PEFT_WARNS
+def test_plain_peft_reads_the_folder_and_says_the_same(bridge, adapter, tiny_hf_model, tmp_path):
+    adapter.save(tmp_path)
+    with adapted(bridge, tmp_path):
+        found = logits(bridge)
+    torch.testing.assert_close(found, peft_logits(tiny_hf_model, tmp_path), **EXACT)
+    assert not torch.allclose(found, logits(bridge), atol=0.1)
+
+
+@PEFT_WARNS
+def test_a_finetuned_folder_is_read_by_plain_peft(bridge, tiny_hf_model, tmp_path):
+    found = train(bridge, epochs=1, output=tmp_path)
+    with adapted(bridge, found.adapter):
+        expected = logits(bridge)
+    torch.testing.assert_close(peft_logits(tiny_hf_model, tmp_path), expected, **EXACT)
+
+
+def test_it_is_the_rank_stabilised_formula(bridge, adapter, tiny_hf_model):
+    with adapted(bridge, adapter):
+        found = logits(bridge)
+    changed = merged(copy.deepcopy(tiny_hf_model), adapter)
+    torch.testing.assert_close(found[0], naive.logits(changed, TOKENS[0].tolist()).to(found), **CLOSE)
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"use_rslora": False},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}},
+        {"layers_to_transform": [1, 2]},
+        {"target_modules": r".*layers\.[02]\.self_attn\.o_proj"},
+        {"use_dora": True, "target_modules": ["up_proj"]},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_plain_peft_wrote_acts_as_it_does_there(bridge, tiny_hf_model, tmp_path, changed):
+    config = peft.LoraConfig(**{name: value for name, value in {**CONFIG, **changed}.items() if name != "peft_type"})
+    with torch.random.fork_rng():
+        written = peft.get_peft_model(copy.deepcopy(tiny_hf_model), config)
+        with torch.no_grad():
+            for weight in written.parameters():
+                if weight.requires_grad:
+                    weight.normal_(std=0.1)
+    written.save_pretrained(tmp_path)
+    with adapted(bridge, tmp_path), torch.no_grad():
+        torch.testing.assert_close(logits(bridge), written.eval()(TOKENS).logits, **CLOSE)
+
+
+@PEFT_WARNS
+def test_conv1d_of_gpt2_trains_and_is_read_by_plain_peft(gpt2, tiny_hf_gpt2, tmp_path):
+    found = train(gpt2, targets=["c_proj", "c_fc"], epochs=3, output=tmp_path)
+    assert found.loss < found.losses[0]["loss"]
+    assert {name.split(".")[5] for name in found.adapter.weights} == {"attn", "mlp"}
+    adapter = random_adapter(gpt2, GPT2)
+    with adapted(gpt2, adapter):
+        expected = logits(gpt2)
+    changed = merged(copy.deepcopy(tiny_hf_gpt2), adapter)
+    torch.testing.assert_close(expected[0], naive.logits(changed, TOKENS[0].tolist()).to(expected), **CLOSE)
+    adapter = Adapter({**adapter.config, "fan_in_fan_out": True}, adapter.weights)
+    adapter.save(tmp_path)
+    torch.testing.assert_close(peft_logits(tiny_hf_gpt2, tmp_path), expected, **EXACT)
+
+
+def test_a_module_that_the_bridge_never_runs_is_refused(gpt2):
+    message = r"^The model runs no linear module 'c_attn': .*, which has c_fc, c_proj\.$"
+    with pytest.raises(ValueError, match=message):
+        train(gpt2, targets=["c_attn"])
+
+
+@pytest.mark.parametrize("name", ["bridge", "gpt2"])
+def test_every_target_acts_and_has_a_name_of_the_plain_model(request, name, tiny_tokenizer):
+    model = request.getfixturevalue(name)
+    plain = dict({"bridge": tiny.llama, "gpt2": tiny.gpt2}[name](tiny_tokenizer).named_modules())
+    targets = target_modules(model, "all-linear")
+    assert all(isinstance(plain[each], torch.nn.Linear | Conv1D) for each in targets)
+    before = logits(model)
+    for each, full in targets.items():
+        handle = model.original_model.get_submodule(full).register_forward_hook(lambda _, __, output: output * 1.5)
+        try:
+            assert not torch.allclose(logits(model), before), each
+        finally:
+            handle.remove()
+
+
+def test_targets_are_last_parts_of_names_or_a_pattern(bridge):
+    last = target_modules(bridge, ["self_attn.q_proj", "down_proj"])
+    pattern = target_modules(bridge, r".*(q_proj|down_proj)")
+    assert last == pattern
+    assert len(last) == 2 * bridge.cfg.n_layers
+
+
+def test_looking_for_targets_runs_no_intervention(bridge):
+    with intervene(bridge, Steer(some_vectors(bridge).at(1), 1.0)) as attachment:
+        target_modules(bridge, ["q_proj"])
+        assert attachment.passes == 0
+        logits(bridge)
+        assert attachment.passes == 1
+
+
+def test_the_hugging_face_model_inside_runs_it_too(bridge, adapter):
+    with adapted(bridge, adapter) as carrier, torch.no_grad():
+        assert carries_adapter(bridge)
+        assert torch.equal(bridge.original_model(TOKENS).logits, logits(bridge))
+        assert torch.equal(carrier(TOKENS).logits, logits(bridge))
+    assert not carries_adapter(bridge)
+
+
+def test_the_order_of_contexts_does_not_matter(bridge, adapter, tiny_hf_model):
+    vectors = some_vectors(bridge)
+    steer = Steer(vectors.at(1), 3.0)
+    with adapted(bridge, adapter), intervene(bridge, steer):
+        inner = logits(bridge)
+    with intervene(bridge, steer), adapted(bridge, adapter):
+        outer = logits(bridge)
+    changed = merged(copy.deepcopy(tiny_hf_model), adapter)
+    with naive.added(changed, 1, 3.0 * vectors.directions[1].double()):
+        expected = naive.logits(changed, TOKENS[0].tolist())
+    assert torch.equal(inner, outer)
+    torch.testing.assert_close(inner[0], expected.to(inner), **CLOSE)
+
+
+def test_judges_see_the_model_without_it(bridge, adapter):
+    expected = logits(bridge)
+    with adapted(bridge, adapter):
+        with suspended(bridge):
+            assert torch.equal(logits(bridge), expected)
+        assert not torch.equal(logits(bridge), expected)
+
+
+def test_an_exception_takes_it_off(bridge, adapter):
+    with pytest.raises(KeyboardInterrupt), adapted(bridge, adapter):
+        raise KeyboardInterrupt
+    assert not carries_adapter(bridge)
+
+
+def test_a_second_adapter_is_refused_and_the_first_one_stays(bridge, adapter):
+    with adapted(bridge, adapter):
+        before = logits(bridge)
+        with pytest.raises(ValueError, match="carries an adapter already"), adapted(bridge, adapter):
+            pass
+        assert torch.equal(logits(bridge), before)
+
+
+def test_one_after_another_is_as_one_alone(bridge, adapter):
+    other = random_adapter(bridge, {**CONFIG, "r": 2}, seed=5)
+    with adapted(bridge, adapter):
+        first = logits(bridge)
+    with adapted(bridge, other):
+        assert not torch.equal(logits(bridge), first)
+    with adapted(bridge, adapter):
+        assert torch.equal(logits(bridge), first)
+
+
+def test_dropout_is_off(bridge, adapter):
+    noisy = replace(adapter, config={**adapter.config, "lora_dropout": 0.5})
+    with adapted(bridge, noisy):
+        found = logits(bridge)
+    with adapted(bridge, adapter):
+        assert torch.equal(logits(bridge), found)
+
+
+def test_it_draws_nothing_from_the_global_generator(bridge, adapter):
+    state = torch.get_rng_state()
+    with adapted(bridge, adapter):
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_adapter_read_again_is_the_same(bridge, adapter, tmp_path):
+    adapter.save(tmp_path)
+    with adapted(bridge, Adapter.load(tmp_path)) as carrier:
+        weights = read_weights(carrier)
+    assert weights.keys() == adapter.weights.keys()
+    assert all(torch.equal(value, adapter.weights[name]) for name, value in weights.items())
+
+
+def test_a_model_of_another_shape_is_refused(gpt2, adapter):
+    with (
+        pytest.raises(ValueError, match=r"runs no linear module 'model\.layers\..*': .* which has c_fc, c_proj\."),
+        adapted(gpt2, adapter),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: {**weights, "base_model.model.x.lora_A.weight": torch.ones(1, 2)},
+            r"runs no linear module 'x'",
+        ),
+        (
+            lambda weights: {name: value[:, :3] for name, value in weights.items()},
+            r"of shape \[4, 3\], which the model",
+        ),
+        (lambda weights: dict(list(weights.items())[1:]), r"The adapter lacks base_model\..*, so it is damaged"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(bridge, adapter, change, message):
+    broken = Adapter(adapter.config, change(adapter.weights))
+    with pytest.raises(ValueError, match=message), adapted(bridge, broken):
+        pass
+
+
+@pytest.mark.parametrize(
+    "changed", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}], ids=str
+)
+def test_what_changes_the_models_own_weights_is_refused(bridge, adapter, changed):
+    other = Adapter({**adapter.config, **changed}, adapter.weights)
+    with (
+        pytest.raises(ValueError, match=rf"has {next(iter(changed))}=.*merge it into the model"),
+        adapted(bridge, other),
+    ):
+        pass
+
+
+def test_a_hooked_transformer_is_refused(make_tiny_model, adapter):
+    if not has_hooked_transformer():
+        pytest.skip("transformer-lens 4 has no HookedTransformer")
+    with (
+        pytest.raises(ValueError, match="LoRA needs a TransformerBridge"),
+        adapted(make_tiny_model("HookedTransformer"), adapter),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_without_a_file_is_refused(adapter, tmp_path, name):
+    adapter.save(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"holds no LoRA adapter: expected {name}"):
+        Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_damaged_file_is_refused(adapter, tmp_path, name, kept):
+    adapter.save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=r"holds a damaged adapter \(.*\): copy it or train it again"):
+        Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"peft_type": "IA3"}', "{}"])
+def test_an_adapter_of_another_kind_is_refused(adapter, tmp_path, text):
+    adapter.save(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="expected LORA"):
+        Adapter.load(tmp_path)
+
+
+def test_settings_that_choose_modules_otherwise_are_refused(bridge):
+    config = {**CONFIG, "layers_to_transform": [1]}
+    with pytest.raises(ValueError, match="target_modules alone, got layers_to_transform"), lora(bridge, config):
+        pass
+
+
+def test_settings_are_written_as_peft_writes_them(adapter, tmp_path):
+    adapter.save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == adapter.config
+
+
+@PEFT_WARNS
+def test_the_embedded_model_runs_it_as_plain_peft_does(embedded_bridge, embedded_hf_model, tmp_path):
+    random_adapter(embedded_bridge).save(tmp_path)
+    before = logits(embedded_bridge)
+    with adapted(embedded_bridge, tmp_path):
+        found = logits(embedded_bridge)
+    torch.testing.assert_close(found, peft_logits(embedded_hf_model, tmp_path), rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits(embedded_bridge), before)
