@@ -186,3 +186,10 @@ def test_it_holds_projections_of_the_embedded_model(embedded_bridge):
     before, attended = along(None), batch["attention_mask"].bool()
     changes = [float(projection_change(before, along(adapter), attended)) for adapter in (free, held)]
     assert 0 < 2 * changes[1] < changes[0]
+
+
+def test_a_penalty_beside_interventions_is_refused(bridge, vectors):
+    from persona_lens.interventions import Steer
+
+    with pytest.raises(ValueError, match="pass penalty= or during=, not both"):
+        train(bridge, during=[Steer(vectors, 1.0)], penalty=ProjectionPenalty(vectors, 1.0))

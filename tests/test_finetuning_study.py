@@ -134,7 +134,7 @@ def test_equal_capability_is_read_between_two_doses_of_post_hoc_steering(study_f
     study = read_study(study_folder)
     treated = study.runs["grim_full_preventative_x1"]  # margin .9: half way from no post-hoc steering (1) to 1 x (.8)
     plain, once = study.runs["grim_full"], study.methods("grim", "post-hoc")[0]
-    half_way = (plain.score("grim").value + once.score("grim").value) / 2
+    half_way = np.mean([plain.score("grim").value, once.score("grim").value])
     found = study.at_equal_capability(treated, "margin")
     assert found is not None
     assert found.value == pytest.approx(treated.score("grim").value - half_way)
@@ -177,11 +177,23 @@ def test_pictures_are_drawn_from_a_study(study_folder: Path) -> None:
     )
 
     study = read_study(study_folder)
-    shown = plot_study_shifts(study).to_json()
+    shown = str(plot_study_shifts(study).to_json())
     assert all(mood in shown for mood in MOODS)
-    assert "post-hoc" in plot_study_mitigation(study).to_json()
-    assert "post-hoc" in plot_study_trade_off(study, "grim").to_json()
-    assert "grim_half" in plot_study_scores(study).to_json()
+    assert "post-hoc" in str(plot_study_mitigation(study).to_json())
+    assert "post-hoc" in str(plot_study_trade_off(study, "grim").to_json())
+    assert "grim_half" in str(plot_study_scores(study).to_json())
+
+
+def test_a_folder_of_another_study_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    from persona_lens.experiments.finetuning_plan import StudySettings
+    from persona_lens.experiments.finetuning_study import _refuse_other_settings
+    from persona_lens.models import ModelIdentity
+
+    model = ModelIdentity("tiny", "TransformerBridge", 2, 8, "raw", "0", (0.0,))
+    _refuse_other_settings(tmp_path / "settings.json", StudySettings(rows=8), model)
+    _refuse_other_settings(tmp_path / "settings.json", StudySettings(rows=8), model)
+    with pytest.raises(ValueError, match=r"another rows \(8, now 9\): choose another folder"):
+        _refuse_other_settings(tmp_path / "settings.json", StudySettings(rows=9), model)
 
 
 @pytest.mark.slow
