@@ -122,10 +122,9 @@ def test_a_difference_is_paired_answer_by_answer(study_folder: Path) -> None:
     study = read_study(study_folder)
     plain, treated = study.runs["grim_full"], study.runs["grim_full_preventative_x1"]
     found = study.difference(treated, plain)
-    expected = treated.score("grim").value - plain.score("grim").value
+    expected = np.subtract(treated.score("grim").value, plain.score("grim").value)
     # The answers vary alike in both runs, so the difference does not vary at all.
-    assert found.value == pytest.approx(expected)
-    assert found.high - found.low == pytest.approx(0.0, abs=1e-9)
+    assert found[:3] == pytest.approx([expected] * 3)
 
 
 def test_equal_capability_is_read_between_two_doses_of_post_hoc_steering(study_folder: Path) -> None:

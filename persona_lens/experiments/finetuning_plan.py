@@ -108,8 +108,7 @@ def study_runs(settings: StudySettings, moods: tuple[str, ...]) -> list[StudyRun
     runs += [StudyRun("", "benign")]
     for mood in settings.mitigated:
         runs += [StudyRun(mood, "full", *what) for what in _mitigations(settings)]
-    strongest: tuple[Method, float] = ("preventative, all layers", settings.all_layers[-1])
-    return [*runs, *(StudyRun(mood, "benign", *strongest) for mood in settings.mitigated)]
+    return [*runs, StudyRun(settings.mitigated[0], "benign", "preventative, all layers", settings.all_layers[-1])]
 
 
 def _mitigations(settings: StudySettings) -> list[tuple[Method, float]]:

@@ -54,7 +54,8 @@ def finetuning_study(
         path = folder / "runs" / f"{run.name}.json"
         with _taken(path.with_suffix(".lock")) as mine:
             if mine and not path.exists():
-                write_json(path, measure(model, run, materials, settings, folder, progress=progress))
+                found = measure(model, run, materials, settings, folder, progress=progress)
+                write_json(path, _rounded(found))
 
 
 def _refuse_other_settings(path: Path, settings: StudySettings, model: ModelIdentity) -> None:
@@ -117,6 +118,15 @@ def measure(
         overlap = ngram_overlap([row.response for row in answers], texts)
         record["overlap"] = {"words": overlap.n_words, **overlap.share._asdict()}
     return record
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six significant digits, so that records stay small and hold no more than they mean."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def train(
