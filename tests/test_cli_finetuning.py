@@ -217,7 +217,8 @@ def test_the_other_settings_reach_the_library(cli, asked, model, data, tmp_path)
         (("--layer", 1), "--layer goes with --steer, --ablate or --penalty"),
         (("--weight", 1), "--weight goes with --penalty"),
         (("--penalty", "run"), "--penalty needs a --weight"),
-        (("--steer", "run", "--ablate", "run"), "give --steer or --ablate, not both"),
+        (("--steer", "run", "--ablate", "run"), "give one of --steer, --ablate and --penalty"),
+        (("--steer", "run", "--penalty", "run", "--weight", 1), "give one of --steer, --ablate and --penalty"),
         (("--steer", "run", "--layer", 1, "--all-layers"), "give --layer or --all-layers, not both"),
     ],
 )

@@ -153,8 +153,8 @@ def _refuse_meaningless(held: Held) -> None:
     ):
         if given and not needs:
             raise typer.BadParameter(what)
-    if held.steer and held.ablate:
-        raise typer.BadParameter("give --steer or --ablate, not both")
+    if sum(each is not None for each in (held.steer, held.ablate, held.penalty)) > 1:
+        raise typer.BadParameter("give one of --steer, --ablate and --penalty")
     if held.all_layers and held.layer is not None:
         raise typer.BadParameter("give --layer or --all-layers, not both")
 
