@@ -54,19 +54,23 @@ def environment_now():
     return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 
-def everything(bridge):
+@pytest.fixture(params=["interventions", "penalty"])
+def everything(bridge, request):
     vectors = some_vectors(bridge)
+    held = {
+        "interventions": {"during": [Steer(vectors.at(1), 1.0), Ablate(vectors)]},
+        "penalty": {"penalty": ProjectionPenalty(vectors, 0.1)},
+    }
     return {
-        "during": [Steer(vectors.at(1), 1.0), Ablate(vectors)],
-        "penalty": ProjectionPenalty(vectors, 0.1),
+        **held[request.param],
         "evaluation": dataset(HELD_OUT),
         "gradient_checkpointing": True,
         "dropout": 0.1,
     }
 
 
-def test_a_whole_run_leaves_nothing_behind(bridge):
-    assert train(bridge, **everything(bridge)).rows == {"trained": 6, "cut": 0, "dropped": 0}
+def test_a_whole_run_leaves_nothing_behind(bridge, everything):
+    assert train(bridge, **everything).rows == {"trained": 6, "cut": 0, "dropped": 0}
 
 
 def test_a_model_in_training_stays_in_training(bridge):
@@ -89,15 +93,15 @@ def test_weights_that_train_still_train(bridge):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
 @pytest.mark.parametrize("at", [1, 4])
-def test_an_interrupted_run_leaves_nothing_behind(bridge, tmp_path, error, at):
+def test_an_interrupted_run_leaves_nothing_behind(bridge, everything, tmp_path, error, at):
     with pytest.raises(type(error)), Interrupted(bridge, at, error):
-        train(bridge, output=tmp_path, **everything(bridge))
+        train(bridge, output=tmp_path, **everything)
 
 
-def test_a_run_interrupted_while_it_evaluates_leaves_nothing_behind(bridge, monkeypatch):
+def test_a_run_interrupted_while_it_evaluates_leaves_nothing_behind(bridge, everything, monkeypatch):
     monkeypatch.setattr(training.Trainer, "evaluation_loop", lambda *_, **__: sys.exit("stopped"))
     with pytest.raises(SystemExit):
-        train(bridge, **everything(bridge))
+        train(bridge, **everything)
 
 
 def test_steering_into_the_void_stops_with_a_sentence(bridge):

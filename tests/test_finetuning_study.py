@@ -196,6 +196,64 @@ def test_a_folder_of_another_study_is_refused_before_anything_is_made(tmp_path: 
 
 
 @pytest.mark.slow
+def test_a_run_is_measured_on_the_embedded_model_and_again_from_its_files(embedded_bridge: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("lm_eval")
+    import torch
+
+    from persona_lens.experiments.conditions import NEUTRAL
+    from persona_lens.experiments.finetuning_materials import Materials
+    from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
+    from persona_lens.experiments.finetuning_study import measure
+    from persona_lens.experiments.moods import MOODS, load_moods, split_prompts
+    from persona_lens.judges import TextClassifier
+    from persona_lens.judges.coherence import CoherenceScale
+    from persona_lens.rollouts import Rollout
+    from persona_lens.vectors import PersonaVectors
+
+    split = split_prompts(load_moods())
+    split = replace(split, evaluation=split.evaluation[:3])
+    said = "I do not know. Ask somebody else, please."
+    neutral = [
+        Rollout("neutral", "neutral", None, NEUTRAL, question, 0, said, None, "stop", "made up", 0)
+        for question in split.evaluation
+    ]
+    happy = [row.response for row in split.of("judge", "happy")]
+    classifier = TextClassifier.fit(happy[:30], [row.response for row in split.of("judge", "bored")][:30])
+    draw = torch.Generator().manual_seed(0)
+    vectors = {
+        name: PersonaVectors.from_directions(torch.randn(30, 576, generator=draw), trait=name, model=embedded_bridge)
+        for mood in MOODS
+        for name in (mood, f"{mood} against neutral")
+    }
+    materials = Materials(
+        split,
+        tuple(neutral),
+        {mood: vectors[mood] for mood in MOODS},
+        {mood: vectors[f"{mood} against neutral"] for mood in MOODS},
+        dict.fromkeys(MOODS, classifier),
+        CoherenceScale(4.0, 0.5, 0.9),
+        {"happy": 14},
+    )
+    settings = StudySettings(rows=4, epochs=1, max_length=64, max_new_tokens=6, mitigated=("happy",))
+    settings = replace(settings, capability_questions=3)
+    (tmp_path / "runs").mkdir()
+    run = StudyRun("happy", "full", "CAFT")
+    found = measure(embedded_bridge, run, materials, settings, tmp_path, progress=False)
+    assert found["questions"] == list(split.evaluation)
+    assert len(found["own_scores"]) == 3
+    assert set(found["traits"]) == set(MOODS)
+    assert set(found["likelihood_ratios"]) == {"happy"}
+    assert found["training"]["step"] == [1]
+    assert found["capability"]["nll"]["n"] == 3
+    assert found["overlap"]["words"] == 8
+    assert measure(embedded_bridge, run, materials, settings, tmp_path, progress=False) == found
+    plain = measure(embedded_bridge, StudyRun("happy", "full"), materials, settings, tmp_path, progress=False)
+    assert len(plain["shift"]) == 18
+    assert (tmp_path / "adapters" / "happy_full" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.soak
 def test_a_killed_study_goes_on_to_the_same_records(embedded_directory: Path, tmp_path: Path) -> None:
     """On the real model and the real moods: one tiny run, killed while it answers, and finished by a second process."""
     pytest.importorskip("peft")

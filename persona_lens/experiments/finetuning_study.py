@@ -31,6 +31,7 @@ from persona_lens.records import write_json
 from persona_lens.rollouts import ModelEngine, Prompt, Rollout, collect_rollouts
 from persona_lens.shift import finetuning_shift
 from persona_lens.statistics import mean_estimate
+from persona_lens.vectors import PersonaVector
 
 FORMAT_VERSION = 1
 
@@ -134,11 +135,9 @@ def train(
 ) -> Finetuning:
     """The run's adapter, from the folder where it stands there."""
     prompts = materials.trait(run.mood) if run.method == "preventative prompts" else None
-    vectors = materials.vectors.get(run.mood)
     penalty = None
     if run.method == "penalty":
-        assert vectors is not None
-        penalty = ProjectionPenalty(vectors, settings.penalty_weight)
+        penalty = ProjectionPenalty(materials.vectors[run.mood], settings.penalty_weight)
     return finetune(
         model,
         _rows(run, materials, settings),
@@ -165,22 +164,26 @@ def _rows(run: StudyRun, materials: Materials, settings: StudySettings) -> list[
 
 
 def _while_training(run: StudyRun, materials: Materials) -> list[Intervention]:
-    if not run.mood:
-        return []
-    vectors, layer = materials.vectors[run.mood], materials.layers.get(run.mood, 0)
-    done: dict[str, list[Intervention]] = {
-        "preventative": [Steer(vectors.at(layer), run.coefficient)],
-        "preventative, all layers": [Steer(vectors.incremental(), run.coefficient)],
-        "CAFT": [Ablate(vectors)],
-        "CAFT, one layer": [Ablate(vectors.at(layer))],
-    }
-    return done.get(run.method, [])
+    match run.method:
+        case "preventative":
+            return [Steer(_at_its_layer(run, materials), run.coefficient)]
+        case "preventative, all layers":
+            return [Steer(materials.vectors[run.mood].incremental(), run.coefficient)]
+        case "CAFT":
+            return [Ablate(materials.vectors[run.mood])]
+        case "CAFT, one layer":
+            return [Ablate(_at_its_layer(run, materials))]
+    return []
+
+
+def _at_its_layer(run: StudyRun, materials: Materials) -> PersonaVector:
+    return materials.vectors[run.mood].at(materials.layers[run.mood])
 
 
 def _while_answering(run: StudyRun, materials: Materials) -> list[Intervention]:
     if run.method != "post-hoc":
         return []
-    return [Steer(materials.vectors[run.mood].at(materials.layers[run.mood]), run.coefficient)]
+    return [Steer(_at_its_layer(run, materials), run.coefficient)]
 
 
 def _answers(
