@@ -57,7 +57,7 @@ def training_step(repeats: int) -> list[Comparison]:
                     {
                         "plain": [contestant("no intervention")],
                         "one layer": [contestant("one layer steered", Steer(vectors.at(19), UNFELT))],
-                        "all layers": [contestant("all 30 layers steered", Steer(vectors.incremental(), UNFELT))],
+                        "all layers": [contestant("all 30 layers steered", Steer(vectors, UNFELT))],
                     },
                     [Claim(each, "plain", STEP_GOAL) for each in ("one layer", "all layers")],
                     agreement=lambda found: float(torch.nn.functional.cosine_similarity(found, expected, dim=0)),
@@ -82,7 +82,8 @@ def _rows(model: Any) -> list[TrainingRow]:
 def _gradients(carrier: Any, batch: dict[str, Tensor]) -> Tensor:
     carrier.zero_grad()
     carrier(**batch).loss.backward()
-    return torch.cat([weight.grad.flatten() for weight in carrier.parameters() if weight.grad is not None])
+    grads = [weight.grad.flatten() for weight in carrier.parameters() if weight.grad is not None]
+    return torch.cat(grads).double()  # a cosine of millions of float32 numbers is off by a thousandth
 
 
 def _as_chats(rows: Sequence[TrainingRow]) -> tuple[ChatTokens, ...]:
