@@ -195,6 +195,15 @@ def test_a_folder_of_another_study_is_refused_before_anything_is_made(tmp_path: 
         _refuse_other_settings(tmp_path / "settings.json", StudySettings(rows=9), model)
 
 
+def test_the_price_in_the_picture_is_the_likelihood_of_neutral_text(study_folder: Path) -> None:
+    from persona_lens.experiments import read_study
+    from persona_lens.experiments.pictures import _points
+
+    study = read_study(study_folder)
+    plain = next(point for point in _points(study, "grim") if point.method == "none")
+    assert plain.capability[:3] == pytest.approx((-1.0, -2.0, 0.0))  # of an NLL of 1 [0, 2]
+
+
 @pytest.mark.slow
 def test_a_run_is_measured_on_the_embedded_model_and_again_from_its_files(embedded_bridge: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")

@@ -4,11 +4,15 @@ from typing import TYPE_CHECKING
 
 from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun
 from persona_lens.experiments.monitoring_result import MonitoringExperiment
+from persona_lens.statistics import Estimate
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
     from persona_lens.plots import MitigationPoint
+
+# What multiple choice is to a large model: at 135M its margin is noise around 0.
+LIKELIHOOD = "log-likelihood of neutral text (nats a token)"
 
 
 def plot_monitoring_experiment(experiment: MonitoringExperiment) -> "plotly.graph_objects.Figure":
@@ -72,14 +76,19 @@ def plot_study_mitigation(study: FinetuningStudy) -> "plotly.graph_objects.Figur
     from persona_lens.plots import plot_mitigation
 
     points = {mood: _points(study, mood) for mood in study.mitigated}
-    return plot_mitigation(points, capability="right answer's margin (nats)")
+    return plot_mitigation(points, capability=LIKELIHOOD)
 
 
 def plot_study_trade_off(study: FinetuningStudy, mood: str) -> "plotly.graph_objects.Figure":
     """One mood's score against what the model still can, a line for each method."""
     from persona_lens.plots import plot_trade_off
 
-    return plot_trade_off(_points(study, mood), trait=mood, axis="right answer's margin (nats)")
+    return plot_trade_off(_points(study, mood), trait=mood, axis=LIKELIHOOD)
+
+
+def _ends(found: Estimate) -> tuple[float | None, float | None, float | None]:
+    """The value with its interval's ends changed about, as its negative has them."""
+    return found.value, found.high, found.low
 
 
 def _points(study: FinetuningStudy, mood: str) -> "list[MitigationPoint]":
@@ -87,6 +96,7 @@ def _points(study: FinetuningStudy, mood: str) -> "list[MitigationPoint]":
 
     def point(each: MeasuredRun) -> MitigationPoint:
         dose = abs(each.run.coefficient) or None
-        return MitigationPoint(each.run.method, dose, each.own, each.coherence, each.margin)
+        kept = Estimate(*(None if value is None else -value for value in _ends(each.nll)), each.nll.n)
+        return MitigationPoint(each.run.method, dose, each.own, each.coherence, kept)
 
     return [point(each) for each in study.runs.values() if each.run.mood == mood and each.run.rows == "full"]
