@@ -204,6 +204,21 @@ def test_the_price_in_the_picture_is_the_likelihood_of_neutral_text(study_folder
     assert plain.capability[:3] == pytest.approx((-1.0, -2.0, 0.0))  # of an NLL of 1 [0, 2]
 
 
+def test_the_committed_records_say_what_the_readme_says() -> None:
+    from persona_lens.experiments import read_study
+
+    study = read_study(Path(__file__).parents[1] / "docs" / "results" / "finetuning")
+    own = {mood: study.correlation(mood, mood) for mood in study.moods}
+    assert len(own) == 9
+    assert {found.n for found in own.values()} == {19}
+    assert [round(pick(found.value for found in own.values()), 2) for pick in (min, max)] == [0.51, 0.83]
+    assert all(found.low > 0 for found in own.values())
+    table = study.correlations()
+    assert all(table.loc[mood].drop(mood).max() < found.value for mood, found in own.items())
+    scores = {"none": 43, "CAFT": 18, "CAFT, one layer": 45, "preventative, all layers": 9}
+    assert {name: round(study.methods("depressed", name)[0].own.value) for name in scores} == scores
+
+
 @pytest.mark.slow
 def test_a_run_is_measured_on_the_embedded_model_and_again_from_its_files(embedded_bridge: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")
