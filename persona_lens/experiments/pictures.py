@@ -86,9 +86,9 @@ def plot_study_trade_off(study: FinetuningStudy, mood: str) -> "plotly.graph_obj
     return plot_trade_off(_points(study, mood), trait=mood, axis=LIKELIHOOD)
 
 
-def _ends(found: Estimate) -> tuple[float | None, float | None, float | None]:
-    """The value with its interval's ends changed about, as its negative has them."""
-    return found.value, found.high, found.low
+def _negative(found: Estimate) -> Estimate:
+    value, low, high = (None if end is None else -end for end in (found.value, found.high, found.low))
+    return Estimate(value, low, high, found.n)
 
 
 def _points(study: FinetuningStudy, mood: str) -> "list[MitigationPoint]":
@@ -96,7 +96,6 @@ def _points(study: FinetuningStudy, mood: str) -> "list[MitigationPoint]":
 
     def point(each: MeasuredRun) -> MitigationPoint:
         dose = abs(each.run.coefficient) or None
-        kept = Estimate(*(None if value is None else -value for value in _ends(each.nll)), each.nll.n)
-        return MitigationPoint(each.run.method, dose, each.own, each.coherence, kept)
+        return MitigationPoint(each.run.method, dose, each.own, each.coherence, _negative(each.nll))
 
     return [point(each) for each in study.runs.values() if each.run.mood == mood and each.run.rows == "full"]
