@@ -6,7 +6,6 @@ token along every mood's vector, and what the model still can (arXiv:2507.21509,
 Knows nothing about what the numbers of all runs say together.
 """
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -75,6 +74,8 @@ def _refuse_other_settings(path: Path, settings: StudySettings, model: ModelIden
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
+    import fcntl  # not on every system, and nothing else here needs it
+
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -83,6 +84,8 @@ def _alone(path: Path) -> Iterator[None]:
 @contextmanager
 def _taken(path: Path) -> Iterator[bool]:
     """Whether the lock was free; the system frees it when its process ends, however it does."""
+    import fcntl
+
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
