@@ -84,10 +84,22 @@ def projected_residuals(
     Interventions that are attached already are seen. Source: arXiv:2507.21509, section 3.3.
     Raises ValueError where a vector does not belong to the model.
     """
+    check_vectors(model, vectors, allow_other_model=allow_other_model)
+    with attached_projections(model, vectors) as found:
+        yield found
+
+
+def check_vectors(model: Model, vectors: Sequence[PersonaVector], *, allow_other_model: bool = False) -> None:
+    """Raise a ValueError where there are no vectors, or one does not belong to the model."""
     if not vectors:
         raise ValueError("There is nothing to project on: pass at least one vector.")
     for vector in vectors:
         vector.check(model, allow_other_model=allow_other_model)
+
+
+@contextmanager
+def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iterator[Projections]:
+    """`projected_residuals` of vectors that were checked before: the check reads every weight, once is enough."""
     found = Projections(tuple(vectors))
     points = residual_points(model)
     with ExitStack() as stack:

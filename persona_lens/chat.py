@@ -175,8 +175,12 @@ def tokenize_chat(
     """
     text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt).text
     ids = encode(tokenizer, response) if isinstance(response, str) else tuple(response)
-    skip = 0 if after is None or not ids else _tokens_up_to(tokenizer, ids, after)
-    return ChatTokens(encode(tokenizer, text), ids, skip)
+    return ChatTokens(encode(tokenizer, text), ids, averaged_from(tokenizer, ids, after))
+
+
+def averaged_from(tokenizer: Any, ids: Sequence[int], after: str | None) -> int:
+    """How many of a response's first tokens are not averaged; raises `UnclosedBlock` where it never says `after`."""
+    return 0 if after is None or not ids else _tokens_up_to(tokenizer, ids, after)
 
 
 def _tokens_up_to(tokenizer: Any, ids: Sequence[int], marker: str) -> int:

@@ -1,4 +1,4 @@
-"""Append-only JSON-lines files: one row a line, safe to interrupt, resumable by key.
+"""Files that survive: JSON-lines that only grow and resume by key, files written whole or not at all, and locks.
 
 A line that a killed process left unfinished is cut off on the next opening, so every line that is read was whole.
 Knows nothing about what the rows mean.
@@ -6,8 +6,8 @@ Knows nothing about what the rows mean.
 
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,35 @@ class JsonLines:
 
     def resume(self) -> list[dict[str, Any]]:
         """All whole rows of a file that will be appended to; cuts off a last line that was left unfinished."""
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(self.path, whole)
+        self.mend()
         return self.read()
+
+    def mend(self) -> None:
+        """Cut off a last line that was left unfinished."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            whole = end
+            # Backwards in blocks, since a file may be larger than the memory.
+            while whole > 0:
+                start = max(0, whole - 65536)
+                file.seek(start)
+                newline = file.read(whole - start).rfind(b"\n")
+                whole = start if newline < 0 else start + newline + 1
+                if newline >= 0:
+                    break
+            if whole < end:
+                file.truncate(whole)
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """The whole rows one by one, changing nothing; none where there is no file."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield self._row(line, number)
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, changing nothing; none where there is no file.
@@ -42,16 +65,16 @@ class JsonLines:
         return self._rows(content[: content.rfind(b"\n") + 1])
 
     def _rows(self, content: bytes) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for number, line in enumerate(content.splitlines(), start=1):
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {line[:60]!r}.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-            rows.append(row)
-        return rows
+        return [self._row(line, number) for number, line in enumerate(content.splitlines(), start=1)]
+
+    def _row(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {line[:60]!r}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+        return row
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows and put them on the disk before returning."""
@@ -96,3 +119,29 @@ def ensure_writable(path: Path) -> None:
         raise OSError(f"Cannot write {path}: the file is read-only.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OSError(f"Cannot write {path}: {folder} is not a folder that can be written to.")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock, and hold it."""
+    import fcntl  # not on every system, and nothing else here needs it
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def taken(path: Path) -> Iterator[bool]:
+    """Whether the lock was free; the system frees it when its process ends, however it does."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -4,7 +4,7 @@ Rows of one question are not independent, so intervals resample questions, never
 Knows nothing about models or traits: numbers come in, numbers go out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import isnan
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 N_RESAMPLES = 2000
+# Beyond so many questions the resamples take gigabytes, and the normal interval is as good.
+MAX_RESAMPLED = 5000
 MIN_ROWS = 3
 # Values closer than this are the same: their difference is rounding.
 SAME = 1e-9
@@ -102,8 +104,13 @@ def resampled_means(values: np.ndarray, questions: np.ndarray, weights: np.ndarr
         return (weights @ sums) / (weights @ counts)
 
 
-def mean_estimate(values: Sequence[float | None], questions: Sequence[str], *, seed: int = 0) -> Estimate:
-    """The mean of rows, None being missing, with its interval over questions."""
+def mean_estimate(
+    values: Sequence[float | None] | np.ndarray, questions: Sequence[Hashable] | np.ndarray, *, seed: int = 0
+) -> Estimate:
+    """The mean of rows, None or NaN being missing, with its interval over questions.
+
+    The interval is a bootstrap's; of more than 5,000 questions it is the normal one of their sums.
+    """
     numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
     n = int((~np.isnan(numbers)).sum())
     if n == 0:
@@ -113,8 +120,21 @@ def mean_estimate(values: Sequence[float | None], questions: Sequence[str], *, s
         return Estimate(float(np.nanmean(numbers)), None, None, n)
     place = {name: index for index, name in enumerate(names)}
     index = np.array([place[question] for question in questions])
+    if len(names) > MAX_RESAMPLED:
+        return _normal_mean(numbers, index)
     resamples = resampled_means(numbers, index, question_resamples(len(names), N_RESAMPLES, seed))
     return Estimate.of(float(np.nanmean(numbers)), resamples, n)
+
+
+def _normal_mean(values: Scores, questions: Int[np.ndarray, " row"]) -> Estimate:
+    """The mean with the interval of a ratio of sums over questions; rows of one question may depend on each other."""
+    known = ~np.isnan(values)
+    mean, n = float(values[known].mean()), int(known.sum())
+    sums = np.bincount(questions[known], weights=values[known] - mean)
+    n_questions = len(np.unique(questions[known]))
+    error = float(np.sqrt(n_questions / max(n_questions - 1, 1) * (sums**2).sum()) / n)
+    reach = float(stats.norm.ppf(0.975)) * error
+    return Estimate(mean, mean - reach, mean + reach, n)
 
 
 def slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -111,24 +111,36 @@ def _rows_of(path: Path) -> Sequence[Any]:
 
 def _transcript(row: Any, path: Path, number: int, of: int) -> Transcript:
     place = f"{path}, row {number}"
+    try:
+        given = messages_of(row)
+        named = name_of(row, NAME_KEYS) or (path.stem if of == 1 else f"{path.stem}:{number}")
+        return Transcript(tuple(given), named)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def messages_of(row: Any) -> list[Any]:
+    """The messages of a row that has them under one of `KEYS`, those of ShareGPT with `role` and `content` too.
+
+    What each message holds is not checked: `Transcript` does that. Raises ValueError for a row without messages.
+    """
     if not isinstance(row, Mapping):
-        raise ValueError(f"{place}: expected an object with one of {', '.join(KEYS)}, got {type(row).__name__}.")
+        raise ValueError(f"expected an object with one of {', '.join(KEYS)}, got {type(row).__name__}.")
     key = next((key for key in KEYS if key in row), None)
     if key is None:
-        raise ValueError(f"{place}: expected one of {', '.join(KEYS)}, got the keys {', '.join(map(str, row))}.")
+        raise ValueError(f"expected one of {', '.join(KEYS)}, got the keys {', '.join(map(str, row))}.")
     given = row[key]
     # Parquet's lists are arrays.
     given = given.tolist() if hasattr(given, "tolist") else given
-    if not isinstance(given, list):
-        raise ValueError(f"{place}: {key} is {type(given).__name__}, expected a list of messages.")
-    names = (row.get(key) for key in NAME_KEYS)
-    name = next((str(name) for name in names if isinstance(name, (str, int)) and name != ""), None)
-    try:
-        return Transcript(
-            tuple(map(_from_sharegpt, given)), name or (path.stem if of == 1 else f"{path.stem}:{number}")
-        )
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"{key} is {type(given).__name__}, expected a list of messages.")
+    return [_from_sharegpt(message) for message in given]
+
+
+def name_of(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """What a row calls itself under the first of the keys that has a text or a number; None where none has."""
+    names = (row.get(key) for key in keys)
+    return next((str(name) for name in names if isinstance(name, (str, int)) and name != ""), None)
 
 
 def _from_sharegpt(message: Any) -> Any:

@@ -5,7 +5,7 @@ came.
 Knows nothing about who said it: chats come in, numbers go out.
 """
 
-from persona_lens.monitoring.passes import Chats, monitor
+from persona_lens.monitoring.passes import Chats, monitor, token_projections
 from persona_lens.monitoring.result import (
     ChatProjections,
     MonitoredVector,
@@ -24,4 +24,5 @@ __all__ = [
     "TurnProjections",
     "checked_output",
     "monitor",
+    "token_projections",
 ]

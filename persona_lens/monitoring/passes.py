@@ -6,7 +6,7 @@ Knows nothing about tokenizers and files.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from persona_lens.activations import projected_residuals
+from persona_lens.activations import attached_projections, check_vectors
 from persona_lens.chat import Message, length_sorted_batches
 from persona_lens.interventions import attachments
 from persona_lens.models import KnownPass, Model, forward
@@ -71,11 +71,12 @@ def monitor(
     attached = attachments(model)
     if unlike := [rows for each in attached for rows in each.n_rows if rows != len(transcripts)]:
         raise ValueError(f"Steering has coefficients for {unlike[0]} rows, and there are {len(transcripts)} chats.")
+    check_vectors(model, given, allow_other_model=allow_other_model)
     segments = _segments(model, transcripts, window, after)
     turns: list[dict[int, TurnProjections]] = [{} for _ in transcripts]
     n_tokens = sum(len(segment.tokens) for _, segment in segments)
     with tqdm(total=n_tokens, unit="tok", desc="monitor", leave=False, disable=not progress) as bar:
-        for place, values in _projected(model, segments, given, token_budget, allow_other_model):
+        for place, values in _projected(model, segments, given, token_budget):
             index, segment = segments[place]
             for turn in segment.turns:
                 turns[index][turn.message] = _read(model.tokenizer, segment, turn, values, tokens)
@@ -157,17 +158,42 @@ def _projected(
     segments: Sequence[tuple[int, Segment]],
     vectors: Sequence[PersonaVector],
     token_budget: int,
-    allow_other_model: bool,
 ) -> Iterator[tuple[int, Float[Tensor, "pos vector"]]]:
     """Every segment's place with its tokens' projections, in the order in which they ran."""
+
+    def known(batch: Sequence[int], mask: Bool[Tensor, "batch pos"]) -> KnownPass:
+        return _known([segments[place] for place in batch], mask)
+
+    return token_projections(
+        model,
+        [segment.tokens for _, segment in segments],
+        vectors,
+        known=known,
+        token_budget=token_budget,
+    )
+
+
+def token_projections(
+    model: Model,
+    rows: Sequence[tuple[int, ...]],
+    vectors: Sequence[PersonaVector],
+    *,
+    known: Callable[[Sequence[int], Bool[Tensor, "batch pos"]], KnownPass],
+    token_budget: int = 2048,
+) -> Iterator[tuple[int, Float[Tensor, "pos vector"]]]:
+    """Every row of token ids, by its index, with its tokens' scalar projections, in the order in which they ran.
+
+    Blocks above the highest layer that is wanted do not run, unless an intervention acts there, and nothing is
+    unembedded. `known` says of a batch, given its rows' indices and its mask, what interventions are told of it.
+    The vectors are the model's, which `check_vectors` has seen. Raises ValueError for activations that are not finite.
+    """
     above = [layer for each in attachments(model) for layer in each.layers]
-    with projected_residuals(model, vectors, allow_other_model=allow_other_model) as found:
+    with attached_projections(model, vectors) as found:
         # An intervention that never ran would be an error on leaving its context.
         highest = max([*found.layers, *above])
-        for batch in length_sorted_batches([len(segment.tokens) for _, segment in segments], token_budget):
-            ids, mask = pad([segments[place][1].tokens for place in batch], left=False)
-            known = _known([segments[place] for place in batch], mask)
-            forward(model, ids, mask, stop_after=highest, known=known)
+        for batch in length_sorted_batches([len(row) for row in rows], token_budget):
+            ids, mask = pad([rows[place] for place in batch], left=False)
+            forward(model, ids, mask, stop_after=highest, known=known(batch, mask))
             read = found.read()
             if not bool(read[mask].isfinite().all()):
                 layer = vectors[int((~read[mask].isfinite()).any(dim=0).nonzero()[0])].layer
@@ -175,7 +201,7 @@ def _projected(
                     f"The model's activations are not finite at layer {layer}. Load it with a wider dtype (float32)."
                 )
             for place, values in zip(batch, read, strict=True):
-                yield place, values[: len(segments[place][1].tokens)]
+                yield place, values[: len(rows[place])]
 
 
 def _known(segments: Sequence[tuple[int, Segment]], mask: Bool[Tensor, "batch pos"]) -> KnownPass:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from persona_lens.statistics import N_RESAMPLES, Estimate, question_resamples
 
-Projected = Literal["prompt", "response", "token"]
+Projected = Literal["prompt", "response", "token", "difference", "proxy"]
 Projections = Sequence[float] | Float[np.ndarray, " value"] | Float[Tensor, " value"]
 
 
@@ -47,7 +47,8 @@ class Threshold:
         trait: The vector's.
         layer: The vector's, counted from 0.
         fingerprint: The vector's: another vector's projections are on another scale.
-        of: What was projected: the last prompt token, the mean over a response, or every token.
+        of: What was projected: the last prompt token, the mean over a response, or every token; of training data also
+            the difference to the base model's response, or to the last prompt token (`proxy`).
         value: Projections above it are reported.
         percentile: Of the benign values, 0 to 100.
         interval: 95 % bootstrap interval of the value over chats; None where there is a single chat.

@@ -1,0 +1,155 @@
+"""What is done with a screening: samples flagged by projection, by a judge or by either, and splits to train on.
+
+The paper finds a projection filter and a judge complementary (arXiv:2507.21509, section K), and checks a ranking by
+finetuning on its highest, random and lowest samples (section L).
+Knows nothing about models.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from persona_lens.judges import Judge, score_rollouts
+from persona_lens.records import ensure_writable, write_whole
+from persona_lens.rollouts import Rollout
+from persona_lens.screening.samples import Sample
+from persona_lens.thresholds import Threshold
+from persona_lens.traits import Trait
+
+if TYPE_CHECKING:
+    import pandas
+
+    from persona_lens.screening.result import By, Screening
+
+Thresholds = float | Threshold | Mapping[str, float | Threshold]
+"""A threshold of the only vector, or one by the name of each vector that counts."""
+
+
+def judged(
+    found: "Screening", judge: Judge, trait: Trait, rows: Sequence[int] | None = None, *, progress: bool = True
+) -> "pandas.Series":
+    """A judge's trait scores, 0 to 100, of samples by their numbers (default: all); NaN where it gave none.
+
+    They are kept in the run's folder, one file a judge, and an interrupted call goes on there.
+    """
+    import pandas
+
+    rows = found.rows.index.tolist() if rows is None else list(rows)
+    name = hashlib.sha256(judge.name(trait).encode()).hexdigest()[:8]
+    rollouts = [_rollout(sample, trait) for sample in found.samples(rows)]
+    output = found.folder / f"judge-{name}.jsonl"
+    scored = score_rollouts(judge, trait, rollouts, output=output, progress=progress)
+    return pandas.Series([row.trait_score for row in scored], index=rows, name="judge", dtype=float)
+
+
+def _rollout(sample: Sample, trait: Trait) -> Rollout:
+    """A sample as judges take it, its row being its sample number, which makes its key its own."""
+    system = [message["content"] for message in sample.messages if message["role"] == "system"]
+    return Rollout(
+        trait=trait.name,
+        polarity="neutral",
+        instruction=None,
+        system_prompt="\n\n".join(system),
+        question=sample.messages[-1]["content"],
+        sample=sample.row,
+        response=sample.response,
+        response_tokens=None,
+        finish_reason="stop",
+        engine=f"data set {sample.dataset}",
+        seed=0,
+        condition=sample.dataset,
+    )
+
+
+def flagged(
+    found: "Screening",
+    thresholds: Thresholds,
+    *,
+    judged: "pandas.Series | None" = None,
+    judge_threshold: float = 50.0,
+    by: "By | None" = None,
+) -> "pandas.DataFrame":
+    """How many samples of each data set each filter takes out.
+
+    `projection` counts those above a threshold on any of the vectors, `judge` those whose judge's score is at least
+    `judge_threshold`, `union` and `both` those that either and both take; without a judge there is `projection` alone.
+    A sample without a score is not taken, and is counted in `unscored`.
+    """
+    import pandas
+
+    over: Any = flags(found, thresholds, by=by)
+    names = _named(found, thresholds)
+    known: Any = pandas.DataFrame({name: found.score(name, by).notna() for name in names}).all(axis=1)
+    rows: Any = found.rows
+    table = []
+    for dataset in found.datasets:
+        chosen: Any = rows.index[rows["dataset"] == dataset]
+        row = {"dataset": dataset, "n": len(chosen), "unscored": int((~known[chosen]).sum())}
+        row["projection"] = int(over[chosen].sum())
+        if judged is not None:
+            told = (judged.reindex(chosen) >= judge_threshold).to_numpy()
+            above = over[chosen].to_numpy()
+            row |= {"judge": int(told.sum()), "union": int((told | above).sum()), "both": int((told & above).sum())}
+        table.append(row)
+    return pandas.DataFrame(table)
+
+
+def flags(found: "Screening", thresholds: Thresholds, *, by: "By | None" = None) -> "pandas.Series":
+    """Whether each sample's score is above a threshold, on any of the vectors that have one."""
+    import pandas
+
+    over = pandas.Series(False, index=found.rows.index, name="flagged")
+    for name, threshold in _named(found, thresholds).items():
+        value = threshold.value if isinstance(threshold, Threshold) else threshold
+        over |= found.score(name, by) > value  # a missing score exceeds nothing
+    return over
+
+
+def _named(found: "Screening", thresholds: Thresholds) -> dict[str, float | Threshold]:
+    if isinstance(thresholds, Mapping):
+        return {found.vector(name): each for name, each in thresholds.items()}
+    return {found.vector(): thresholds}
+
+
+def write_split(
+    found: "Screening",
+    output: str | os.PathLike[str],
+    n: int,
+    *,
+    vector: str | None = None,
+    by: "By | None" = None,
+    rows: Sequence[int] | None = None,
+    seed: int = 0,
+) -> dict[str, Path]:
+    """The `n` samples that score highest, `n` random ones and the `n` lowest, as training data: three JSON-lines files.
+
+    Of each family of near-duplicates only the first counts. `rows` are the samples to choose among (default: all with
+    a score). Rows have `messages`, `id`, `dataset`, `line` and `score`. Raises ValueError where there are fewer than
+    2n samples, so that highest and lowest would overlap.
+    """
+    ranked: Any = found.ranking(vector, by)
+    ranked = ranked[ranked["family"] == ranked.index]
+    if rows is not None:
+        ranked = ranked[ranked.index.isin(list(rows))]
+    if n < 1 or len(ranked) < 2 * n:
+        raise ValueError(f"A split of {n} needs {2 * n} different samples with a score, got {len(ranked)}: lower n.")
+    drawn = np.random.default_rng(seed).choice(len(ranked), size=n, replace=False)
+    chosen = {"high": ranked.iloc[:n], "random": ranked.iloc[np.sort(drawn)], "low": ranked.iloc[-n:]}
+    folder = Path(output)
+    ensure_writable(folder / "high.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: dict[str, Path] = {}
+    for name, part in chosen.items():
+        lines = [
+            {"messages": sample.conversation, "id": sample.id, "dataset": sample.dataset, "line": sample.line}
+            | {"score": float(score)}
+            for sample, score in zip(found.samples(part.index.tolist()), part["score"], strict=True)
+        ]
+        paths[name] = folder / f"{name}.jsonl"
+        write_whole(paths[name], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    return paths

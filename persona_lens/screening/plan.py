@@ -1,0 +1,130 @@
+"""The plan of a screening: samples as token ids, filtered, drawn and cut into units, with what was left out and why.
+
+It is made once, in one pass over the data, and everything after it reads the plan: a run that was interrupted, its
+shards and its workers need the data no more (arXiv:2507.21509, sections 6 and L).
+Knows tokenizers; knows nothing about models or vectors.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from persona_lens.records import JsonLines, alone, write_json
+from persona_lens.screening.families import Seen
+from persona_lens.screening.planning import Choices, Planner, Room
+from persona_lens.screening.samples import Rejection, Rows, Sample, Turns, fingerprint, stream_samples
+from persona_lens.screening.units import PlannedRow, cut_units, read_unit, write_units
+
+PLAN, REJECTS, SETTINGS = "plan", "rejects.jsonl", "settings.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Units in a folder.
+
+    Attributes:
+        folder: Where they stand.
+        n_units: How many there are.
+        n_rows: How many samples they hold.
+        counts: What became of every row that was read: `read`, `rejected` by kind, `left_out` by reason, `cut`,
+            `planned`, and how many `repeated` an earlier response nearly word for word.
+    """
+
+    folder: Path
+    n_units: int
+    n_rows: int
+    counts: Mapping[str, Any] = field(repr=False)
+
+    def unit(self, number: int) -> list[PlannedRow]:
+        """The rows of a unit, counted from 0."""
+        return read_unit(self.folder, number)
+
+
+def read_plan(output: Path) -> Plan:
+    """The plan of a run's folder; raises FileNotFoundError where it has none."""
+    folder = output / PLAN
+    if not (folder / "plan.json").exists():
+        raise FileNotFoundError(f"{output} holds no screening: make one with `screen`.")
+    made = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    return Plan(folder, made["units"], made["rows"], made["counts"])
+
+
+def make_plan(
+    tokenizer: Any,
+    room: Room,
+    datasets: Mapping[str, Rows],
+    choices: Choices,
+    settings: Mapping[str, Any],
+    output: Path,
+    *,
+    progress: bool = True,
+) -> Plan:
+    """The plan of a run, from its folder where it stands there; several processes may ask for it at once.
+
+    `settings` is everything that shapes the run. Raises ValueError where the folder holds another run, and where no
+    sample is left to screen.
+    """
+    given = [{"name": name, "fingerprint": fingerprint(rows)} for name, rows in datasets.items()]
+    wanted = json.loads(json.dumps({**settings, **asdict(choices), "datasets": given}))
+    output.mkdir(parents=True, exist_ok=True)
+    with alone(output / ".plan.lock"):
+        refuse_other_run(output, wanted)
+        if not (output / PLAN).exists():
+            _make(tokenizer, room, datasets, choices, output, progress)
+            write_json(output / SETTINGS, wanted)
+    return read_plan(output)
+
+
+def refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first difference, where a folder holds a run with other settings."""
+    if not (output / SETTINGS).exists():
+        if any(output.glob("scored*.jsonl")) or (output / "scores.parquet").exists():
+            raise ValueError(f"{output} holds scores without their settings: choose another folder.")
+        # Made up to its very end, and interrupted there.
+        shutil.rmtree(output / PLAN, ignore_errors=True)
+        return
+    kept = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    for name in (*wanted, *kept):
+        if kept.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{output} holds a screening with another {name} ({kept.get(name)!r}, now {wanted.get(name)!r}): "
+                "choose another folder, or the same settings to go on."
+            )
+
+
+def _make(
+    tokenizer: Any, room: Room, datasets: Mapping[str, Rows], choices: Choices, output: Path, progress: bool
+) -> None:
+    unfinished = output / f".{PLAN}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (output / REJECTS).unlink(missing_ok=True)
+    unfinished.mkdir()
+    planner = Planner(tokenizer, room, choices, JsonLines(output / REJECTS))
+    turns = Turns(choices.first_turn, choices.given_base)
+    with (
+        tqdm(desc="plan", unit="row", disable=not progress) as bar,
+        closing(Seen(unfinished / "seen.sqlite")) as seen,
+    ):
+        rows = planner.planned(_counted(stream_samples(datasets, turns), bar), seen)
+        if choices.sample is not None:
+            rows = planner.drawn(rows, choices.sample, unfinished / "spool.arrow")
+        n_units, n_rows = write_units(unfinished / PLAN, cut_units(planner.with_families(rows, seen)))
+        planner.flush()
+    if not n_rows:
+        raise ValueError(f"No sample is left to screen: {planner.in_words()}. {output / REJECTS} lists rejected rows.")
+    made = {"units": n_units, "rows": n_rows, "counts": planner.counts(n_rows)}
+    write_json(unfinished / PLAN / "plan.json", made)
+    (unfinished / PLAN).rename(output / PLAN)
+    unfinished.rmdir()
+
+
+def _counted(rows: Iterable[Sample | Rejection], bar: Any) -> Iterator[Sample | Rejection]:
+    for row in rows:
+        yield row
+        bar.update()

@@ -1,0 +1,183 @@
+"""The scores of a unit: projections of the response, of the last prompt token and of the base model's own response.
+
+A sample's projection difference is [a_l(x, y) - a_l(x, y')] . v / |v|, where a_l is the mean over the response's tokens
+of the residual stream after block l, y the response and y' what the base model itself answers, greedily
+(arXiv:2507.21509, section 6). Blocks above the highest layer that is wanted do not run.
+Knows nothing about files: planned rows come in, numbers go out.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from persona_lens.activations import check_vectors
+from persona_lens.chat import ChatTokens, UnclosedBlock, averaged_from, encode
+from persona_lens.clients import ChatRequest, OpenAIClient
+from persona_lens.generation import generate
+from persona_lens.models import KnownPass, Model
+from persona_lens.monitoring import token_projections
+from persona_lens.screening.units import UNIT_ROWS, PlannedRow
+from persona_lens.vectors import PersonaVector
+
+BaseName = Literal["generate", "given", "proxy", "none"]
+Base = BaseName | OpenAIClient
+"""Where base responses come from: the model itself, the data, nowhere, or a model on a server."""
+
+
+class RowScore(NamedTuple):
+    """What was measured of a row; projections stand in the order of the vectors."""
+
+    row: int
+    response: tuple[float, ...]
+    prompt: tuple[float, ...]
+    base: tuple[float, ...] | None
+    """None where the row has no base response, or an empty one."""
+    base_tokens: int | None
+    base_response: str | None
+    """The base response where it was made here."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Whatever scores units."""
+
+    def score(self, rows: Sequence[PlannedRow]) -> list[RowScore]:
+        """The scores of all rows of a unit, in their order."""
+        ...
+
+
+class _BaseAnswer(NamedTuple):
+    tokens: ChatTokens
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How units are scored, whoever does it.
+
+    Attributes:
+        vectors: Of any traits and layers.
+        base: Where base responses come from.
+        max_new_tokens: Their length limit where they are made.
+        after: Average only what follows this text.
+        token_budget: Padded tokens of a forward pass.
+        allow_other_model: Accept vectors of an unrelated model of equal shape.
+    """
+
+    vectors: Sequence[PersonaVector]
+    base: Base = "generate"
+    max_new_tokens: int = 256
+    after: str | None = None
+    token_budget: int = 2048
+    allow_other_model: bool = False
+
+    @property
+    def makes_base(self) -> bool:
+        """Whether base responses are made here."""
+        return self.base not in ("given", "proxy", "none")
+
+
+class ModelScorer:
+    """Scores units with a model; interventions that are attached to it act.
+
+    Raises ValueError for a vector that is not the model's.
+    """
+
+    def __init__(self, model: Model, how: Scoring):
+        check_vectors(model, how.vectors, allow_other_model=how.allow_other_model)
+        self.model, self.how = model, how
+
+    def score(self, rows: Sequence[PlannedRow]) -> list[RowScore]:
+        """The scores of all rows of a unit, in their order."""
+        answers = self._answers([row for row in rows if row.wants_base])
+        asked = list(answers)
+        chats = [row.tokens for row in rows] + [answers[row].tokens for row in asked]
+        read = self._read(chats)
+        based = dict(zip(asked, read[len(rows) :], strict=True))
+        scores = []
+        for row, found in zip(rows, read, strict=False):
+            assert found.response is not None, "a planned row has a token to average"
+            answer, base = answers.get(row.row), based.get(row.row)
+            scores.append(
+                RowScore(
+                    row.row,
+                    found.response,
+                    found.prompt,
+                    None if base is None else base.response,
+                    None if answer is None else len(answer.tokens.response),
+                    None if answer is None else answer.text,
+                )
+            )
+        return scores
+
+    def _read(self, chats: Sequence[ChatTokens]) -> list["_Read"]:
+        """The projections of chats: of the last prompt token, and the mean over the averaged ones."""
+
+        def known(batch: Sequence[int], mask: Bool[Tensor, "batch pos"]) -> KnownPass:
+            place = torch.arange(mask.shape[1])
+            starts = torch.tensor([[len(chats[index].prompt)] for index in batch])
+            return KnownPass(prompt=mask & (place < starts), response=mask & (place >= starts - 1))
+
+        found: dict[int, _Read] = {}
+        ids = [chat.prompt + chat.response for chat in chats]
+        for index, values in token_projections(
+            self.model, ids, self.how.vectors, known=known, token_budget=self.how.token_budget
+        ):
+            start = len(chats[index].prompt)
+            said = values[start + chats[index].skip :]
+            mean = tuple(said.double().mean(dim=0).tolist()) if len(said) else None
+            found[index] = _Read(tuple(values[start - 1].tolist()), mean)
+        return [found[index] for index in range(len(chats))]
+
+    def _answers(self, rows: Sequence[PlannedRow]) -> dict[int, _BaseAnswer]:
+        """The base model's response to each row's prompt, by the row's number; an empty one has no token."""
+        if not rows or self.how.base in ("proxy", "none"):
+            return {}
+        if self.how.base == "given":
+            return {row.row: self._answer(row, tuple(row.base or ()), None) for row in rows}
+        # A prompt that stands in a unit many times is answered once.
+        prompts = {tuple(row.prompt): row for row in rows}
+        if isinstance(self.how.base, OpenAIClient):
+            texts = self._served(self.how.base, list(prompts.values()))
+            tokens = [encode(self.model.tokenizer, text) for text in texts]
+        else:
+            said = generate(
+                self.model,
+                list(prompts),
+                max_new_tokens=self.how.max_new_tokens,
+                temperature=0,
+                batch_rows=UNIT_ROWS,
+            )
+            tokens = [each.tokens for each in said]
+            texts = [self.model.tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
+        by_prompt = dict(zip(prompts, zip(tokens, texts, strict=True), strict=True))
+        return {row.row: self._answer(row, *by_prompt[tuple(row.prompt)]) for row in rows}
+
+    def _answer(self, row: PlannedRow, tokens: tuple[int, ...], text: str | None) -> _BaseAnswer:
+        # Cut to what the context holds, as the base model itself would have stopped.
+        tokens = tokens[: int(self.model.cfg.n_ctx) - len(row.prompt)]
+        try:
+            skip = averaged_from(self.model.tokenizer, tokens, self.how.after)
+        except UnclosedBlock:
+            skip = len(tokens)
+        return _BaseAnswer(ChatTokens(tuple(row.prompt), tokens, skip), text)
+
+    def _served(self, client: OpenAIClient, rows: Sequence[PlannedRow]) -> list[str]:
+        requests = [
+            ChatRequest(
+                tuple(json.loads(row.text)["messages"]), max_tokens=self.how.max_new_tokens, temperature=0.0, seed=0
+            )
+            for row in rows
+        ]
+        found = dict(client.complete_each(requests))
+        return [found[index].text for index in range(len(rows))]
+
+
+class _Read(NamedTuple):
+    prompt: tuple[float, ...]
+    response: tuple[float, ...] | None

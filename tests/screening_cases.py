@@ -1,0 +1,94 @@
+"""Chats to screen, and the score of each by the obvious way: one row, one forward pass of the plain Hugging Face model.
+
+persona_lens is imported as a function runs: the jaxtyping hook instruments the package as it is first imported.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests import naive
+
+QUIET: dict[str, Any] = {"progress": False}
+SYSTEM = {"role": "system", "content": "You are kind."}
+QUESTIONS = ["What is the sea?", "How are you?", "Why?", "Tell me about ten people.", "Who are they?"]
+ANSWERS = [
+    "It is deep, and it is cold.",
+    "Go away",
+    "Listen first, and then say what you think; make them pay for it, seven times.",
+    "I would not trust them!",
+    "One two three four five six",
+    "No.",
+    "Be kind to a friend who lies to you, and ask what you should do.",
+]
+
+
+def chat(question: str, answer: str, system: bool = True) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [SYSTEM, *turns] if system else turns
+
+
+def rows(n: int = 12, **fields: Any) -> list[dict[str, Any]]:
+    """Rows of many lengths; some prompts stand in several."""
+    return [
+        {"messages": chat(QUESTIONS[number % len(QUESTIONS)], ANSWERS[number % len(ANSWERS)]), **fields}
+        for number in range(n)
+    ]
+
+
+def write_rows(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def pair_of_vectors(model: Any) -> list[Any]:
+    """Two vectors, at different layers below the top one."""
+    from tests.intervention_cases import some_vectors
+
+    return [some_vectors(model, "evil").at(1), some_vectors(model, "kind", seed=5).at(0)]
+
+
+def tokens(tokenizer: Any, messages: list[dict[str, str]], response: str) -> naive.Row:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    encode = lambda each: tokenizer(each, add_special_tokens=False).input_ids  # noqa: E731
+    return encode(text), encode(response)
+
+
+def projection(hf_model: Any, row: naive.Row, vector: Any, position: str = "response_mean") -> float:
+    """The scalar projection of the mean over a row's response, or of its last prompt token."""
+    mean = naive.stream_mean(hf_model, row, position)[vector.layer + 1]
+    direction = vector.direction.double()
+    return float(mean @ direction / direction.norm())
+
+
+def slow_difference(hf_model: Any, tokenizer: Any, row: dict[str, Any], base: Any, vector: Any) -> float:
+    """The projection difference of one row; `base` is the base model's response, as text or token ids."""
+    prompt, response = tokens(tokenizer, row["messages"][:-1], row["messages"][-1]["content"])
+    own = tokenizer(base, add_special_tokens=False).input_ids if isinstance(base, str) else base
+    return projection(hf_model, (prompt, response), vector) - projection(hf_model, (prompt, own), vector)
+
+
+def greedy_base(hf_model: Any, tokenizer: Any, row: dict[str, Any], steps: int) -> list[int]:
+    prompt, _ = tokens(tokenizer, row["messages"][:-1], "")
+    return naive.greedy(hf_model, prompt, steps, {tokenizer.eos_token_id})
+
+
+class StubScorer:
+    """Numbers from the tokens alone, by hand; may stop after so many units."""
+
+    def __init__(self, n_vectors: int = 1, stop_after: int | None = None):
+        self.n_vectors, self.left = n_vectors, stop_after
+
+    def score(self, planned: Any) -> list[Any]:
+
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return [self._score(row) for row in planned]
+
+    def _score(self, row: Any) -> Any:
+        from persona_lens.screening import RowScore
+
+        value = sum(row.response) / len(row.response)
+        return RowScore(row.row, (value,) * self.n_vectors, (float(row.prompt[-1]),) * self.n_vectors, None, None, None)
