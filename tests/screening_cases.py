@@ -4,6 +4,8 @@ persona_lens is imported as a function runs: the jaxtyping hook instruments the 
 """
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,12 @@ def tokens(tokenizer: Any, messages: list[dict[str, str]], response: str) -> nai
 
 def projection(hf_model: Any, row: naive.Row, vector: Any, position: str = "response_mean") -> float:
     """The scalar projection of the mean over a row's response, or of its last prompt token."""
-    mean = naive.stream_mean(hf_model, row, position)[vector.layer + 1]
+    prompt, response = row
+    # Of the oracle's own mean every layer would be added up token by token.
+    stream = naive.residual_stream(hf_model, [*prompt, *response])[vector.layer + 1]
+    read = stream[len(prompt) :] if position == "response_mean" else stream[len(prompt) - 1 : len(prompt)]
     direction = vector.direction.double()
-    return float(mean @ direction / direction.norm())
+    return float(read.mean(dim=0) @ direction / direction.norm())
 
 
 def slow_difference(hf_model: Any, tokenizer: Any, row: dict[str, Any], base: Any, vector: Any) -> float:
@@ -92,3 +97,16 @@ class StubScorer:
 
         value = sum(row.response) / len(row.response)
         return RowScore(row.row, (value,) * self.n_vectors, (float(row.prompt[-1]),) * self.n_vectors, None, None, None)
+
+
+class SlowStub(StubScorer):
+    """A stub that takes a while for each unit, and says in a folder which process it runs in."""
+
+    def __init__(self, folder: Path, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+        (folder / str(os.getpid())).touch()
+
+    def score(self, planned: Any) -> list[Any]:
+        time.sleep(self.seconds)
+        return super().score(planned)

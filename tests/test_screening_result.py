@@ -152,7 +152,11 @@ def test_a_judge_scores_samples_once_and_from_the_folder_afterwards(planted, mon
     judge = ClassifierJudge(TextClassifier.fit(*texts, groups=[str(n % 10) for n in range(40)], labels=("bad", "good")))
     scores = found.judged(judge, load_trait("evil"), **QUIET)
     assert [score > 50 for score in scores] == [True, False, True] * 4
-    monkeypatch.setattr(ClassifierJudge, "score", None)
+
+    def asked_again(*_, **__):
+        raise AssertionError("the judge was asked again")
+
+    monkeypatch.setattr(ClassifierJudge, "score", asked_again)
     assert found.judged(judge, load_trait("evil"), **QUIET).tolist() == scores.tolist()
 
 

@@ -1,0 +1,67 @@
+"""Screening on the embedded model and real rows: moods that an LLM wrote, against the plain Hugging Face model."""
+
+import pytest
+import torch
+
+from persona_lens.experiments.moods import load_moods
+from persona_lens.screening import screen
+from persona_lens.vectors import PersonaVectors
+from tests import naive
+from tests.screening_cases import QUIET, projection, slow_difference, tokens
+
+NEUTRAL = {"role": "system", "content": "You are a helpful assistant."}
+CLOSE = 2e-3  # float32; the residual stream's norm is about 100
+
+
+@pytest.fixture(scope="module")
+def real_rows():
+    moods = load_moods()
+    chosen = [*moods["depressed"][:25], *moods["happy"][:25]]
+    return [
+        {
+            "id": f"{row.mood}/{row.id}",
+            "messages": [
+                NEUTRAL,
+                {"role": "user", "content": row.prompt},
+                {"role": "assistant", "content": row.response},
+            ],
+        }
+        for row in chosen
+    ]
+
+
+@pytest.fixture(scope="module")
+def vector(embedded_bridge):
+    """Any direction will do: the formula is what is compared."""
+    cfg = embedded_bridge.cfg
+    rows = torch.randn(cfg.n_layers, cfg.d_model, generator=torch.Generator().manual_seed(0))
+    return PersonaVectors.from_directions(rows, trait="any", model=embedded_bridge).at(14)
+
+
+def test_fifty_real_rows_have_the_difference_of_the_naive_formula(
+    embedded_bridge, embedded_hf_model, real_rows, vector, tmp_path
+):
+    tokenizer = embedded_bridge.tokenizer
+    others = [row["messages"][-1]["content"] for row in real_rows]
+    given = [{**row, "base_response": others[place - 1]} for place, row in enumerate(real_rows)]
+    found = screen(embedded_bridge, given, vector, output=tmp_path / "run", base="given", **QUIET)
+    slow = [slow_difference(embedded_hf_model, tokenizer, row, row["base_response"], vector) for row in given]
+    assert found.score().tolist() == pytest.approx(slow, abs=CLOSE)
+    proxies = found.score(by="proxy")
+    for row in (0, 17, 49):
+        pair = tokens(tokenizer, given[row]["messages"][:-1], given[row]["messages"][-1]["content"])
+        last = projection(embedded_hf_model, pair, vector, "prompt_last")
+        assert proxies[row] == pytest.approx(projection(embedded_hf_model, pair, vector) - last, abs=CLOSE)
+
+
+def test_the_base_response_that_is_made_is_the_models_greedy_one(
+    embedded_bridge, embedded_hf_model, real_rows, vector, tmp_path
+):
+    found = screen(embedded_bridge, real_rows[:3], vector, output=tmp_path / "run", max_new_tokens=8, **QUIET)
+    tokenizer = embedded_bridge.tokenizer
+    for row, sample in zip(real_rows[:3], found.samples([0, 1, 2]), strict=True):
+        prompt, _ = tokens(tokenizer, row["messages"][:-1], "")
+        said = naive.greedy(embedded_hf_model, prompt, 8, {tokenizer.eos_token_id})
+        assert sample.base_response == tokenizer.decode(said, skip_special_tokens=True)
+        slow = slow_difference(embedded_hf_model, tokenizer, row, said, vector)
+        assert found.score()[sample.row] == pytest.approx(slow, abs=CLOSE)
