@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
-from benchmarks import clients, extraction, finetuning, live, steering
+from benchmarks import clients, extraction, finetuning, live, screening, steering
 from benchmarks.comparison import Comparison
 from benchmarks.report import as_json, show
 
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Comparison]]] = {
     "layer-sweep": steering.layer_sweep,
     "live-monitoring": live.live_monitoring,
     "training-step": finetuning.training_step,
+    "screening-layers": screening.screening_layers,
     "client-throughput": clients.client_throughput,
 }
 

@@ -11,6 +11,7 @@ The pipeline, each step a function of its own:
     with steer(model, vector, coefficient=2.0): ...     # or ablate, cap, or intervene with several
     vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))
     tuned   = finetune(model, "chats.jsonl", during=[Steer(vector, 2.0)])    # preventative steering
+    found   = screen(model, "chats.jsonl", vector, output="runs/screen")     # what training on these chats would do
     shift   = finetuning_shift(model, tuned.adapter, trait, vectors)     # and `with adapted(model, tuned.adapter): ...`
 """
 
@@ -76,6 +77,7 @@ _HOMES = {
     ],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
     "persona_lens.rollouts": ["Rollout", "ServerEngine", "read_rollouts", "sample_rollouts"],
+    "persona_lens.screening": ["Screening", "read_screening", "screen"],
     "persona_lens.shift": ["FinetuningShift", "finetuning_shift"],
     "persona_lens.thresholds": [
         "Detection",
@@ -156,6 +158,7 @@ if TYPE_CHECKING:
     )
     from persona_lens.responses import read_messages, read_reference_csv
     from persona_lens.rollouts import Rollout, ServerEngine, read_rollouts, sample_rollouts
+    from persona_lens.screening import Screening, read_screening, screen
     from persona_lens.shift import FinetuningShift, finetuning_shift
     from persona_lens.thresholds import (
         Detection,
@@ -205,6 +208,7 @@ __all__ = [
     "Safeguard",
     "Score",
     "ScoredRollout",
+    "Screening",
     "SentimentJudge",
     "ServerEngine",
     "Steer",
@@ -266,10 +270,12 @@ __all__ = [
     "read_reference_csv",
     "read_reference_trait",
     "read_rollouts",
+    "read_screening",
     "read_transcripts",
     "sample_rollouts",
     "save_thresholds",
     "score_rollouts",
+    "screen",
     "select_layer",
     "show_tokens",
     "steer",

@@ -1,0 +1,182 @@
+"""Screening at size: a million rows with flat memory, and real rows under Ray whose processes are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet
+import pytest
+
+from persona_lens.experiments.moods import load_moods
+from persona_lens.records import JsonLines
+from persona_lens.screening import finish, screen
+from persona_lens.screening.plan import make_plan, read_plan
+from persona_lens.screening.planning import Choices, Room
+from persona_lens.screening.run import score_here, score_units
+from persona_lens.screening.scores import scored_units, write_table
+from persona_lens.vectors import PersonaVectors
+from tests.screening_cases import QUIET, StubScorer
+
+N_ROWS = 1_000_000
+NEUTRAL = {"role": "system", "content": "You are a helpful assistant."}
+# Below what a list of the rows' numbers alone would take: 8 bytes a row are 0.8 MB in 100,000.
+FLAT = 1.0
+
+pytestmark = pytest.mark.soak
+
+
+def mood_rows(n: int) -> list[dict[str, Any]]:
+    rows = [row for mood in load_moods().values() for row in mood][:n]
+    return [
+        {
+            "id": f"{row.mood}/{row.id}",
+            "messages": [
+                NEUTRAL,
+                {"role": "user", "content": row.prompt},
+                {"role": "assistant", "content": row.response},
+            ],
+        }
+        for row in rows
+    ]
+
+
+class Memory:
+    """Resident memory as rows go by."""
+
+    def __init__(self) -> None:
+        self.process, self.rows, self.found = psutil.Process(), [], []
+
+    def note(self, row: int) -> None:
+        self.rows.append(row)
+        self.found.append(self.process.memory_info().rss / 2**20)
+
+    @property
+    def slope(self) -> float:
+        """MB for each 100,000 rows, over all but the first fifth, which fills caches."""
+        rows, found = np.array(self.rows), np.array(self.found)
+        settled = rows > rows[-1] / 5
+        return float(np.polyfit(rows[settled], found[settled], 1)[0] * 100_000)
+
+
+def mixture(memory: Memory) -> Iterator[dict[str, Any]]:
+    """Synthetic rows of many lengths: parts of real responses, shuffled by number, so that few are repeats."""
+    texts = [row["messages"] for row in mood_rows(2500)]
+    for number in range(N_ROWS):
+        if number % 10_000 == 0:
+            memory.note(number)
+        messages = texts[number % len(texts)]
+        words = texts[number * 7919 % len(texts)][-1]["content"].split()
+        start = number % max(1, len(words) - 20)
+        said = " ".join(words[start : start + 5 + number % 40]) + f" {number}"
+        yield {"messages": [*messages[:-1], {"role": "assistant", "content": said}], "id": number}
+
+
+class CountingStub(StubScorer):
+    def __init__(self, memory: Memory, stop_after: int | None = None):
+        super().__init__(stop_after=stop_after)
+        self.memory, self.scored, self.noted = memory, 0, 0
+
+    def score(self, planned: Any) -> list[Any]:
+        found = super().score(planned)
+        self.scored += len(found)
+        if self.scored - self.noted >= 10_000:
+            self.noted = self.scored
+            self.memory.note(self.scored)
+        return found
+
+
+def test_a_million_rows_take_no_more_memory_than_a_few_and_resume(embedded_directory, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_directory)
+    planning, scoring = Memory(), Memory()
+    settings = {"vectors": ["any@14"], "fingerprints": ["none"], "base": "proxy"}
+    began = time.process_time()
+    plan = make_plan(tokenizer, Room(8192), {"mix": mixture(planning)}, Choices(), settings, tmp_path, **QUIET)
+    planned = time.process_time() - began
+    assert plan.n_rows == N_ROWS
+    with pytest.raises(KeyboardInterrupt):
+        score_units(tmp_path, plan, score_here(CountingStub(Memory(), stop_after=plan.n_units // 3), plan), **QUIET)
+    assert len(scored_units(tmp_path)) == plan.n_units // 3
+    score_units(tmp_path, plan, score_here(CountingStub(scoring), plan), **QUIET)
+    before = psutil.Process().memory_info().rss
+    write_table(tmp_path, plan, ["any@14"])
+    joining = (psutil.Process().memory_info().rss - before) / 2**20
+    table = pyarrow.parquet.ParquetFile(tmp_path / "scores.parquet")
+    seen = 0
+    for batch in table.iter_batches(columns=["row", "any@14.response"]):
+        rows = batch.column("row").to_numpy()
+        assert (rows == np.arange(seen, seen + len(rows))).all()  # each once, in order
+        seen += len(rows)
+    assert seen == N_ROWS
+    print(f"{plan.n_units} units; planned in {planned:.0f} s, all in {time.process_time() - began:.0f} s of CPU time")
+    print(
+        f"RSS for 100,000 rows: planning {planning.slope:.2f} MB, scoring {scoring.slope:.2f} MB; join {joining:.0f} MB"
+    )
+    assert planning.slope < FLAT
+    assert scoring.slope < FLAT
+
+
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+from persona_lens import load_model
+from persona_lens.screening import screen
+from tests.test_screening_soak import arguments
+if __name__ == "__main__":
+    model = load_model()
+    data, vectors, choices = arguments(model, sys.argv[2])
+    screen(model, data, vectors, output=sys.argv[1], actors=2, progress=False, **choices)
+"""
+
+
+def arguments(model: Any, base: str) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+
+    rows = torch.randn(model.cfg.n_layers, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    vectors = PersonaVectors.from_directions(rows, trait="any", model=model)
+    data = mood_rows(2000 if base == "proxy" else 100)
+    return data, [vectors.at(14), vectors.at(9)], {"base": base, "max_new_tokens": 32}
+
+
+@pytest.mark.parametrize("base", ["proxy", "generate"])
+def test_real_rows_under_actors_whose_processes_are_killed_are_those_of_the_plain_loop(embedded_bridge, tmp_path, base):
+    data, vectors, choices = arguments(embedded_bridge, base)
+    plain = screen(embedded_bridge, data, vectors, output=tmp_path / "plain", **choices, **QUIET)
+    folder = tmp_path / "ray"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), base]
+    n_units = read_plan(plain.folder).n_units
+
+    def wait_for(process: subprocess.Popen[bytes], units: int) -> None:
+        while process.poll() is None and len(scored_units(folder)) < units:
+            time.sleep(0.2)
+        assert process.poll() is None, "it ended before it could be killed"
+
+    driver = subprocess.Popen(command, env=environment)
+    wait_for(driver, max(1, n_units // 5))
+    worker = next(each for each in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(each.info["cmdline"]))
+    worker.send_signal(signal.SIGKILL)
+    wait_for(driver, max(2, n_units // 2))
+    driver.kill()
+    driver.wait()
+    kept = len(scored_units(folder))
+    assert 0 < kept < n_units
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    lines = list(JsonLines(folder / "scored.jsonl").stream())
+    assert sorted(line["unit"] for line in lines) == list(range(n_units))
+    assert (folder / "scores.parquet").read_bytes() == (plain.folder / "scores.parquet").read_bytes()
+    assert (
+        json.loads((folder / "summary.json").read_text())["scores"]
+        == json.loads((plain.folder / "summary.json").read_text())["scores"]
+    )
+    assert finish(folder).rows.equals(plain.rows)
+    print(f"{base}: {len(data)} rows in {n_units} units, {kept} of them kept by the killed driver")
