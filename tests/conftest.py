@@ -144,6 +144,12 @@ def tiny_model(model_class: str, make_tiny_model: Callable[..., Any], built: dic
 
 
 @pytest.fixture(scope="session")
+def tiny_bridge(make_tiny_model: Callable[..., Any], built: dict[Any, Any]) -> Any:
+    """`tiny_model` as a TransformerBridge, for tests that need no second class."""
+    return _shared(built, ("llama", "TransformerBridge"), lambda: make_tiny_model("TransformerBridge"))
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2(model_class: str, make_tiny_model: Callable[..., Any], tiny_hf_gpt2: Any, built: dict[Any, Any]) -> Any:
     """A random GPT-2 of 3 layers in float64 (LayerNorm, learned positions), in each class."""
     return _shared(built, ("gpt2", model_class), lambda: make_tiny_model(model_class, tiny_hf_gpt2))

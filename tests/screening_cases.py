@@ -38,6 +38,26 @@ def rows(n: int = 12, **fields: Any) -> list[dict[str, Any]]:
     ]
 
 
+def mood_rows(n: int, moods: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Real rows: the first `n` of each mood (default: of all nine), which an LLM wrote."""
+    from persona_lens.experiments.moods import load_moods
+
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    return [
+        {
+            "id": f"{mood}/{row.id}",
+            "messages": [
+                system,
+                {"role": "user", "content": row.prompt},
+                {"role": "assistant", "content": row.response},
+            ],
+        }
+        for mood, each in load_moods().items()
+        if not moods or mood in moods
+        for row in each[:n]
+    ]
+
+
 def write_rows(path: Path, lines: list[Any]) -> Path:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return path

@@ -3,31 +3,18 @@
 import pytest
 import torch
 
-from persona_lens.experiments.moods import load_moods
+from persona_lens.clients import OpenAIClient
 from persona_lens.screening import screen
 from persona_lens.vectors import PersonaVectors
 from tests import naive
-from tests.screening_cases import QUIET, projection, slow_difference, tokens
+from tests.screening_cases import QUIET, mood_rows, projection, slow_difference, tokens
 
-NEUTRAL = {"role": "system", "content": "You are a helpful assistant."}
 CLOSE = 2e-3  # float32; the residual stream's norm is about 100
 
 
 @pytest.fixture(scope="module")
 def real_rows():
-    moods = load_moods()
-    chosen = [*moods["depressed"][:25], *moods["happy"][:25]]
-    return [
-        {
-            "id": f"{row.mood}/{row.id}",
-            "messages": [
-                NEUTRAL,
-                {"role": "user", "content": row.prompt},
-                {"role": "assistant", "content": row.response},
-            ],
-        }
-        for row in chosen
-    ]
+    return mood_rows(25, moods=("depressed", "happy"))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +25,7 @@ def vector(embedded_bridge):
     return PersonaVectors.from_directions(rows, trait="any", model=embedded_bridge).at(14)
 
 
+@pytest.mark.slow  # the oracle runs a hundred whole forward passes
 def test_fifty_real_rows_have_the_difference_of_the_naive_formula(
     embedded_bridge, embedded_hf_model, real_rows, vector, tmp_path
 ):
@@ -65,3 +53,17 @@ def test_the_base_response_that_is_made_is_the_models_greedy_one(
         assert sample.base_response == tokenizer.decode(said, skip_special_tokens=True)
         slow = slow_difference(embedded_hf_model, tokenizer, row, said, vector)
         assert found.score()[sample.row] == pytest.approx(slow, abs=CLOSE)
+
+
+def test_a_server_may_give_the_base_responses(
+    embedded_bridge, embedded_hf_model, llama_server, real_rows, vector, tmp_path
+):
+    client = OpenAIClient("smollm2-135m-instruct", base_url=llama_server)
+    choices = {"base": client, "max_new_tokens": 8, **QUIET}
+    found = screen(embedded_bridge, real_rows[:2], vector, output=tmp_path / "run", **choices)
+    for row, sample in zip(real_rows[:2], found.samples([0, 1]), strict=True):
+        assert sample.base_response
+        slow = slow_difference(embedded_hf_model, embedded_bridge.tokenizer, row, sample.base_response, vector)
+        assert found.score()[sample.row] == pytest.approx(slow, abs=CLOSE)
+    assert found.by == "difference"
+    assert "on the server" in found.base

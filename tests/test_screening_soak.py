@@ -15,7 +15,6 @@ import psutil
 import pyarrow.parquet
 import pytest
 
-from persona_lens.experiments.moods import load_moods
 from persona_lens.records import JsonLines
 from persona_lens.screening import finish, screen
 from persona_lens.screening.plan import make_plan, read_plan
@@ -23,29 +22,13 @@ from persona_lens.screening.planning import Choices, Room
 from persona_lens.screening.run import score_here, score_units
 from persona_lens.screening.scores import scored_units, write_table
 from persona_lens.vectors import PersonaVectors
-from tests.screening_cases import QUIET, StubScorer
+from tests.screening_cases import QUIET, StubScorer, mood_rows
 
 N_ROWS = 1_000_000
-NEUTRAL = {"role": "system", "content": "You are a helpful assistant."}
 # Below what a list of the rows' numbers alone would take: 8 bytes a row are 0.8 MB in 100,000.
 FLAT = 1.0
 
 pytestmark = pytest.mark.soak
-
-
-def mood_rows(n: int) -> list[dict[str, Any]]:
-    rows = [row for mood in load_moods().values() for row in mood][:n]
-    return [
-        {
-            "id": f"{row.mood}/{row.id}",
-            "messages": [
-                NEUTRAL,
-                {"role": "user", "content": row.prompt},
-                {"role": "assistant", "content": row.response},
-            ],
-        }
-        for row in rows
-    ]
 
 
 class Memory:
@@ -68,7 +51,7 @@ class Memory:
 
 def mixture(memory: Memory) -> Iterator[dict[str, Any]]:
     """Synthetic rows of many lengths: parts of real responses, shuffled by number, so that few are repeats."""
-    texts = [row["messages"] for row in mood_rows(2500)]
+    texts = [row["messages"] for row in mood_rows(300)]
     for number in range(N_ROWS):
         if number % 10_000 == 0:
             memory.note(number)
@@ -143,7 +126,7 @@ def arguments(model: Any, base: str) -> tuple[Any, Any, dict[str, Any]]:
 
     rows = torch.randn(model.cfg.n_layers, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
     vectors = PersonaVectors.from_directions(rows, trait="any", model=model)
-    data = mood_rows(2000 if base == "proxy" else 100)
+    data = mood_rows(223)[:2000] if base == "proxy" else mood_rows(12)[:100]
     return data, [vectors.at(14), vectors.at(9)], {"base": base, "max_new_tokens": 32}
 
 

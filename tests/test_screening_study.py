@@ -233,11 +233,16 @@ def settings():
 @pytest.fixture(scope="module")
 def pooled(bridge, settings, tmp_path_factory):
     """The screened pool of the tiny moods, with what it was made of."""
+    from persona_lens.experiments.finetuning_plan import StudySettings
     from persona_lens.experiments.screening_pool import screened_pool
 
     require_moods()
     materials, folder = tiny_materials(bridge), tmp_path_factory.mktemp("pool")
-    return screened_pool(bridge, materials, settings, [0, 1], folder, progress=False), materials, folder
+    return (
+        screened_pool(bridge, materials, settings, StudySettings(), [0, 1], folder, progress=False),
+        materials,
+        folder,
+    )
 
 
 def test_the_pool_has_no_row_of_the_parts_that_vectors_and_classifiers_are_made_of(pooled):

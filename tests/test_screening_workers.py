@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from persona_lens.clients import OpenAIClient
 from persona_lens.interventions import steer
 from persona_lens.screening import ShardsMissing, finish, screen
 from persona_lens.screening.plan import read_plan
@@ -53,6 +54,21 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(unscored, tmp_path):
     finish(plain)
     finish(folder)
     assert (folder / "scores.parquet").read_bytes() == (plain / "scores.parquet").read_bytes()
+
+
+def test_a_server_is_not_asked_by_actors(tiny_bridge, tmp_path):
+    client = OpenAIClient("model", base_url="http://127.0.0.1:9/v1")
+    with pytest.raises(ValueError, match="by this process alone"):
+        screen(
+            tiny_bridge,
+            rows(3),
+            pair_of_vectors(tiny_bridge),
+            output=tmp_path,
+            base=client,
+            actors=2,
+            max_new_tokens=4,
+            **QUIET,
+        )
 
 
 def test_actors_are_refused_where_an_intervention_would_stay_behind(tiny_bridge, tmp_path):

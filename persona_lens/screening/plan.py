@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from persona_lens.chat import chat_messages, render_prompt
 from persona_lens.records import JsonLines, alone, write_json
 from persona_lens.screening.families import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
@@ -70,6 +71,7 @@ def make_plan(
     `settings` is everything that shapes the run. Raises ValueError where the folder holds another run, and where no
     sample is left to screen.
     """
+    render_prompt(tokenizer, chat_messages(None, "?"))  # without a template every row would be rejected for it
     given = [{"name": name, "fingerprint": fingerprint(rows)} for name, rows in datasets.items()]
     wanted = json.loads(json.dumps({**settings, **asdict(choices), "datasets": given}))
     output.mkdir(parents=True, exist_ok=True)

@@ -99,14 +99,14 @@ class Planner:
         if not tokens.n_averaged:
             return self.reject(_rejection(sample, "no token to average", "no token is left of its response"))
         return PlannedRow(
-            sample.row,
-            sample.dataset,
-            sample.id,
-            sample.line,
-            tokens.prompt,
-            tokens.response,
-            tokens.skip,
-            None if sample.base_response is None else encode(self.tokenizer, sample.base_response),
+            row=sample.row,
+            dataset=sample.dataset,
+            id=sample.id,
+            line=sample.line,
+            prompt=tokens.prompt,
+            response=tokens.response,
+            skip=tokens.skip,
+            base=None if sample.base_response is None else encode(self.tokenizer, sample.base_response),
             wants_base=wants_base,
             cut=len(tokens) < len(whole),
             group=_number(*map(str, tokens.prompt)) >> 1,
@@ -118,10 +118,8 @@ class Planner:
         """At most `n` random rows of each data set, in their order."""
         # Of each data set the n rows with the smallest random numbers, the greatest of them on top of its heap.
         smallest: dict[str, list[tuple[float, int]]] = defaultdict(list)
-        numbers: Counter[str] = Counter()
 
         def note(row: PlannedRow) -> None:
-            numbers[row.dataset] += 1
             heap, entry = smallest[row.dataset], (-draw(self.choices.seed, row, "sample"), -row.row)
             if len(heap) < n:
                 heapq.heappush(heap, entry)

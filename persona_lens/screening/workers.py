@@ -6,6 +6,7 @@ Knows nothing about how a unit is scored.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from persona_lens.clients import OpenAIClient
 from persona_lens.interventions import attachments
 from persona_lens.models import Model, identify, load_model
 from persona_lens.screening.plan import Plan
@@ -35,12 +37,15 @@ def score_with_actors(
     """The units of a plan as actors finish them, each scored as `scorer` would.
 
     `load` makes the model in an actor; by default it is loaded by its name, class and dtype. Raises ImportError where
-    Ray is not installed, ValueError for interventions, which would stay behind, and in an actor for another model.
+    Ray is not installed, ValueError for interventions and clients of servers, which would stay behind, and in an actor
+    for another model.
     """
     if find_spec("ray") is None:
         raise ImportError(f"Actors need Ray, which is not installed: {INSTALL_COMMAND}")
     if attachments(scorer.model):
         raise ValueError("Interventions act on the model of this process alone: screen with them without actors.")
+    if isinstance(scorer.how.base, OpenAIClient):
+        raise ValueError("A server is asked by this process alone: screen with its responses without actors.")
     identity = identify(scorer.model)
     if load is None:
         load = partial(
@@ -64,7 +69,8 @@ def score_with_ray(
 
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.print_on_execution_start = False, False
     try:
