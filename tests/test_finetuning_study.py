@@ -3,7 +3,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +185,14 @@ def test_pictures_are_drawn_from_a_study(study_folder: Path) -> None:
 
 def test_a_folder_of_another_study_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     from persona_lens.experiments.finetuning_plan import StudySettings
-    from persona_lens.experiments.finetuning_study import _refuse_other_settings
+    from persona_lens.experiments.study_folder import refuse_other_settings
     from persona_lens.models import ModelIdentity
 
     model = ModelIdentity("tiny", "TransformerBridge", 2, 8, "raw", "0", (0.0,))
-    _refuse_other_settings(tmp_path / "settings.json", StudySettings(rows=8), model)
-    _refuse_other_settings(tmp_path / "settings.json", StudySettings(rows=8), model)
+    refuse_other_settings(tmp_path / "settings.json", asdict(StudySettings(rows=8)), model)
+    refuse_other_settings(tmp_path / "settings.json", asdict(StudySettings(rows=8)), model)
     with pytest.raises(ValueError, match=r"another rows \(8, now 9\): choose another folder"):
-        _refuse_other_settings(tmp_path / "settings.json", StudySettings(rows=9), model)
+        refuse_other_settings(tmp_path / "settings.json", asdict(StudySettings(rows=9)), model)
 
 
 def test_the_price_in_the_picture_is_the_likelihood_of_neutral_text(study_folder: Path) -> None:
@@ -217,6 +217,42 @@ def test_the_committed_records_say_what_the_readme_says() -> None:
     assert all(table.loc[mood].drop(mood).max() < found.value for mood, found in own.items())
     scores = {"none": 43, "CAFT": 18, "CAFT, one layer": 45, "preventative, all layers": 9}
     assert {name: round(study.methods("depressed", name)[0].own.value) for name in scores} == scores
+
+
+def test_the_committed_records_say_what_the_documentation_says_of_the_predictions() -> None:
+    from persona_lens.experiments import read_study
+
+    study = read_study(Path(__file__).parents[1] / "docs" / "results" / "finetuning")
+    assert len(study.runs) == 54
+    assert study.mitigated == ["childish", "depressed", "happy"]
+
+    def lower(mood, method, measure):
+        found = study.at_equal_capability(study.methods(mood, method)[0], measure)
+        assert found is not None
+        return found.high < 0  # with its interval
+
+    held = {
+        mood: [lower(mood, "preventative", measure) for measure in ("nll", "coherence")] for mood in study.mitigated
+    }
+    assert held == {"childish": [True, True], "depressed": [True, True], "happy": [True, False]}
+    one_layer = {
+        mood: study.difference(study.methods(mood, "CAFT, one layer")[0], study.runs[f"{mood}_full"])
+        for mood in study.mitigated
+    }
+    assert {mood: found.low < 0 < found.high for mood, found in one_layer.items()} == {
+        "childish": False,
+        "depressed": True,
+        "happy": True,
+    }
+    penalty = {
+        mood: study.difference(study.methods(mood, "penalty")[0], study.methods(mood, "preventative")[0])
+        for mood in study.mitigated
+    }
+    assert {mood: found.low > 0 for mood, found in penalty.items()} == {
+        "childish": False,
+        "depressed": False,
+        "happy": True,
+    }
 
 
 @pytest.mark.slow

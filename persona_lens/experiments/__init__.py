@@ -9,17 +9,33 @@ from persona_lens.experiments.monitoring_result import MonitoringExperiment, Poi
 from persona_lens.experiments.pictures import (
     plot_experiment_layers,
     plot_monitoring_experiment,
+    plot_screening_pairs,
+    plot_screening_runs,
+    plot_screening_scores,
     plot_study_mitigation,
     plot_study_scores,
     plot_study_shifts,
     plot_study_trade_off,
 )
+from persona_lens.experiments.screening_plan import ChosenSet, ScreeningSettings
+from persona_lens.experiments.screening_study import screening_study
+from persona_lens.experiments.screening_study_result import (
+    MeasuredSet,
+    Prediction,
+    ScreeningStudy,
+    read_screening_study,
+)
 
 __all__ = [
+    "ChosenSet",
     "FinetuningStudy",
     "MeasuredRun",
+    "MeasuredSet",
     "MonitoringExperiment",
     "Point",
+    "Prediction",
+    "ScreeningSettings",
+    "ScreeningStudy",
     "StudyRun",
     "StudySettings",
     "finetuning_study",
@@ -27,10 +43,15 @@ __all__ = [
     "monitoring_experiment",
     "plot_experiment_layers",
     "plot_monitoring_experiment",
+    "plot_screening_pairs",
+    "plot_screening_runs",
+    "plot_screening_scores",
     "plot_study_mitigation",
     "plot_study_scores",
     "plot_study_shifts",
     "plot_study_trade_off",
+    "read_screening_study",
     "read_study",
+    "screening_study",
     "system_prompts",
 ]

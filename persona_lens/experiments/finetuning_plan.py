@@ -5,8 +5,10 @@ down, at several doses; and harmless rows under preventative steering (arXiv:250
 Knows nothing about models.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
 
 Method = Literal[
     "none",
@@ -66,6 +68,19 @@ class StudySettings:
     penalty_weight: float = 0.1
     capability_questions: int = 60
     seed: int = 0
+
+
+def read_settings(folder: Path) -> StudySettings:
+    """The settings that a study's folder was made with; raises FileNotFoundError where it holds no study."""
+    path = folder / "settings.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no finetuning study: make it with `finetuning_study`.")
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = {}
+    for field in fields(StudySettings):
+        value = kept[field.name]
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return StudySettings(**values)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ token along every mood's vector, and what the model still can (arXiv:2507.21509,
 Knows nothing about what the numbers of all runs say together.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,16 @@ from persona_lens.experiments.finetuning_materials import Materials, coherence_s
 from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings, study_runs
 from persona_lens.experiments.mood_texts import ngram_overlap, training_rows
 from persona_lens.experiments.moods import MOODS
-from persona_lens.finetuning import Finetuning, ProjectionPenalty, finetune
+from persona_lens.experiments.study_folder import refuse_other_settings, rounded
+from persona_lens.finetuning import Dataset, Finetuning, ProjectionPenalty, finetune
 from persona_lens.interventions import Ablate, Intervention, Steer, intervene
 from persona_lens.judges import ClassifierJudge
-from persona_lens.models import Model, ModelIdentity, identify
-from persona_lens.records import write_json
+from persona_lens.models import Model, identify
+from persona_lens.records import alone, taken, write_json
 from persona_lens.rollouts import ModelEngine, Prompt, Rollout, collect_rollouts
 from persona_lens.shift import finetuning_shift
 from persona_lens.statistics import mean_estimate
+from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVector
 
 FORMAT_VERSION = 1
@@ -47,52 +48,15 @@ def finetuning_study(
     settings = settings or StudySettings()
     folder = Path(output)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    with _alone(folder / "materials.lock"):
-        _refuse_other_settings(folder / "settings.json", settings, identify(model))
+    with alone(folder / "materials.lock"):
+        refuse_other_settings(folder / "settings.json", asdict(settings), identify(model))
         materials = make_materials(model, settings, folder, progress=progress)
     for run in study_runs(settings, MOODS):
         path = folder / "runs" / f"{run.name}.json"
-        with _taken(path.with_suffix(".lock")) as mine:
+        with taken(path.with_suffix(".lock")) as mine:
             if mine and not path.exists():
                 found = measure(model, run, materials, settings, folder, progress=progress)
-                write_json(path, _rounded(found))
-
-
-def _refuse_other_settings(path: Path, settings: StudySettings, model: ModelIdentity) -> None:
-    wanted = json.loads(json.dumps({"model": model.name, "weights_hash": model.weights_hash, **asdict(settings)}))
-    if not path.exists():
-        write_json(path, wanted)
-        return
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in wanted.items():
-        if kept.get(name) != value:
-            raise ValueError(
-                f"{path.parent} holds a study with another {name} ({kept.get(name)}, now {value}): "
-                "choose another folder."
-            )
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    import fcntl  # not on every system, and nothing else here needs it
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _taken(path: Path) -> Iterator[bool]:
-    """Whether the lock was free; the system frees it when its process ends, however it does."""
-    import fcntl
-
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+                write_json(path, rounded(found))
 
 
 def measure(
@@ -101,16 +65,21 @@ def measure(
     """One run, trained where its adapter is not there yet, and everything that is measured of it, as JSON."""
     trained = None
     if run.trained_as is not None:
-        with _alone(folder / "runs" / f"{run.trained_as.name}.training"):
+        with alone(folder / "runs" / f"{run.trained_as.name}.training"):
             trained = train(model, run.trained_as, materials, settings, folder, progress=progress)
     adapter = None if trained is None else trained.adapter
     acting = _while_answering(run, materials)
-    answers = _answers(model, run, adapter, acting, materials, settings, folder, progress)
+    is_told = run.method == "negative system prompt"
+    system = materials.trait(run.mood).system_prompt("negative", 0) if is_told else NEUTRAL
+    output = folder / "answers" / f"{run.name}.jsonl"
+    answers = study_answers(
+        model, adapter, materials.split.evaluation, settings, output, acting=acting, system=system, progress=progress
+    )
     record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "run": {"mood": run.mood, "rows": run.rows, "method": run.method, "coefficient": run.coefficient},
         "questions": [row.question for row in answers],
-        **_scores(model, run, answers, materials),
+        **study_scores(model, run.mood, answers, materials),
         "training": None if trained is None else trained.loss_curve().reset_index().to_dict("list"),
     }
     if run.rows != "half" and run.mood in ("", *settings.mitigated):
@@ -124,15 +93,6 @@ def measure(
     return record
 
 
-def _rounded(value: Any) -> Any:
-    """Floats to six significant digits, so that records stay small and hold no more than they mean."""
-    if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def train(
     model: Model, run: StudyRun, materials: Materials, settings: StudySettings, folder: Path, *, progress: bool = True
 ) -> Finetuning:
@@ -141,13 +101,37 @@ def train(
     penalty = None
     if run.method == "penalty":
         penalty = ProjectionPenalty(materials.vectors[run.mood], settings.penalty_weight)
-    return finetune(
+    return finetune_as(
+        settings,
         model,
         _rows(run, materials, settings),
+        folder / "adapters" / run.name,
         during=_while_training(run, materials),
         preventative_prompts=prompts,
         penalty=penalty,
-        output=folder / "adapters" / run.name,
+        progress=progress,
+    )
+
+
+def finetune_as(
+    settings: StudySettings,
+    model: Model,
+    rows: Dataset,
+    output: Path,
+    *,
+    during: Sequence[Intervention] = (),
+    preventative_prompts: Trait | None = None,
+    penalty: ProjectionPenalty | None = None,
+    progress: bool = True,
+) -> Finetuning:
+    """Finetune on rows at the study's rate, epochs, batches, length and seed."""
+    return finetune(
+        model,
+        rows,
+        during=during,
+        preventative_prompts=preventative_prompts,
+        penalty=penalty,
+        output=output,
         learning_rate=settings.learning_rate,
         epochs=settings.epochs,
         batch_rows=settings.batch_rows,
@@ -189,23 +173,21 @@ def _while_answering(run: StudyRun, materials: Materials) -> list[Intervention]:
     return [Steer(_at_its_layer(run, materials), run.coefficient)]
 
 
-def _answers(
+def study_answers(
     model: Model,
-    run: StudyRun,
     adapter: Adapter | None,
-    acting: Sequence[Intervention],
-    materials: Materials,
+    questions: Sequence[str],
     settings: StudySettings,
-    folder: Path,
-    progress: bool,
+    output: Path,
+    *,
+    acting: Sequence[Intervention] = (),
+    system: str = NEUTRAL,
+    progress: bool = True,
 ) -> list[Rollout]:
-    """Answers to the evaluation prompts; sampled by the same random numbers in every run."""
-    system = NEUTRAL
-    if run.method == "negative system prompt":
-        system = materials.trait(run.mood).system_prompt("negative", 0)
+    """Answers to the questions; sampled by the same random numbers in every run."""
     prompts = [
         Prompt("study", "neutral", None, system, question, sample)
-        for question in materials.split.evaluation
+        for question in questions
         for sample in range(settings.per_question)
     ]
     with ExitStack() as stack:
@@ -213,22 +195,21 @@ def _answers(
             stack.enter_context(adapted(model, adapter))
         if acting:
             stack.enter_context(intervene(model, *acting, at="response"))
-        output = folder / "answers" / f"{run.name}.jsonl"
         engine = ModelEngine(model, settings.max_new_tokens)
         return collect_rollouts(engine, prompts, seed=settings.seed, output=output, progress=progress)
 
 
-def _scores(model: Model, run: StudyRun, answers: Sequence[Rollout], materials: Materials) -> dict[str, Any]:
-    """Every mood's score, and of the run's own (all, for a run without one) the likelihood ratio; each answer's own."""
+def study_scores(model: Model, own: str, answers: Sequence[Rollout], materials: Materials) -> dict[str, Any]:
+    """Every mood's score, and of the own mood (all, where it is empty) the likelihood ratio; each answer's own."""
     questions = [row.question for row in answers]
     found: dict[str, Any] = {"traits": {}, "likelihood_ratios": {}}
     for mood in MOODS:
         judge = ClassifierJudge(materials.judges[mood])
         scores = [score.trait_score for score in judge.score(materials.trait(mood), answers)]
         found["traits"][mood] = mean_estimate(scores, questions)._asdict()
-        if mood == run.mood:
+        if mood == own:
             found["own_scores"] = scores
-        if mood == run.mood or not run.mood:
+        if mood == own or not own:
             ratios = [
                 None if np.isnan(value) else float(value)
                 for value in mood_ratios(model, materials.trait(mood), answers)

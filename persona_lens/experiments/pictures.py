@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun
 from persona_lens.experiments.monitoring_result import MonitoringExperiment
+from persona_lens.experiments.screening_plan import CHOICES, Form
+from persona_lens.experiments.screening_study_result import ScreeningStudy
 from persona_lens.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -84,6 +86,53 @@ def plot_study_trade_off(study: FinetuningStudy, mood: str) -> "plotly.graph_obj
     from persona_lens.plots import plot_trade_off
 
     return plot_trade_off(_points(study, mood), trait=mood, axis=LIKELIHOOD)
+
+
+def plot_screening_scores(study: ScreeningStudy, form: Form = "difference") -> "plotly.graph_objects.Figure":
+    """Each mood's score after training against its dataset score before, a point for each set."""
+    from persona_lens.plots import TraitShifts, plot_shift_scores
+
+    panels = [
+        TraitShifts(
+            mood,
+            study.dataset_scores(mood, form).tolist(),
+            [Estimate(**each["traits"][mood]) for each in study.sets.values()],
+            study.correlation(mood, form),
+            [name for name, each in study.sets.items() if each["mood"] == mood],
+        )
+        for mood in study.moods
+    ]
+    named = "text classifier's score of the set" if form == "classifier" else f"dataset score: {form}"
+    title = f"mean trait score after training against the dataset score before, layer {study.layer}"
+    note = "mean over the set's rows, on the mood's vector or by its classifier"
+    return plot_shift_scores(panels, list(study.sets), title=title, across=named, note=note)
+
+
+def plot_screening_runs(study: ScreeningStudy) -> "plotly.graph_objects.Figure":
+    """Each target mood's score after training on the rows that were chosen for it, before the filter and after it."""
+    from persona_lens.plots import plot_grouped_estimates
+
+    groups: dict[str, dict[str, Estimate]] = {}
+    for mood in dict.fromkeys(each.chosen.mood for each in study.runs.values()):
+        for is_filtered in (False, True):
+            sets = {choice: study.run(mood, choice, is_filtered=is_filtered) for choice in CHOICES}
+            bars = {choice: each.score for choice, each in sets.items() if each is not None}
+            if bars:
+                groups[mood + ", filtered" * is_filtered] = bars
+    title = "mean trait score after training on the highest, random and lowest rows"
+    return plot_grouped_estimates(groups, title=title, upward="mean trait score (0 to 100)")
+
+
+def plot_screening_pairs(study: ScreeningStudy) -> "plotly.graph_objects.Figure":
+    """The share of held-out A/B pairs whose answer with the trait projects higher, at every layer."""
+    from persona_lens.plots import plot_layer_estimates
+
+    series = {
+        f"{found['trait']}, {found['reading']}": [Estimate(**layer["ordered"]) for layer in found["layers"]]
+        for found in study.pairs.values()
+    }
+    title = "held-out A/B pairs in which the answer with the trait projects higher"
+    return plot_layer_estimates(series, title=title, upward="share of pairs", chance=0.5)
 
 
 def _negative(found: Estimate) -> Estimate:

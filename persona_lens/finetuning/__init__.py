@@ -3,7 +3,15 @@
 Knows nothing about how what was trained is measured.
 """
 
-from persona_lens.finetuning.dataset import TrainingRow, TrainingRows, prompted, stated, training_chats, training_rows
+from persona_lens.finetuning.dataset import (
+    Dataset,
+    TrainingRow,
+    TrainingRows,
+    prompted,
+    stated,
+    training_chats,
+    training_rows,
+)
 from persona_lens.finetuning.finetune import finetune
 from persona_lens.finetuning.penalty import ProjectionPenalty, projection_change
 from persona_lens.finetuning.result import Finetuning
@@ -11,6 +19,7 @@ from persona_lens.finetuning.trainer import CheckpointNotWritten, TrainingDiverg
 
 __all__ = [
     "CheckpointNotWritten",
+    "Dataset",
     "Finetuning",
     "ProjectionPenalty",
     "TrainingDiverged",

@@ -8,6 +8,7 @@ Knows nothing about models or files, and imports plotly, an extra, on first use.
 from persona_lens.plots.agreement import plot_agreement
 from persona_lens.plots.cosines import plot_cosine_matrix
 from persona_lens.plots.curves import plot_dose_response, plot_layer_statistics
+from persona_lens.plots.estimates import plot_grouped_estimates, plot_layer_estimates
 from persona_lens.plots.finetuning import LossCurves, TraitShifts, plot_losses, plot_shift_scores, plot_trait_scores
 from persona_lens.plots.mitigation import MitigationPoint, plot_mitigation, plot_trade_off
 from persona_lens.plots.monitoring import plot_turns
@@ -25,7 +26,9 @@ __all__ = [
     "plot_cosine_matrix",
     "plot_dose_response",
     "plot_frontier",
+    "plot_grouped_estimates",
     "plot_layer_correlations",
+    "plot_layer_estimates",
     "plot_layer_statistics",
     "plot_layer_sweep",
     "plot_losses",

@@ -108,34 +108,37 @@ def plot_shift_scores(
     *,
     base: str | None = None,
     title: str = "mean trait score after finetuning against the finetuning shift",
+    across: str = "finetuning shift",
+    note: str = SHIFT,
 ) -> "plotly.graph_objects.Figure":
     """Mean trait score (upward, 0 to 100) against finetuning shift (across): a panel a trait, a point a finetuning set.
 
     The shift is the change of the last prompt token's projection on the trait's direction; each panel has a scale of
     its own. `sets` names the points, `base` among them the model before finetuning. Above each panel is the
-    correlation with its interval; the line is the least-squares fit. Points without shift or score are left out.
+    correlation with its interval; the line is the least-squares fit. Points without shift or score are left out. Where
+    something else than the shift is drawn, such as a data set's score, `across` names it and `note` says what it is.
     Source: arXiv:2507.21509, figure 6 (section 4.2).
     Raises ValueError where a panel has no point, lacks numbers of some sets, or a name is unknown.
     """
     _check_shifts(panels, sets, base)
-    across = min(PANELS_ACROSS, len(panels))
-    down = ceil(len(panels) / across)
+    columns = min(PANELS_ACROSS, len(panels))
+    down = ceil(len(panels) / columns)
     names = [safe(each.trait, 30) + _correlation(each.correlation) for each in panels]
     gaps = {"horizontal_spacing": 0.06, "vertical_spacing": 0.3 / down}
-    figure = subplots(down, across, subplot_titles=names, **gaps)
+    figure = subplots(down, columns, subplot_titles=names, **gaps)
     lacking, n = sum(len(sets) - len(_drawn(each)) for each in panels), len(sets) * len(panels)
     missing = f"; {lacking} of {n} points lack a number" * bool(lacking)
-    notes = [SHIFT, f"r is over all points; {WHISKERS}{missing}"]
+    notes = [safe(note, 120), f"r is over all points; {WHISKERS}{missing}"]
     styled_figure(safe(title, 90), notes, figure)
-    size_panels(figure, width=90 + 340 * max(2, across), panels=260 * down, above=24)
+    size_panels(figure, width=90 + 340 * max(2, columns), panels=260 * down, above=24)
     for index, panel in enumerate(panels):
-        cell = {"row": 1 + index // across, "col": 1 + index % across}
+        cell = {"row": 1 + index // columns, "col": 1 + index % columns}
         _add_shifts(figure, panel, sets, base, cell)
         figure.update_yaxes(**SCORES, **cell)
         if cell["col"] == 1:
             figure.update_yaxes(title_text="mean trait score", **cell)
-        if index + across >= len(panels):
-            figure.update_xaxes(title_text="finetuning shift", **cell)
+        if index + columns >= len(panels):
+            figure.update_xaxes(title_text=safe(across, 60), **cell)
     return figure
 
 

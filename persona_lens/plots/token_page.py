@@ -1,42 +1,17 @@
-"""The page around coloured tokens: its frame and its style sheet, which switches vectors without any script.
+"""The page around coloured tokens: its body and its style sheet, which switches vectors without any script.
 
 A radio button that is checked makes the rules of its vector hold for the elements after it.
 Knows nothing about tokens' numbers.
 """
 
-# The policy keeps a browser from loading or running anything, should something of the text ever get through.
-PAGE = """<!DOCTYPE html>
-<html lang=en>
-<head>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{notes}
+BODY = """{notes}
 {switch}
 <div class=legends>{legends}</div>
 <main>
 {text}
-</main>
-</body>
-</html>
-"""
+</main>"""
 
 STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --card: #fafafa; --ink: #222; --grey: #6b6b6b; --line: #dcdcdc; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #15171a; --card: #1c1f23; --ink: #ececec; --grey: #a2a2a2; --line: #383c42; }
-}
-body { background: var(--ground); color: var(--ink); max-width: 880px; margin: 2rem auto; padding: 0 1.2rem;
-  font: 15px/1.5 "Open Sans", Helvetica, Arial, sans-serif; -webkit-print-color-adjust: exact;
-  print-color-adjust: exact; }
-h1 { font-size: 1.3rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: .8rem; font-weight: 600; letter-spacing: .03em; color: var(--grey); margin: 0 0 .5rem; }
-.note { color: var(--grey); margin: 0 0 .4rem; }
 input[name=vector] { position: absolute; opacity: 0; }
 label { display: inline-block; margin: .3rem .4rem .3rem 0; padding: .15rem .8rem; border: 1px solid var(--line);
   border-radius: 99px; cursor: pointer; color: var(--grey); }
@@ -55,13 +30,9 @@ input:focus-visible + label { outline: 2px solid #56b4e9; outline-offset: 2px; }
 .ticks { display: flex; justify-content: space-between; color: var(--grey); font-variant-numeric: tabular-nums; }
 .key { color: var(--grey); }
 .key u { text-decoration: underline 2px; text-underline-offset: 4px; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
-  margin: 0 0 .8rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 16px; line-height: 1.85; }
 .t { unicode-bidi: isolate; border-radius: 3px; padding: .12em 0; }
 .t:hover { outline: 1.5px solid var(--ink); }
 .special { font: .75em ui-monospace, Menlo, Consolas, monospace; }
-.sign { font-style: normal; font-size: .75em; opacity: .6; }
 """
 
 

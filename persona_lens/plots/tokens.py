@@ -4,9 +4,7 @@ Colours diverge from a neutral value, one for each side, and grow as they leave 
 The text is a model's: every piece of it is escaped, and a page runs no script at all.
 """
 
-import html
 import re
-import unicodedata
 from collections.abc import Sequence
 from math import isnan
 from typing import Any, Literal, NamedTuple
@@ -16,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.monitoring import Monitoring
+from persona_lens.plots.page import escaped, html_page, visible
 from persona_lens.plots.style import number
-from persona_lens.plots.token_page import PAGE, STYLE, vector_rules
+from persona_lens.plots.token_page import BODY, STYLE, vector_rules
 from persona_lens.thresholds import Threshold
 
 # Okabe and Ito's blue and vermilion, as far as ink on them stays legible.
@@ -34,6 +33,7 @@ Values = (
     | Float[Tensor, "token vector"]
 )
 Neutral = float | Sequence[float] | Literal["median"]
+EMPTY = '<i class="sign">⋯</i>'
 _SPECIAL = re.compile(r"<\|.+\|>|</?s>|<(bos|eos|pad|start_of_turn|end_of_turn)>")
 
 
@@ -82,14 +82,13 @@ def tokens_html(
         for place, (name, middle, limit) in enumerate(zip(names, neutrals, limits, strict=True))
     ]
     shown = [_token(piece, row, scales) for piece, row in zip(pieces, values, strict=True)]
-    return PAGE.format(
-        title=_escaped(title),
-        style=STYLE + vector_rules(n_vectors),
-        notes="".join(f"<p class=note>{_escaped(note)}</p>" for note in notes),
+    body = BODY.format(
+        notes="".join(f"<p class=note>{escaped(note)}</p>" for note in notes),
         switch=_switch(scales),
         legends="".join(_legend(place, scale, n_vectors == 1) for place, scale in enumerate(scales)),
         text=_parts(shown, turns),
     )
+    return html_page(title, body, style=STYLE + vector_rules(n_vectors))
 
 
 def monitoring_html(
@@ -186,28 +185,8 @@ def _token(piece: str, row: np.ndarray, scales: Sequence[_Scale]) -> str:
             colours.append(f"--c{place}:{_colour(value, scale)}")
             marks += [f"o{place}"] if scale.threshold is not None and value > scale.threshold else []
     classes = " ".join(["t", *marks, *(["special"] if _SPECIAL.fullmatch(piece) else [])])
-    hover = _escaped("\n".join(numbers)).replace("\n", "&#10;")
-    return f'<span class="{classes}" style="{";".join(colours)}" title="{hover}">{_visible(piece)}</span>'
-
-
-def _visible(piece: str) -> str:
-    """The piece's text, with a sign for every character that cannot be seen or would turn the text around."""
-    shown = []
-    for character in piece:
-        if character == "\n":
-            shown.append('<i class="sign">↵</i>\n')
-        elif character == "\t":
-            shown.append('<i class="sign">⇥</i>\t')
-        elif unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}:
-            shown.append(f'<i class="sign">U+{ord(character):04X}</i>')
-        else:
-            shown.append(html.escape(character))
-    return "".join(shown) or '<i class="sign">⋯</i>'
-
-
-def _escaped(text: str) -> str:
-    """Text for an element or an attribute; what UTF-8 cannot write becomes a question mark."""
-    return html.escape(text.encode("utf-8", "replace").decode())
+    hover = escaped("\n".join(numbers)).replace("\n", "&#10;")
+    return f'<span class="{classes}" style="{";".join(colours)}" title="{hover}">{visible(piece) or EMPTY}</span>'
 
 
 def _parts(shown: Sequence[str], turns: Sequence[tuple[int, str]]) -> str:
@@ -219,7 +198,7 @@ def _parts(shown: Sequence[str], turns: Sequence[tuple[int, str]]) -> str:
     ends = [place for place, _ in starts[1:]] + [len(shown)]
     parts = []
     for (start, heading), end in zip(starts, ends, strict=True):
-        head = f"<h2>{_escaped(heading)}</h2>" if heading else ""
+        head = f"<h2>{escaped(heading)}</h2>" if heading else ""
         parts.append(f"<section>{head}<div class=text>{''.join(shown[start:end])}</div></section>")
     return "\n".join(parts)
 
@@ -229,7 +208,7 @@ def _switch(scales: Sequence[_Scale]) -> str:
     hidden = " hidden" if len(scales) == 1 else ""
     return "".join(
         f"<input type=radio name=vector id=v{place}{' checked' if place == 0 else ''}>"
-        f"<label for=v{place}{hidden}>{_escaped(scale.name)}</label>"
+        f"<label for=v{place}{hidden}>{escaped(scale.name)}</label>"
         for place, scale in enumerate(scales)
     )
 
@@ -242,7 +221,7 @@ def _legend(place: int, scale: _Scale, alone: bool) -> str:
         words = f"<span class=key><u>underlined</u>: above the threshold {number(scale.threshold)}</span>"
         at = (scale.threshold - scale.neutral + scale.reach) / (2 * scale.reach)
         mark = f'<b class=mark style="left:{100 * at:.1f}%"></b>' if 0 <= at <= 1 else ""
-    name = f"<span class=name>{_escaped(scale.name)}</span>" if alone else ""
+    name = f"<span class=name>{escaped(scale.name)}</span>" if alone else ""
     bar = f"<span class=bar>{mark}</span>"
     ticks = f"<span class=ticks><span>≤ {low}</span><span>{middle}</span><span>≥ {high}</span></span>"
     return f"<div class=legend id=l{place}>{name}<span class=scale>{bar}{ticks}</span>{words}</div>"

@@ -1,0 +1,36 @@
+"""A study's folder belongs to one model and its settings, and its records stay small.
+
+Knows nothing about what is studied.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from persona_lens.models import ModelIdentity
+from persona_lens.records import write_json
+
+
+def refuse_other_settings(path: Path, settings: Mapping[str, Any], model: ModelIdentity) -> None:
+    """Write the settings down, or raise ValueError where the folder was made with others or by another model."""
+    wanted = json.loads(json.dumps({"model": model.name, "weights_hash": model.weights_hash, **settings}))
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in wanted.items():
+        if kept.get(name) != value:
+            raise ValueError(
+                f"{path.parent} holds a study with another {name} ({kept.get(name)}, now {value}): "
+                "choose another folder."
+            )
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six significant digits, so that records stay small and hold no more than they mean."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
