@@ -1,0 +1,139 @@
+"""What `persona-lens screen` says of a finished screening: tables, pages, splits, and a threshold that was passed."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from persona_lens.cli.output import print_table, records, say
+
+if TYPE_CHECKING:
+    from persona_lens.screening import By, Screening
+    from persona_lens.thresholds import Threshold
+
+PASSED = 3
+"""The exit code where a data set's score passes the threshold that the user set."""
+
+
+Judging = Callable[["Screening", Sequence[int] | None], Any]
+"""A judge's scores of a screening's samples."""
+
+
+class Asked(NamedTuple):
+    """What is done with a finished screening."""
+
+    by: "By | None"
+    benign: str | None
+    percentile: float
+    split: int | None
+    judge_top: int | None
+    fail_above: float | None
+    as_json: bool
+
+
+def report(found: "Screening", asked: Asked, judge: Judging | None) -> None:
+    """Print what was found, write the pages and splits, and exit with 3 where a set's score passes --fail-above."""
+    if asked.benign is not None and asked.benign not in found.datasets:
+        raise typer.BadParameter(f"--benign {asked.benign} is none of the sets: {', '.join(found.datasets)}")
+    thresholds = _thresholds(found, asked)
+    rows = _rows(found, asked, thresholds)
+    flagged = None
+    if judge is not None:
+        top = None if asked.judge_top is None else _top(found, asked, asked.judge_top)
+        flagged = records(found.flagged(thresholds, judged=judge(found, top), by=asked.by).set_index("dataset"))
+    if asked.as_json:
+        print(json.dumps({"counts": found.counts, "by": asked.by or found.by, "sets": rows, "flagged": flagged}))
+    else:
+        _show(found, asked, rows, flagged)
+    _write(found, asked, thresholds)
+    passed = [row for row in rows if row["dataset"] != asked.benign and (row["score"] or 0) > (asked.fail_above or 0)]
+    if asked.fail_above is not None and passed:
+        say(
+            f"persona-lens: {passed[0]['dataset']}: its score on {passed[0]['vector']} is {passed[0]['score']:.3f}, "
+            f"above the threshold of {asked.fail_above:g}."
+        )
+        raise typer.Exit(PASSED)
+
+
+def _thresholds(found: "Screening", asked: Asked) -> "dict[str, Threshold]":
+    """The benign percentile for every vector, kept in the run's folder; none without benign chats."""
+    if asked.benign is None:
+        return {}
+    from persona_lens.thresholds import save_thresholds
+
+    each = {
+        name: found.threshold(name, benign=asked.benign, percentile=asked.percentile, by=asked.by)
+        for name in found.vectors
+    }
+    save_thresholds(found.folder, each.values())
+    return each
+
+
+def _rows(found: "Screening", asked: Asked, thresholds: "dict[str, Threshold]") -> list[dict[str, Any]]:
+    """A row for every set and vector: its score, its controls, and the share of samples above the threshold."""
+    scores, controls = records(found.dataset_scores(asked.by)), records(found.controls(asked.by))
+    rows = []
+    for score, control in zip(scores, controls, strict=True):
+        row = {name: score[name] for name in ("dataset", "vector", "n", "missing", "score", "low", "high")}
+        row |= {name: control[name] for name in ("spearman_length", "repeated", "score_without_repeats")}
+        if thresholds:
+            of_set: Any = found.score(row["vector"], asked.by)[found.rows["dataset"] == row["dataset"]]
+            values = of_set.dropna()
+            row["above"] = float((values > thresholds[row["vector"]].value).mean()) if len(values) else None
+        rows.append(row)
+    return rows
+
+
+def _top(found: "Screening", asked: Asked, n: int) -> list[int]:
+    """The highest samples on any of the vectors."""
+    each = [found.ranking(name, asked.by).index[:n].tolist() for name in found.vectors]
+    return sorted({row for rows in each for row in rows})
+
+
+def _show(found: "Screening", asked: Asked, rows: list[dict[str, Any]], flagged: list[dict[str, Any]] | None) -> None:
+    from rich.markup import escape
+
+    head = ["set", "vector", "n", "without a score", f"{asked.by or found.by} [95 %]"]
+    head += ["above the benign threshold"] * (asked.benign is not None) + ["Spearman with length", "repeats"]
+    table = []
+    for row in rows:
+        interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+        cells = [escape(row["dataset"]), escape(row["vector"]), str(row["n"]), str(row["missing"])]
+        cells.append("-" if row["score"] is None else f"{row['score']:.2f}{interval}")
+        cells += ["-" if row["above"] is None else f"{row['above']:.1%}"] if "above" in row else []
+        table.append([*cells, _decimals(row["spearman_length"]), f"{row['repeated']:.1%}"])
+    print_table(head, table)
+    if flagged:
+        names = ("n", "unscored", "projection", "judge", "union", "both")
+        print_table(["set", *names], [[escape(row["dataset"]), *(str(row[name]) for name in names)] for row in flagged])
+    counts = found.counts
+    print(f"Of {counts['read']} rows {counts['planned']} were screened, {counts['cut']} of them cut.")
+    lost = [f"{count} {what}" for what, count in (*counts["rejected"].items(), *counts["left_out"].items())]
+    if lost:
+        print(f"Not screened: {', '.join(lost)}; what was rejected is listed in {found.folder / 'rejects.jsonl'}.")
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _write(found: "Screening", asked: Asked, thresholds: "dict[str, Threshold]") -> None:
+    """A page for every vector, and the splits."""
+    from persona_lens.records import write_whole
+
+    for name in found.vectors:
+        own = "" if len(found.vectors) == 1 else f"-{re.sub(r'[^a-zA-Z0-9@._-]', '_', name)}"
+        if asked.split is not None:
+            paths = found.write_split(found.folder / f"split{own}", asked.split, vector=name, by=asked.by)
+            say(f"{name}: the highest, random and lowest samples are in {', '.join(map(str, paths.values()))}.")
+        try:
+            from persona_lens.plots import screening_html
+
+            page = screening_html(found, vector=name, by=asked.by, threshold=thresholds.get(name))
+        except ImportError as error:
+            say(f"No page: {error}")
+            return
+        write_whole(found.folder / f"report{own}.html", page.encode())
+        say(f"The page is {found.folder / f'report{own}.html'}.")
