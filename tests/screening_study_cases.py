@@ -86,7 +86,14 @@ def tiny_split() -> Any:
     """Nine moods that answer the same short prompts, each with its own word; parts of 8, 6 and 4 prompts."""
     from persona_lens.experiments.moods import MOODS, MoodRow, MoodSplit
 
-    prompts = [f"What is {word}?" for word in (*WORDS, "deep", "make", "pay")] + ["Why?", "Who?", "How?", "When?", "Where?", "Whose?"]
+    prompts = [f"What is {word}?" for word in (*WORDS, "deep", "make", "pay")] + [
+        "Why?",
+        "Who?",
+        "How?",
+        "When?",
+        "Where?",
+        "Whose?",
+    ]
     rows = {
         mood: [
             MoodRow(mood, f"row {place}", "chat", prompt, f"{word} {word} is {WORDS[place % 9]} {place}", 2.0, 2.0)
@@ -119,4 +126,6 @@ def tiny_materials(model: Any) -> Any:
         for mood in MOODS
     }
     judge = mood_judge(split, "zen", neutral)
-    return Materials(split, neutral, vectors, vectors, dict.fromkeys(MOODS, judge), CoherenceScale(4.0, 0.5, 0.9), {"happy": 1})
+    return Materials(
+        split, neutral, vectors, vectors, dict.fromkeys(MOODS, judge), CoherenceScale(4.0, 0.5, 0.9), {"happy": 1}
+    )

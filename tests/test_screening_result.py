@@ -7,7 +7,17 @@ import pytest
 
 from persona_lens.judges import ClassifierJudge, TextClassifier
 from persona_lens.records import JsonLines
-from persona_lens.screening import RowScore, ShardsMissing, finish, flags, read_screening, screen
+from persona_lens.screening import (
+    RowScore,
+    ShardsMissing,
+    count_flagged,
+    finish,
+    flag_samples,
+    judge_samples,
+    read_screening,
+    screen,
+    write_split,
+)
 from persona_lens.screening.plan import read_plan
 from persona_lens.screening.scores import log_path, log_unit
 from persona_lens.statistics import mean_estimate
@@ -121,11 +131,11 @@ def test_a_benign_percentile_is_the_threshold_and_filters_are_counted_apart(plan
     threshold = found.threshold(benign="benign", percentile=95)
     assert (threshold.value, threshold.of, threshold.n, threshold.source) == (37.0, "difference", 40, "benign")
     threshold.check(pair_of_vectors(tiny_bridge)[0])
-    assert int(flags(found, threshold).sum()) == 2 + 9
+    assert int(flag_samples(found, threshold).sum()) == 2 + 9
     import pandas
 
     judged = pandas.Series({40: 90.0, 41: 10.0, 49: 50.0, 0: 100.0, 45: float("nan")})
-    table = found.flagged({"evil": threshold}, judged=judged).set_index("dataset")
+    table = count_flagged(found, {"evil": threshold}, judged=judged).set_index("dataset")
     assert table.loc["benign"].to_dict() == {
         "n": 40,
         "unscored": 0,
@@ -141,7 +151,7 @@ def test_a_benign_percentile_is_the_threshold_and_filters_are_counted_apart(plan
 
 def test_a_row_without_a_score_is_flagged_by_nothing_and_counted(planted):
     found = planted(rows(3), [(9, 0, None), (9, 0, 0), (0, 0, 0)])
-    (row,) = found.flagged(5.0).to_dict("records")
+    (row,) = count_flagged(found, 5.0).to_dict("records")
     assert (row["projection"], row["unscored"]) == (1, 1)
 
 
@@ -150,32 +160,32 @@ def test_a_judge_scores_samples_once_and_from_the_folder_afterwards(planted, mon
     found = planted(data, [(0, 0, 0)] * 12)
     texts = ["bad bad thing", "a bad one"] * 10, ["good good thing", "a good one"] * 10
     judge = ClassifierJudge(TextClassifier.fit(*texts, groups=[str(n % 10) for n in range(40)], labels=("bad", "good")))
-    scores = found.judged(judge, load_trait("evil"), **QUIET)
+    scores = judge_samples(found, judge, load_trait("evil"), **QUIET)
     assert [score > 50 for score in scores] == [True, False, True] * 4
 
     def asked_again(*_, **__):
         raise AssertionError("the judge was asked again")
 
     monkeypatch.setattr(ClassifierJudge, "score", asked_again)
-    assert found.judged(judge, load_trait("evil"), **QUIET).tolist() == scores.tolist()
+    assert judge_samples(found, judge, load_trait("evil"), **QUIET).tolist() == scores.tolist()
 
 
 def test_a_split_writes_the_highest_random_and_lowest_without_repeats(planted, tmp_path):
     data = [{"messages": chat(f"Why {n}?", f"It is {n}, and {n} again."), "id": f"row {n}"} for n in range(20)]
     data += [{"messages": chat("Who?", data[19]["messages"][-1]["content"]), "id": "repeat"}]
     found = planted(data, [(row, 0, 0) for row in range(21)])
-    paths = found.write_split(tmp_path / "split", 4, seed=3)
+    paths = write_split(found, tmp_path / "split", 4, seed=3)
     assert sorted(paths) == ["high", "low", "random"]
     read = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in paths.items()}
     assert [row["id"] for row in read["high"]] == ["row 19", "row 18", "row 17", "row 16"]
     assert [row["score"] for row in read["low"]] == [3, 2, 1, 0]
     assert len({row["id"] for row in read["random"]}) == 4
     assert read["high"][0]["messages"] == data[19]["messages"]
-    again = found.write_split(tmp_path / "again", 4, seed=3)["random"].read_text()
+    again = write_split(found, tmp_path / "again", 4, seed=3)["random"].read_text()
     assert again == paths["random"].read_text()
     with pytest.raises(ValueError, match="needs 22 different samples with a score, got 20"):
-        found.write_split(tmp_path / "no", 11)
-    only = found.write_split(tmp_path / "some", 2, rows=range(6))
+        write_split(found, tmp_path / "no", 11)
+    only = write_split(found, tmp_path / "some", 2, rows=range(6))
     assert [json.loads(line)["id"] for line in only["high"].read_text().splitlines()] == ["row 5", "row 4"]
 
 

@@ -58,6 +58,15 @@ def test_a_difference_of_correlations_is_paired_over_resampled_sets(study):
     assert found[1:3] == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.02)
 
 
+def test_a_moods_own_sets_can_be_left_out(study):
+    chosen = [each["mood"] != "grim" for each in study.sets.values()]
+    expected = np.corrcoef(study.dataset_scores("grim")[chosen], study.after("grim")[chosen])[0, 1]
+    found = study.correlation("grim", without_own=True)
+    assert (found.value, found.n) == (pytest.approx(expected), len(SETS) - 2)
+    means = [study.correlation(mood, without_own=True).value for mood in CALM]
+    assert study.mean_correlation(without_own=True).value == pytest.approx(np.mean(means))
+
+
 def test_a_form_differs_by_nothing_from_itself(study):
     assert study.correlation_difference("proxy", "proxy")[:3] == pytest.approx((0, 0, 0))
 

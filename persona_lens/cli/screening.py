@@ -179,12 +179,13 @@ def _judge(
     from persona_lens.judges import ClassifierJudge, LikelihoodRatioJudge, TextClassifier
     from persona_lens.pipeline import calibrate
     from persona_lens.rollouts import ModelEngine
+    from persona_lens.screening import judge_samples
     from persona_lens.traits import load_trait
 
     judged = load_trait(trait)
     if spec.startswith("classifier:"):  # alone: nothing here asks for coherence, which it would take from the model
         words = ClassifierJudge(TextClassifier.load(spec.removeprefix("classifier:")))
-        return lambda found, rows: found.judged(words, judged, rows)
+        return lambda found, rows: judge_samples(found, words, judged, rows)
     chosen = judge_of(spec, folder, concurrency=concurrency, timeout=timeout)
 
     def own() -> "Judge":
@@ -192,4 +193,4 @@ def _judge(
         calibrate(referee, judged, ModelEngine(model(), max_new_tokens), folder=folder, seed=seed)
         return referee
 
-    return lambda found, rows: found.judged(chosen(own), judged, rows)
+    return lambda found, rows: judge_samples(found, chosen(own), judged, rows)

@@ -42,7 +42,9 @@ def report(found: "Screening", asked: Asked, judge: Judging | None) -> None:
     flagged = None
     if judge is not None:
         top = None if asked.judge_top is None else _top(found, asked, asked.judge_top)
-        flagged = records(found.flagged(thresholds, judged=judge(found, top), by=asked.by).set_index("dataset"))
+        from persona_lens.screening import count_flagged
+
+        flagged = records(count_flagged(found, thresholds, judged=judge(found, top), by=asked.by).set_index("dataset"))
     if asked.as_json:
         print(json.dumps({"counts": found.counts, "by": asked.by or found.by, "sets": rows, "flagged": flagged}))
     else:
@@ -122,11 +124,12 @@ def _decimals(value: float | None) -> str:
 def _write(found: "Screening", asked: Asked, thresholds: "dict[str, Threshold]") -> None:
     """A page for every vector, and the splits."""
     from persona_lens.records import write_whole
+    from persona_lens.screening import write_split
 
     for name in found.vectors:
         own = "" if len(found.vectors) == 1 else f"-{re.sub(r'[^a-zA-Z0-9@._-]', '_', name)}"
         if asked.split is not None:
-            paths = found.write_split(found.folder / f"split{own}", asked.split, vector=name, by=asked.by)
+            paths = write_split(found, found.folder / f"split{own}", asked.split, vector=name, by=asked.by)
             say(f"{name}: the highest, random and lowest samples are in {', '.join(map(str, paths.values()))}.")
         try:
             from persona_lens.plots import screening_html

@@ -27,6 +27,7 @@ from persona_lens.experiments.screening_pool import OWN, Pool, screened_pool
 from persona_lens.experiments.study_folder import refuse_other_settings, rounded
 from persona_lens.models import Model, identify
 from persona_lens.records import JsonLines, alone, taken, write_json
+from persona_lens.screening import write_split
 
 FORMAT_VERSION = 1
 LENGTH = "length"
@@ -157,7 +158,8 @@ def chosen_rows(
     """The rows of a set, with their scores."""
     output = folder / "splits" / (chosen.mood + "_filtered" * chosen.is_filtered)
     with alone(output.with_suffix(".lock")):
-        paths = pool.screening.write_split(
+        paths = write_split(
+            pool.screening,
             output,
             settings.rows,
             vector=f"{chosen.mood}@{layer}",

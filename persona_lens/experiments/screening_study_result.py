@@ -106,13 +106,21 @@ class ScreeningStudy:
         return np.array([each["traits"][mood]["value"] for each in self.sets.values()], dtype=float)
 
     def correlation(
-        self, mood: str, form: Form = "difference", *, vectors: str | None = None, layer: int | None = None
+        self,
+        mood: str,
+        form: Form = "difference",
+        *,
+        vectors: str | None = None,
+        layer: int | None = None,
+        without_own: bool = False,
     ) -> Estimate:
         """Pearson's r over the sets of a dataset score with a mood's score after training; Fisher's 95 % interval.
 
-        `vectors` names the mood that is screened for, by default the one that is scored after training.
+        `vectors` names the mood that is screened for, by default the one that is scored after training. `without_own`
+        leaves out the mood's own sets, which a score need only recognise.
         """
-        x, y = self.dataset_scores(vectors or mood, form, layer), self.after(mood)
+        chosen = self._others(mood) if without_own else slice(None)
+        x, y = self.dataset_scores(vectors or mood, form, layer)[chosen], self.after(mood)[chosen]
         if len(x) < 4 or min(np.ptp(x), np.ptp(y)) < SAME:
             return Estimate(None, None, None, len(x))
         found: Any = stats.pearsonr(x, y)
@@ -131,24 +139,31 @@ class ScreeningStudy:
             dtype=float,
         )
 
-    def mean_correlation(self, form: Form = "difference", layer: int | None = None) -> Estimate:
+    def _others(self, mood: str) -> np.ndarray:
+        return np.array([each["mood"] != mood for each in self.sets.values()])
+
+    def mean_correlation(
+        self, form: Form = "difference", layer: int | None = None, *, without_own: bool = False
+    ) -> Estimate:
         """The mean over moods of their own correlations; the interval is over sets."""
-        return self._mean([(form, layer, 1.0)])
+        return self._mean([(form, layer, 1.0)], without_own)
 
     def correlation_difference(self, form: Form, other: Form, layer: int | None = None) -> Estimate:
         """The mean over moods of one form's correlation minus another's, both on the same resampled sets."""
         return self._mean([(form, layer, 1.0), (other, layer, -1.0)])
 
-    def _mean(self, terms: Sequence[tuple[Form, int | None, float]]) -> Estimate:
-        drawn = question_resamples(len(self.sets), N_RESAMPLES, 0)
+    def _mean(self, terms: Sequence[tuple[Form, int | None, float]], without_own: bool = False) -> Estimate:
+        every = question_resamples(len(self.sets), N_RESAMPLES, 0)
         values, resamples = [], []
         for mood in self.moods:
-            sides = [(self.dataset_scores(mood, form, layer), weight) for form, layer, weight in terms]
-            found = [pearson(x, self.after(mood)) for x, _ in sides]
+            chosen = self._others(mood) if without_own else slice(None)
+            y, drawn = self.after(mood)[chosen], every[:, chosen]
+            sides = [(self.dataset_scores(mood, form, layer)[chosen], weight) for form, layer, weight in terms]
+            found = [pearson(x, y) for x, _ in sides]
             if any(each is None for each in found):
                 continue
             values.append(sum(weight * r for r, (_, weight) in zip(found, sides, strict=True) if r is not None))
-            resamples.append(sum(weight * resampled_pearson(x, self.after(mood), drawn) for x, weight in sides))
+            resamples.append(sum(weight * resampled_pearson(x, y, drawn) for x, weight in sides))
         if not values:
             return Estimate(None, None, None, len(self.sets))
         # A resample may have drawn no set that differs on one mood; the others still have a mean.

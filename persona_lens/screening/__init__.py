@@ -5,7 +5,7 @@ the data sets' projection differences (arXiv:2507.21509, section 6).
 Knows nothing about training.
 """
 
-from persona_lens.screening.filtering import Thresholds, flags
+from persona_lens.screening.filtering import Thresholds, count_flagged, flag_samples, judge_samples, write_split
 from persona_lens.screening.result import By, Screening, read_screening
 from persona_lens.screening.run import ShardsMissing, finish, screen
 from persona_lens.screening.samples import Data, Rejection, Sample, Turns, named_datasets, stream_samples
@@ -25,10 +25,13 @@ __all__ = [
     "ShardsMissing",
     "Thresholds",
     "Turns",
+    "count_flagged",
     "finish",
-    "flags",
+    "flag_samples",
+    "judge_samples",
     "named_datasets",
     "read_screening",
     "screen",
     "stream_samples",
+    "write_split",
 ]

@@ -17,6 +17,7 @@ import numpy as np
 from persona_lens.judges import Judge, score_rollouts
 from persona_lens.records import ensure_writable, write_whole
 from persona_lens.rollouts import Rollout
+from persona_lens.screening.result import By, Screening
 from persona_lens.screening.samples import Sample
 from persona_lens.thresholds import Threshold
 from persona_lens.traits import Trait
@@ -24,14 +25,12 @@ from persona_lens.traits import Trait
 if TYPE_CHECKING:
     import pandas
 
-    from persona_lens.screening.result import By, Screening
-
 Thresholds = float | Threshold | Mapping[str, float | Threshold]
 """A threshold of the only vector, or one by the name of each vector that counts."""
 
 
-def judged(
-    found: "Screening", judge: Judge, trait: Trait, rows: Sequence[int] | None = None, *, progress: bool = True
+def judge_samples(
+    found: Screening, judge: Judge, trait: Trait, rows: Sequence[int] | None = None, *, progress: bool = True
 ) -> "pandas.Series":
     """A judge's trait scores, 0 to 100, of samples by their numbers (default: all); NaN where it gave none.
 
@@ -66,13 +65,13 @@ def _rollout(sample: Sample, trait: Trait) -> Rollout:
     )
 
 
-def flagged(
-    found: "Screening",
+def count_flagged(
+    found: Screening,
     thresholds: Thresholds,
     *,
     judged: "pandas.Series | None" = None,
     judge_threshold: float = 50.0,
-    by: "By | None" = None,
+    by: By | None = None,
 ) -> "pandas.DataFrame":
     """How many samples of each data set each filter takes out.
 
@@ -82,7 +81,7 @@ def flagged(
     """
     import pandas
 
-    over: Any = flags(found, thresholds, by=by)
+    over: Any = flag_samples(found, thresholds, by=by)
     names = _named(found, thresholds)
     known: Any = pandas.DataFrame({name: found.score(name, by).notna() for name in names}).all(axis=1)
     rows: Any = found.rows
@@ -99,7 +98,7 @@ def flagged(
     return pandas.DataFrame(table)
 
 
-def flags(found: "Screening", thresholds: Thresholds, *, by: "By | None" = None) -> "pandas.Series":
+def flag_samples(found: Screening, thresholds: Thresholds, *, by: By | None = None) -> "pandas.Series":
     """Whether each sample's score is above a threshold, on any of the vectors that have one."""
     import pandas
 
@@ -110,19 +109,19 @@ def flags(found: "Screening", thresholds: Thresholds, *, by: "By | None" = None)
     return over
 
 
-def _named(found: "Screening", thresholds: Thresholds) -> dict[str, float | Threshold]:
+def _named(found: Screening, thresholds: Thresholds) -> dict[str, float | Threshold]:
     if isinstance(thresholds, Mapping):
         return {found.vector(name): each for name, each in thresholds.items()}
     return {found.vector(): thresholds}
 
 
 def write_split(
-    found: "Screening",
+    found: Screening,
     output: str | os.PathLike[str],
     n: int,
     *,
     vector: str | None = None,
-    by: "By | None" = None,
+    by: By | None = None,
     rows: Sequence[int] | None = None,
     seed: int = 0,
 ) -> dict[str, Path]:

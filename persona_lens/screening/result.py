@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from persona_lens.records import write_json
-from persona_lens.screening.filtering import flagged, judged, write_split
 from persona_lens.screening.plan import SETTINGS, read_plan
 from persona_lens.screening.samples import Sample
 from persona_lens.screening.scores import TABLE
@@ -162,8 +161,6 @@ class Screening:
             source=benign,
             seed=seed,
         )
-
-    judged, flagged, write_split = judged, flagged, write_split
 
     def controls(self, by: By | None = None) -> "pandas.DataFrame":
         """What else could make a data set's score: length, and rows that repeat others.
