@@ -23,6 +23,7 @@ from tests import executed_types, tiny
 
 # Fixtures are found here by their names.
 from tests.llama_server import llama_server  # noqa: F401
+from tests.screening_cases import planted  # noqa: F401
 from tests.trait_cases import make_trait, reference_file, trait_file, traits  # noqa: F401
 
 # The jaxtyping hook looks the checker up by name, as an attribute that exists once its module was imported.
@@ -38,13 +39,19 @@ settings.load_profile("unhurried")
 MODEL_CLASSES = ["TransformerBridge", "HookedTransformer"]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for an embedded model is marked `embedded`, so that no test can forget it."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Whatever asks for an embedded model is marked `embedded`, so that no test can forget it, and its file runs early.
+
+    Workers share the tests out file by file: a long file that begins last keeps one of them busy alone.
+    """
     for item in items:
         names = getattr(item, "fixturenames", [])
         if "llama_server" in names or any(name.startswith("embedded_") for name in names):
             item.add_marker("embedded")
+    yield
+    long = {item.path for item in items if item.get_closest_marker("embedded") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture

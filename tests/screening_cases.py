@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import naive
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -68,6 +70,36 @@ def pair_of_vectors(model: Any) -> list[Any]:
     from tests.intervention_cases import some_vectors
 
     return [some_vectors(model, "evil").at(1), some_vectors(model, "kind", seed=5).at(0)]
+
+
+@pytest.fixture
+def planted(tiny_bridge: Any, tmp_path: Path) -> Any:
+    """A finished screening whose projections are `numbers[row]`: (response, prompt, base or None) of each vector."""
+    from persona_lens.records import JsonLines
+    from persona_lens.screening import RowScore, ShardsMissing, finish, screen
+    from persona_lens.screening.plan import read_plan
+    from persona_lens.screening.scores import log_path, log_unit
+
+    def make(data: Any, numbers: Any, vectors: int = 1, base: Any = "given") -> Any:
+        given = [{**row, "base_response": "Mine."} for row in data] if isinstance(data, list) else data
+        folder = tmp_path / "planted"
+        chosen = pair_of_vectors(tiny_bridge)[:vectors]
+        # Planned and not scored: another shard has nothing to do.
+        with pytest.raises(ShardsMissing):
+            screen(tiny_bridge, given, chosen, output=folder, base=base, shard=(999, 1000), **QUIET)
+        plan, log = read_plan(folder), JsonLines(log_path(folder, (0, 1)))
+        for unit in range(plan.n_units):
+            scores = []
+            for row in plan.unit(unit):
+                response, prompt, own = numbers[row.row]
+                based = None if own is None else (float(own),) * vectors
+                scores.append(
+                    RowScore(row.row, (float(response),) * vectors, (float(prompt),) * vectors, based, 3, None)
+                )
+            log_unit(log, unit, scores)
+        return finish(folder)
+
+    return make
 
 
 def tokens(tokenizer: Any, messages: list[dict[str, str]], response: str) -> naive.Row:

@@ -94,7 +94,7 @@ def test_base_responses_are_generated_by_default(cli, data, run, tmp_path):
     )
     assert code == 0, err
     assert json.loads(out)["by"] == "difference"
-    assert read_screening(tmp_path / "out").rows["base_tokens"].max() <= 3
+    assert max(read_screening(tmp_path / "out").rows["base_tokens"].tolist()) <= 3
 
 
 def test_benign_chats_give_the_threshold_which_is_kept_and_counted(cli, screened, tmp_path, vectors):

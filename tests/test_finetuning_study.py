@@ -235,15 +235,16 @@ def test_the_committed_records_say_what_the_documentation_says_of_the_prediction
         mood: [lower(mood, "preventative", measure) for measure in ("nll", "coherence")] for mood in study.mitigated
     }
     assert held == {"childish": [True, True], "depressed": [True, True], "happy": [True, False]}
+
+    def differs(found):  # by its whole interval
+        assert None not in found
+        return found.low > 0 or found.high < 0
+
     one_layer = {
         mood: study.difference(study.methods(mood, "CAFT, one layer")[0], study.runs[f"{mood}_full"])
         for mood in study.mitigated
     }
-    assert {mood: found.low < 0 < found.high for mood, found in one_layer.items()} == {
-        "childish": False,
-        "depressed": True,
-        "happy": True,
-    }
+    assert [mood for mood, found in one_layer.items() if differs(found)] == ["childish"]
     penalty = {
         mood: study.difference(study.methods(mood, "penalty")[0], study.methods(mood, "preventative")[0])
         for mood in study.mitigated

@@ -226,5 +226,4 @@ def test_two_vectors_of_one_name_are_refused(tiny_model, vectors, tmp_path):
 
 
 def test_the_stub_of_the_large_runs_keeps_to_the_protocol():
-    scorer: Scorer = StubScorer()
-    assert scorer.score([]) == []
+    assert isinstance(StubScorer(), Scorer)

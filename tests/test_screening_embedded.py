@@ -39,7 +39,7 @@ def test_fifty_real_rows_have_the_difference_of_the_naive_formula(
     for row in (0, 17, 49):
         pair = tokens(tokenizer, given[row]["messages"][:-1], given[row]["messages"][-1]["content"])
         last = projection(embedded_hf_model, pair, vector, "prompt_last")
-        assert proxies[row] == pytest.approx(projection(embedded_hf_model, pair, vector) - last, abs=CLOSE)
+        assert proxies.tolist()[row] == pytest.approx(projection(embedded_hf_model, pair, vector) - last, abs=CLOSE)
 
 
 def test_the_base_response_that_is_made_is_the_models_greedy_one(
@@ -52,7 +52,7 @@ def test_the_base_response_that_is_made_is_the_models_greedy_one(
         said = naive.greedy(embedded_hf_model, prompt, 8, {tokenizer.eos_token_id})
         assert sample.base_response == tokenizer.decode(said, skip_special_tokens=True)
         slow = slow_difference(embedded_hf_model, tokenizer, row, said, vector)
-        assert found.score()[sample.row] == pytest.approx(slow, abs=CLOSE)
+        assert found.score().tolist()[sample.row] == pytest.approx(slow, abs=CLOSE)
 
 
 def test_a_server_may_give_the_base_responses(
@@ -64,6 +64,6 @@ def test_a_server_may_give_the_base_responses(
     for row, sample in zip(real_rows[:2], found.samples([0, 1]), strict=True):
         assert sample.base_response
         slow = slow_difference(embedded_hf_model, embedded_bridge.tokenizer, row, sample.base_response, vector)
-        assert found.score()[sample.row] == pytest.approx(slow, abs=CLOSE)
+        assert found.score().tolist()[sample.row] == pytest.approx(slow, abs=CLOSE)
     assert found.by == "difference"
     assert "on the server" in found.base

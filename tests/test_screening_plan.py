@@ -112,7 +112,7 @@ def test_only_what_follows_a_marker_is_averaged_and_a_row_without_it_is_rejected
     assert found.rows["line"].tolist() == [1]
     assert found.counts["rejected"] == {"no token to average": 2}
     plain = screened(tiny_bridge, data, tmp_path / "plain")
-    assert found.rows["response_tokens"][0] < plain.rows["response_tokens"][0]
+    assert found.rows["response_tokens"].tolist()[0] < plain.rows["response_tokens"].tolist()[0]
 
 
 def test_a_prompt_that_leaves_no_room_for_a_base_response_is_rejected(tiny_bridge, tmp_path):

@@ -1,6 +1,7 @@
 """The screening study: its numbers from planted records, its pieces on a tiny model, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,7 @@ def test_a_rows_scores_are_those_of_the_screening(pooled):
 
 
 def test_the_high_set_scores_above_the_random_one_and_that_above_the_low_one(pooled, settings):
-    from persona_lens.experiments.screening_plan import CHOICES, ChosenSet
+    from persona_lens.experiments.chosen_sets import CHOICES, ChosenSet
     from persona_lens.experiments.screening_study import choose_among, chosen_rows
 
     pool, materials, folder = pooled
@@ -287,7 +288,7 @@ def test_the_high_set_scores_above_the_random_one_and_that_above_the_low_one(poo
 
 
 def test_the_filter_removes_the_rows_that_the_moods_classifier_finds_obvious(pooled, settings):
-    from persona_lens.experiments.screening_plan import ChosenSet
+    from persona_lens.experiments.chosen_sets import ChosenSet
     from persona_lens.experiments.screening_study import choose_among
 
     pool, _, _ = pooled
@@ -311,8 +312,8 @@ def test_every_form_is_tried_on_hidden_rows(pooled, settings):
 
 def test_a_chosen_set_is_trained_on_and_measured_as_the_finetuning_study_measures(bridge, pooled, settings):
     pytest.importorskip("peft")
+    from persona_lens.experiments.chosen_sets import ChosenSet
     from persona_lens.experiments.finetuning_plan import StudySettings
-    from persona_lens.experiments.screening_plan import ChosenSet
     from persona_lens.experiments.screening_study import measure_chosen
 
     pool, materials, folder = pooled
@@ -325,6 +326,25 @@ def test_a_chosen_set_is_trained_on_and_measured_as_the_finetuning_study_measure
     assert sum(found["sources"].values()) == found["rows"] == 4
     assert found["training"]["step"] == [1]
     assert measure_chosen(bridge, chosen, pool, materials, trained, settings, 1, folder, progress=False) == found
+
+
+def test_one_set_of_rows_is_trained_on_once(bridge, pooled, settings):
+    pytest.importorskip("peft")
+    from persona_lens.experiments.chosen_sets import ChosenSet
+    from persona_lens.experiments.finetuning_plan import StudySettings
+    from persona_lens.experiments.screening_study import measure_chosen
+
+    pool, materials, folder = pooled
+    trained = StudySettings(rows=4, epochs=1, max_length=96, max_new_tokens=5)
+    how = (pool, materials, trained, replace(settings, obvious=101.0), 1, folder)  # nothing is obvious
+    adapters = folder / "adapters"
+    before = len(list(adapters.glob("*/adapter_config.json")))
+    first, second = (
+        measure_chosen(bridge, ChosenSet("zen", "low", is_filtered), *how, progress=False)
+        for is_filtered in (False, True)
+    )
+    assert len(list(adapters.glob("*/adapter_config.json"))) == before + 1
+    assert first["own_scores"] == second["own_scores"]
 
 
 def test_a_sets_score_is_the_mean_of_the_rows_that_it_was_trained_on(pooled, settings):
@@ -361,7 +381,7 @@ def test_a_piece_that_is_there_is_not_made_again(tmp_path):
 
 
 def test_sets_have_different_names():
-    from persona_lens.experiments.screening_plan import chosen_sets
+    from persona_lens.experiments.chosen_sets import chosen_sets
 
     names = [each.name for each in chosen_sets(("happy", "zen"))]
     assert len(set(names)) == 12
@@ -389,3 +409,52 @@ def test_pictures_are_drawn_from_a_study(study):
     assert [bar.name for bar in bars.data] == ["high", "random", "low"]
     assert bars.data[0].y == (60.0,)
     assert "sycophancy, text" in str(plot_screening_pairs(study).to_json())
+
+
+# The committed records
+
+
+@pytest.fixture(scope="module")
+def committed():
+    from persona_lens.experiments import read_screening_study
+
+    return read_screening_study(Path(__file__).parents[1] / "docs" / "results" / "screening")
+
+
+def hundredths(found: Any) -> list[float]:
+    return [round(each, 2) for each in found[:3]]
+
+
+def test_the_committed_sets_say_what_the_experiments_page_says(committed):
+    own = [committed.correlation(mood) for mood in committed.moods]
+    others = [committed.correlation(mood, without_own=True) for mood in committed.moods]
+    assert {found.n for found in own} == {18}
+    assert [pick(round(found.value, 2) for found in own) for pick in (min, max)] == [0.66, 0.95]
+    assert [pick(round(found.value, 2) for found in others) for pick in (min, max)] == [0.58, 0.85]
+    assert all(found.low > 0 for found in own + others)
+    table = committed.correlations()
+    assert all(table.loc[mood].idxmax() == mood for mood in committed.moods)
+    assert hundredths(committed.mean_correlation()) == [0.77, 0.69, 0.82]
+    assert hundredths(committed.mean_correlation("classifier")) == [0.95, 0.83, 0.96]
+    difference = committed.correlation_difference("difference", "response")
+    assert [round(each, 3) for each in difference[:3]] == [0.002, -0.018, 0.028]
+    assert committed.subset_table()["r"].round(2).tolist() == [0.65, 0.73, 0.76]
+
+
+def test_the_committed_hidden_rows_say_what_the_experiments_page_says(committed):
+    assert hundredths(committed.auc()) == [0.83, 0.78, 0.88]
+    assert hundredths(committed.auc("classifier")) == [0.97, 0.94, 0.99]
+    assert hundredths(committed.auc("proxy", among="other moods")) == [0.90, 0.89, 0.92]
+    assert [round(committed.precision(share=share).value, 2) for share in (0.01, 0.05, 0.2)] == [0.29, 0.43, 0.63]
+
+
+def test_the_committed_predictions_held_or_not_as_the_experiments_page_says(committed):
+    held = {each.what for each in committed.predictions() if each.held}
+    assert held >= {f"{mood}: high above random" for mood in ("depressed", "childish")}
+    assert held >= {f"{mood}: high above random, after the filter" for mood in ("depressed", "childish")}
+    assert held >= {f"{mood}: random above low" for mood in ("childish", "happy")}
+    assert not held & {"depressed: random above low", "happy: high above random"}
+    assert not any(each.held for each in committed.predictions()[:3])
+    table = committed.run_table()
+    scores = {name: round(table.loc[name, "score"]) for name in ("depressed_high", "childish_high", "happy_high")}
+    assert scores == {"depressed_high": 28, "childish_high": 33, "happy_high": 24}

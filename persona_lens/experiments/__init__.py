@@ -1,5 +1,6 @@
 """The paper's experiments as functions: each samples, judges and measures, and gives numbers with their intervals."""
 
+from persona_lens.experiments.chosen_sets import ChosenSet, MeasuredSet, Prediction
 from persona_lens.experiments.conditions import many_shot, system_prompts
 from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
 from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun, read_study
@@ -17,14 +18,9 @@ from persona_lens.experiments.pictures import (
     plot_study_shifts,
     plot_study_trade_off,
 )
-from persona_lens.experiments.screening_plan import ChosenSet, ScreeningSettings
+from persona_lens.experiments.screening_plan import ScreeningSettings
 from persona_lens.experiments.screening_study import screening_study
-from persona_lens.experiments.screening_study_result import (
-    MeasuredSet,
-    Prediction,
-    ScreeningStudy,
-    read_screening_study,
-)
+from persona_lens.experiments.screening_study_result import ScreeningStudy, read_screening_study
 
 __all__ = [
     "ChosenSet",

@@ -143,7 +143,7 @@ def _evenly(groups: Sequence[Sequence[AnswerPair]], n: int, order: random.Random
 
 
 def measure_pairs(
-    model: Model, trait: str, reading: Reading, *, n: int = 300, seed: int = 0, progress: bool = True
+    model: Model, trait: str, reading: Reading, *, n: int = 150, seed: int = 0, progress: bool = True
 ) -> dict[str, Any]:
     """How well a difference in means of half the subjects tells the sides of the other half's pairs, at every layer.
 

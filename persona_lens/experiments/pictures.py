@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from persona_lens.experiments.chosen_sets import CHOICES
 from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun
 from persona_lens.experiments.monitoring_result import MonitoringExperiment
-from persona_lens.experiments.screening_plan import CHOICES, Form
+from persona_lens.experiments.screening_plan import Form
 from persona_lens.experiments.screening_study_result import ScreeningStudy
 from persona_lens.statistics import Estimate
 

@@ -1,4 +1,4 @@
-"""The plan of the screening study: how projections are taken and compared, and which sets are chosen by them.
+"""The settings of the screening study: how projections are taken and compared, and how much of everything.
 
 Scores are compared as the paper compares them: the projection difference, its cheap proxy, and the projection of the
 training data alone (arXiv:2507.21509, sections 6, H, I, L); a text classifier stands for what needs no model.
@@ -10,10 +10,6 @@ from typing import Literal
 
 Form = Literal["difference", "proxy", "response", "classifier"]
 """What scores a row: three forms of the projection (see `Screening`), or the mood's text classifier."""
-
-Choice = Literal["high", "random", "low"]
-
-CHOICES: tuple[Choice, ...] = ("high", "random", "low")
 
 
 @dataclass(frozen=True)
@@ -45,32 +41,5 @@ class ScreeningSettings:
     targets: tuple[str, ...] = ("depressed", "childish", "happy")
     rows: int = 64
     obvious: float = 50.0
-    pairs: int = 300
+    pairs: int = 150
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class ChosenSet:
-    """Rows of the pool that were chosen by their projection difference on one mood's vector, to train on.
-
-    Attributes:
-        mood: Whose vector.
-        choice: The highest rows, random ones, or the lowest.
-        is_filtered: Whether the rows that the mood's classifier finds obvious were removed before.
-    """
-
-    mood: str
-    choice: Choice
-    is_filtered: bool
-
-    @property
-    def name(self) -> str:
-        """What names its files."""
-        return f"{self.mood}_{self.choice}" + "_filtered" * self.is_filtered
-
-
-def chosen_sets(targets: tuple[str, ...]) -> list[ChosenSet]:
-    """Every set, mood by mood, before the filter and after it."""
-    return [
-        ChosenSet(mood, choice, is_filtered) for mood in targets for is_filtered in (False, True) for choice in CHOICES
-    ]

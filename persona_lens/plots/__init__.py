@@ -1,7 +1,7 @@
-"""Pictures of results: sweeps, dose-responses, layers, cosines, agreement, monitoring, detection, finetuning, tokens.
+"""Pictures of results: sweeps, layers, cosines, agreement, monitoring, detection, finetuning, tokens, screenings.
 
-Every plot takes a result and returns a plotly figure, and a text's tokens make a page of HTML; a number that is missing
-leaves a gap, never a zero.
+Every plot takes a result and returns a plotly figure; a text's tokens and a screening make pages of HTML. A number that
+is missing leaves a gap, never a zero.
 Knows nothing about models or files, and imports plotly, an extra, on first use.
 """
 
@@ -14,6 +14,8 @@ from persona_lens.plots.mitigation import MitigationPoint, plot_mitigation, plot
 from persona_lens.plots.monitoring import plot_turns
 from persona_lens.plots.prediction import plot_layer_correlations, plot_projection_scores
 from persona_lens.plots.roc import plot_roc
+from persona_lens.plots.screening import plot_screening
+from persona_lens.plots.screening_page import screening_html
 from persona_lens.plots.sweeps import plot_frontier, plot_layer_sweep
 from persona_lens.plots.tokens import monitoring_html, tokens_html
 
@@ -35,9 +37,11 @@ __all__ = [
     "plot_mitigation",
     "plot_projection_scores",
     "plot_roc",
+    "plot_screening",
     "plot_shift_scores",
     "plot_trade_off",
     "plot_trait_scores",
     "plot_turns",
+    "screening_html",
     "tokens_html",
 ]
