@@ -1,7 +1,7 @@
 """The picture of a screening: how the samples' scores of each data set are spread, and the mean with its interval.
 
-In the shape of arXiv:2507.21509, figure 8 (section 6). A figure holds quantiles of a large data set, never all of it,
-so its size does not grow with the data.
+Samples and data sets are scored as in arXiv:2507.21509, section 6. A figure holds quantiles of a large data set, never
+all of it, so its size does not grow with the data.
 Knows nothing about how samples were scored.
 """
 
@@ -63,7 +63,7 @@ def plot_screening(
     The outline is a kernel density over the samples, or over 1,001 quantiles of more than 2,000; samples are points
     where a set has at most 100. The diamond with whiskers is the set's mean with its 95 % interval over prompts, as in
     `Screening.dataset_scores`; the dashed line is `threshold`. A sample without a score is not drawn, and counted on
-    hovering. Every row's outline is equally high. Source: arXiv:2507.21509, figure 8 (section 6).
+    hovering. Every row's outline is equally high. Source of the scores: arXiv:2507.21509, section 6.
     Raises ValueError where no sample has a score, there is no such vector or score, or the threshold is another's.
     """
     name, by = found.vector(vector), found.by if by is None else by
