@@ -8,6 +8,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # Tests use one torch thread each, and a worker that loads the embedded model takes about 1 GB; 0 runs without workers.
 PYTEST_WORKERS ?= 2
+# A file stays on one worker, which builds its fixtures once. Files keep the order of tests/conftest.py, long ones first,
+# where xdist would begin those of the fewest tests last, however long they are.
+PARALLEL := -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # Further pytest arguments, such as PYTEST_ARGS='-k means'.
 PYTEST_ARGS ?=
 
@@ -33,14 +36,13 @@ demo: $(VENV)/.installed ## the whole pipeline on the embedded model
 	$(VENV)/bin/persona-lens demo --output runs/demo
 
 test: lint ## every check and the whole suite
-	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-tl4: $(VENV_TL4)/.installed ## the suite on the newest TransformerLens 4, but for the tests marked slow
-	$(VENV_TL4)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not slow and not soak" $(PYTEST_ARGS)
+	$(VENV_TL4)/bin/python -m pytest $(PARALLEL) -m "not slow and not soak" $(PYTEST_ARGS)
 
 check: lint ## what to run before each commit: the checks and the fast tests
-	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile \
-		-m "not embedded and not slow and not soak" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not embedded and not slow and not soak" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from textwrap import shorten
 from typing import Any
 
@@ -172,6 +173,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.casefold())
 
 
+@lru_cache(maxsize=1024)  # each of a draft's questions meets every other one
 def _content(question: str) -> frozenset[str]:
     return frozenset(_stem(word) for word in _words(question) if word not in _FUNCTION_WORDS)
 
