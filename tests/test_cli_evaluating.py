@@ -261,7 +261,8 @@ def test_without_an_adapter_both_classes_are_evaluated(cli, tiny_model, tmp_path
 @pytest.mark.slow
 def test_the_real_model_is_finetuned_measured_and_evaluated(cli, embedded_bridge, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *_, **__: embedded_bridge)
-    trait = load_trait("optimistic")
+    whole = load_trait("optimistic")
+    trait = replace(whole, instructions=whole.instructions[:2], evaluation_questions=whole.evaluation_questions[:4])
     (tmp_path / "run").mkdir()
     run = make_run(tmp_path / "run", some_vectors(embedded_bridge, trait.name), trait, max_new_tokens=8)
     rows = [

@@ -458,3 +458,12 @@ def test_the_committed_predictions_held_or_not_as_the_experiments_page_says(comm
     table = committed.run_table()
     scores = {name: round(table.loc[name, "score"]) for name in ("depressed_high", "childish_high", "happy_high")}
     assert scores == {"depressed_high": 28, "childish_high": 33, "happy_high": 24}
+
+
+def test_the_committed_pairs_say_what_the_experiments_page_says(committed):
+    auc, ordered = (committed.pair_table(measure)["value"].round(2) for measure in ("auc", "ordered"))
+    assert (auc["sycophancy", "text", 19], ordered["sycophancy", "text", 19]) == (0.76, 0.80)
+    assert (auc["hallucination", "text", 14], ordered["hallucination", "text", 14]) == (0.99, 1.00)
+    assert (auc["sycophancy", "letter", 19], ordered["sycophancy", "letter", 19]) == (0.58, 0.50)
+    assert (auc["hallucination", "letter", 14], auc["hallucination", "letter", 19]) == (0.59, 0.92)
+    assert committed.pairs["sycophancy_text"]["counts"]["subjects"] == 49
