@@ -11,6 +11,7 @@ from persona_lens.screening.plan import read_plan
 from tests.screening_cases import (
     QUIET,
     StubScorer,
+    chat,
     greedy_base,
     pair_of_vectors,
     projection,
@@ -227,3 +228,16 @@ def test_two_vectors_of_one_name_are_refused(tiny_model, vectors, tmp_path):
 
 def test_the_stub_of_the_large_runs_keeps_to_the_protocol():
     assert isinstance(StubScorer(), Scorer)
+
+
+def test_a_base_response_that_rows_share_is_run_once(tiny_bridge, tmp_path):
+    ran = []
+    embedding = tiny_bridge.original_model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, inputs, __: ran.append(len(inputs[0])))
+    messages = [chat("Why?", answer) for answer in ("One.", "Two.", "Three.", "Four.")]
+    data = [{"messages": each, "base_response": "Mine, and no other."} for each in messages]
+    try:
+        screen(tiny_bridge, data, pair_of_vectors(tiny_bridge), output=tmp_path, base="given", **QUIET)
+    finally:
+        handle.remove()
+    assert sum(ran) == 5

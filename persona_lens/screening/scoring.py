@@ -117,22 +117,23 @@ class ModelScorer:
 
     def _read(self, chats: Sequence[ChatTokens]) -> list["_Read"]:
         """The projections of chats: of the last prompt token, and the mean over the averaged ones."""
+        once = list(dict.fromkeys(chats))  # rows that share a prompt share the base model's response
 
         def known(batch: Sequence[int], mask: Bool[Tensor, "batch pos"]) -> KnownPass:
             place = torch.arange(mask.shape[1])
-            starts = torch.tensor([[len(chats[index].prompt)] for index in batch])
+            starts = torch.tensor([[len(once[index].prompt)] for index in batch])
             return KnownPass(prompt=mask & (place < starts), response=mask & (place >= starts - 1))
 
-        found: dict[int, _Read] = {}
-        ids = [chat.prompt + chat.response for chat in chats]
+        found: dict[ChatTokens, _Read] = {}
+        ids = [chat.prompt + chat.response for chat in once]
         for index, values in token_projections(
             self.model, ids, self.how.vectors, known=known, token_budget=self.how.token_budget
         ):
-            start = len(chats[index].prompt)
-            said = values[start + chats[index].skip :]
+            start = len(once[index].prompt)
+            said = values[start + once[index].skip :]
             mean = tuple(said.double().mean(dim=0).tolist()) if len(said) else None
-            found[index] = _Read(tuple(values[start - 1].tolist()), mean)
-        return [found[index] for index in range(len(chats))]
+            found[once[index]] = _Read(tuple(values[start - 1].tolist()), mean)
+        return [found[chat] for chat in chats]
 
     def _answers(self, rows: Sequence[PlannedRow]) -> dict[int, _BaseAnswer]:
         """The base model's response to each row's prompt, by the row's number; an empty one has no token."""
