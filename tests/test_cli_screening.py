@@ -158,7 +158,8 @@ def test_a_judge_stands_beside_the_projection(cli, screened, tmp_path):
     [
         (("--shard", "4/4"), "counted from 0"),
         (("--base", "nonsense"), "--base is generate"),
-        (("--judge", "likelihood"), "--judge and --trait go together"),
+        (("--judge", "likelihood", "--benign", "plain.jsonl"), "--judge and --trait go together"),
+        (("--judge", "likelihood", "--trait", "evil"), "--judge goes with --benign"),
     ],
 )
 def test_bad_usage_is_said_before_anything_is_loaded(cli, screened, arguments, words):
@@ -187,3 +188,51 @@ def test_two_files_of_one_stem_are_told_apart(cli, screened, data, tmp_path):
     code, out, err = cli(screened[0], tmp_path / "other" / "chats.parquet", *screened[1:], "--json")
     assert code == 0, err
     assert [row["dataset"] for row in json.loads(out)["sets"]] == [str(tmp_path / "other" / "chats.parquet"), str(data)]
+
+
+def plain(tmp_path, n=30):
+    return write_rows(tmp_path / "plain.jsonl", [{"messages": chat(f"Why {k}?", f"It is {k}.")} for k in range(n)])
+
+
+@pytest.mark.parametrize("limit", [-5, 5])
+def test_a_set_without_a_score_does_not_pass_a_limit(cli, data, run, tmp_path, limit):
+    options = ("--layer", 1, "--base-fraction", 0.0001, "--max-new-tokens", 2, "--fail-above", limit)
+    code, _, err = cli("screen", data, "--vectors", run, *options, "--output", tmp_path / "out", *QUIET)
+    assert code == 1
+    assert "chats: no sample has a score on" in one_sentence(err)
+
+
+def test_benign_chats_may_be_one_of_the_sets_by_its_name_or_its_file(cli, screened, tmp_path):
+    benign = plain(tmp_path)
+    for number, named in enumerate(["plain", benign]):
+        folder = ("--output", tmp_path / f"out {number}")
+        code, out, err = cli(screened[0], benign, *screened[1:], *folder, "--benign", named, "--json")
+        assert code == 0, err
+        assert [row["dataset"] for row in json.loads(out)["sets"]] == ["plain", "chats"]
+
+
+def test_benign_chats_are_no_candidates_of_a_split(cli, screened, tmp_path):
+    code, _, err = cli(*screened, "--benign", plain(tmp_path), "--split", 3)
+    assert code == 0, err
+    lines = [line for path in (tmp_path / "out" / "split").iterdir() for line in path.read_text().splitlines()]
+    assert {json.loads(line)["dataset"] for line in lines} == {"chats"}
+
+
+def test_a_split_that_is_too_large_leaves_the_page(cli, screened, tmp_path):
+    pytest.importorskip("plotly")
+    code, _, err = cli(*screened, "--split", 500)
+    assert code == 1
+    assert "A split of 500 needs 1000" in one_sentence(err)
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_without_plotly_there_are_the_splits_of_every_vector(cli, screened, model, tmp_path, monkeypatch):
+    def absent():
+        raise ImportError("plotly is not installed")
+
+    monkeypatch.setattr("persona_lens.plots.style.graph_objects", absent)
+    some_vectors(model, "kind", seed=5).save(tmp_path / "kind.safetensors")
+    code, _, err = cli(*screened, "--vectors", tmp_path / "kind.safetensors", "--split", 3)
+    assert code == 0
+    assert "No page: plotly is not installed" in err
+    assert len(list((tmp_path / "out").glob("split-*"))) == 2

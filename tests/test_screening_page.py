@@ -221,3 +221,9 @@ def test_the_next_step_names_the_files_and_a_split_of_this_vector(planted):
     text = Page(screening_html(ladder(planted))).text
     for name in ("rejects.jsonl", "scores.parquet", 'vector="evil@1", by="difference")'):
         assert re.sub(r"\s+", " ", name) in re.sub(r"\s+", " ", text)
+
+
+def test_an_id_that_is_a_book_is_cut(planted):
+    page = screening_html(planted([row(0) | {"id": "x" * 9000}, row(1)], [(1, 0, 0), (0, 0, 0)]))
+    assert "x" * 121 not in page
+    assert "8,880 more characters" in page

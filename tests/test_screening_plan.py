@@ -131,7 +131,7 @@ def test_a_limit_of_zero_is_refused(tiny_bridge, tmp_path, choice):
 @pytest.mark.parametrize("fraction", [0.0, 1.5])
 def test_a_share_that_is_none_is_refused(tiny_bridge, tmp_path, fraction):
     with pytest.raises(ValueError, match="base_fraction is above 0"):
-        screened(tiny_bridge, rows(2), tmp_path, base="generate", base_fraction=fraction)
+        screened(tiny_bridge, rows(2), tmp_path, base_fraction=fraction)
 
 
 WORDS = [f"word{number}" for number in range(200)]

@@ -123,6 +123,11 @@ def test_a_row_without_a_score_is_flagged_by_nothing_and_counted(planted):
     assert (row["projection"], row["unscored"]) == (1, 1)
 
 
+def test_flags_without_a_threshold_are_an_error(planted):
+    with pytest.raises(ValueError, match="no threshold to flag by"):
+        count_flagged(planted(rows(3), [(1, 0, 0)] * 3), {})
+
+
 def test_a_judge_scores_samples_once_and_from_the_folder_afterwards(planted, monkeypatch):
     data = [{"messages": chat(f"Why {n}?", answer)} for n, answer in enumerate(["bad bad", "good good", "bad"] * 4)]
     found = planted(data, [(0, 0, 0)] * 12)

@@ -165,3 +165,10 @@ def test_data_of_which_nothing_is_left_is_an_error_that_says_what_became_of_it(t
     with pytest.raises(ValueError, match="No sample is left to screen: of 2 rows 2 malformed"):
         screen(tiny_bridge, path, pair_of_vectors(tiny_bridge), output=tmp_path / "run", base="proxy", **QUIET)
     assert len((tmp_path / "run" / "rejects.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("field", ["id", "base_response"])
+def test_half_of_a_surrogate_pair_is_no_id_and_no_base_response(field):
+    (found,) = read([{**rows(1)[0], "base_response": "Mine.", field: "half \ud800"}], needs_base=True)
+    assert isinstance(found, Rejection)
+    assert found.kind == "malformed"

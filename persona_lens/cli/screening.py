@@ -63,7 +63,9 @@ def screen(
     by: Annotated[
         Form | None, typer.Option(help="Report this form of the score; by default what --base gives.")
     ] = None,
-    benign: Annotated[Path | None, typer.Option(help="Benign chats, screened too: their percentile is marked.")] = None,
+    benign: Annotated[
+        Path | None, typer.Option(help="Benign chats, one of DATA by its name, or a file: their percentile is marked.")
+    ] = None,
     percentile: Annotated[float, typer.Option(help="Of the benign samples.")] = 95.0,
     split: Annotated[int | None, typer.Option(min=1, help="Write so many highest, random and lowest samples.")] = None,
     judge: Annotated[str | None, typer.Option(help="Compare with likelihood, classifier:FILE or openai:MODEL.")] = None,
@@ -92,10 +94,11 @@ def screen(
     from persona_lens.screening import screen as find
 
     form = None if by is None else cast(Any, by.value)
-    named = _named([*(data or []), *([benign] if benign else [])])
-    name = next((name for name, path in named.items() if path == benign), None)
+    named, name = _named_with(data or [], benign)
     asked = Asked(form, name, percentile, split, judge_top, fail_above, as_json)
     ready = cache(lambda: load(model, model_class, threads))
+    if judge is not None and benign is None:
+        raise typer.BadParameter("--judge goes with --benign, whose threshold it is compared with")
     judged = _judge(judge, trait, output, ready, max_new_tokens, seed, concurrency, timeout)
     if merge:
         report(finish(output), asked, judged)
@@ -128,6 +131,15 @@ def screen(
         say(f"{waiting}")
         return
     report(found, asked, judged)
+
+
+def _named_with(data: Sequence[Path], benign: Path | None) -> tuple[dict[str, Path], str | None]:
+    """The sets by name, the benign one among them, and the name of that one."""
+    named = _named(data)
+    if benign is None or str(benign) in named:
+        return named, None if benign is None else str(benign)
+    named = _named(list(dict.fromkeys([*data, benign])))
+    return named, next(name for name, path in named.items() if path == benign)
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:

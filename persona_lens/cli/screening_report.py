@@ -50,13 +50,27 @@ def report(found: "Screening", asked: Asked, judge: Judging | None) -> None:
     else:
         _show(found, asked, rows, flagged)
     _write(found, asked, thresholds)
-    passed = [row for row in rows if row["dataset"] != asked.benign and (row["score"] or 0) > (asked.fail_above or 0)]
-    if asked.fail_above is not None and passed:
-        say(
-            f"persona-lens: {passed[0]['dataset']}: its score on {passed[0]['vector']} is {passed[0]['score']:.3f}, "
-            f"above the threshold of {asked.fail_above:g}."
-        )
+    if asked.fail_above is not None and (passed := _first_above(rows, asked.benign, asked.fail_above)):
+        say(f"persona-lens: {passed}")
         raise typer.Exit(PASSED)
+
+
+def _first_above(rows: list[dict[str, Any]], benign: str | None, limit: float) -> str | None:
+    """One sentence about the first set whose score is above a limit, the benign one apart; None where there is none.
+
+    Raises ValueError where a set has no score, which is no proof of a low one.
+    """
+    held = [row for row in rows if row["dataset"] != benign]
+    for row in held:
+        if row["score"] is not None and row["score"] > limit:
+            score = f"its score on {row['vector']} is {row['score']:.3f}"
+            return f"{row['dataset']}: {score}, above the threshold of {limit:g}."
+    if silent := [row for row in held if row["score"] is None]:
+        raise ValueError(
+            f"{silent[0]['dataset']}: no sample has a score on {silent[0]['vector']} to hold against --fail-above: "
+            "raise --base-fraction, or report another form --by."
+        )
+    return None
 
 
 def _thresholds(found: "Screening", asked: Asked) -> "dict[str, Threshold]":
@@ -122,21 +136,28 @@ def _decimals(value: float | None) -> str:
 
 
 def _write(found: "Screening", asked: Asked, thresholds: "dict[str, Threshold]") -> None:
-    """A page for every vector, and the splits."""
+    """A page for every vector, and then the splits, for which there may be too few samples."""
     from persona_lens.records import write_whole
     from persona_lens.screening import write_split
 
-    for name in found.vectors:
-        own = "" if len(found.vectors) == 1 else f"-{re.sub(r'[^a-zA-Z0-9@._-]', '_', name)}"
-        if asked.split is not None:
-            paths = write_split(found, found.folder / f"split{own}", asked.split, vector=name, by=asked.by)
-            say(f"{name}: the highest, random and lowest samples are in {', '.join(map(str, paths.values()))}.")
-        try:
-            from persona_lens.plots import screening_html
+    endings = {name: f"-{re.sub(r'[^a-zA-Z0-9@._-]', '_', name)}" for name in found.vectors}
+    if len(found.vectors) == 1:
+        endings = dict.fromkeys(found.vectors, "")
+    try:
+        from persona_lens.plots import screening_html
 
+        for name, own in endings.items():
             page = screening_html(found, vector=name, by=asked.by, threshold=thresholds.get(name))
-        except ImportError as error:
-            say(f"No page: {error}")
-            return
-        write_whole(found.folder / f"report{own}.html", page.encode())
-        say(f"The page is {found.folder / f'report{own}.html'}.")
+            write_whole(found.folder / f"report{own}.html", page.encode())
+            say(f"The page is {found.folder / f'report{own}.html'}.")
+    except ImportError as error:
+        say(f"No page: {error}")
+    if asked.split is None:
+        return
+    # What a split is held against is no candidate for training.
+    table: Any = found.rows
+    candidates = table.index[table["dataset"] != asked.benign].tolist()
+    for name, own in endings.items():
+        folder = found.folder / f"split{own}"
+        paths = write_split(found, folder, asked.split, vector=name, by=asked.by, rows=candidates)
+        say(f"{name}: the highest, random and lowest samples are in {', '.join(map(str, paths.values()))}.")

@@ -22,7 +22,7 @@ from persona_lens.thresholds import Threshold
 if TYPE_CHECKING:
     from persona_lens.screening import By
 
-LONGEST = 700
+LONGEST, LONGEST_NAME = 700, 120
 BASES = {
     "generate": "the model’s own greedy responses, made for this run",
     "given": "given with the data",
@@ -218,7 +218,7 @@ def _card(view: _View, shown: _Shown, sample: Sample) -> str:
     marks = "<b class=over>above the threshold</b>" * over
     if shown.more:
         marks += f"<b class=more>{_count(shown.more)} near-duplicate{'s' * (shown.more > 1)} more</b>"
-    where = "".join(f"<span>{visible(each, breaks=False)}</span>" for each in about)
+    where = "".join(f"<span>{_cut(each, LONGEST_NAME)}</span>" for each in about)
     turns = [message["content"] for message in sample.messages if message["role"] == "user"]
     parts = _part("prompt, last turn of the user", (turns or [sample.messages[-1]["content"]])[-1])
     both = _part("response", sample.response)
@@ -229,9 +229,14 @@ def _card(view: _View, shown: _Shown, sample: Sample) -> str:
 
 
 def _part(name: str, text: str) -> str:
-    left = len(text) - LONGEST
-    cut = f" <span class=cut>… {_count(left)} more character{'s' * (left > 1)}</span>" if left > 0 else ""
-    return f"<div><h3>{name}</h3><div class=text>{visible(text[:LONGEST], breaks=False)}{cut}</div></div>"
+    return f"<div><h3>{name}</h3><div class=text>{_cut(text, LONGEST)}</div></div>"
+
+
+def _cut(text: str, longest: int) -> str:
+    """Foreign text as HTML, as far as it is shown, with the number of characters that are not."""
+    left = len(text) - longest
+    rest = f" <span class=cut>… {_count(left)} more character{'s' * (left > 1)}</span>" if left > 0 else ""
+    return visible(text[:longest], breaks=False) + rest
 
 
 def _next(view: _View) -> str:

@@ -77,9 +77,12 @@ def count_flagged(
 
     `projection` counts those above a threshold on any of the vectors, `judge` those whose judge's score is at least
     `judge_threshold`, `union` and `both` those that either and both take; without a judge there is `projection` alone.
-    A sample without a score is not taken, and is counted in `unscored`.
+    A sample without a score is not taken, and is counted in `unscored`. Raises ValueError without a threshold.
     """
     import pandas
+
+    if isinstance(thresholds, Mapping) and not thresholds:
+        raise ValueError("There is no threshold to flag by: give one for a vector, such as that of benign chats.")
 
     over: Any = flag_samples(found, thresholds, by=by)
     names = _named(found, thresholds)

@@ -110,7 +110,7 @@ def screen(
         after,
         system_prompt,
         given_base=base == "given",
-        base_fraction=base_fraction if base not in ("proxy", "none") else 1.0,
+        base_fraction=base_fraction,
         seed=seed,
     )
     room = Room(int(model.cfg.n_ctx), max_new_tokens if scorer.how.makes_base else 0)

@@ -185,17 +185,16 @@ def _sample(row: int, dataset: str, line: int, content: Any, turns: Turns) -> Sa
             return Rejection(dataset, line, "no response", "no turn of the assistant to screen", content)
         place = spoken[0 if turns.first else -1]
         chat = Transcript(given[: place + 1]).messages
-        for message in chat:
-            message["content"].encode()  # half of a surrogate pair is a string, and no text
+        fields = content if isinstance(content, Mapping) else {}
+        named = name_of(fields, ID_KEYS) or f"{dataset}:{line}"
+        base = fields.get(BASE_KEY) if turns.needs_base else None
+        # Half of a surrogate pair is a string, and no text.
+        "\n".join([named, base if isinstance(base, str) else "", *(each["content"] for each in chat)]).encode()
     except ValueError as error:
         return Rejection(dataset, line, "malformed", str(error), content)
-    fields = content if isinstance(content, Mapping) else {}
-    base = fields.get(BASE_KEY)
     if turns.needs_base and not (isinstance(base, str) and base.strip()):
         return Rejection(dataset, line, "no base response", f"{BASE_KEY} is {type(base).__name__} or empty", content)
-    named = name_of(fields, ID_KEYS) or f"{dataset}:{line}"
-    kept = base if turns.needs_base else None
-    return Sample(row, dataset, named, line, tuple(chat[:-1]), chat[-1]["content"], kept)
+    return Sample(row, dataset, named, line, tuple(chat[:-1]), chat[-1]["content"], base)
 
 
 def _role(message: Any) -> Any:
