@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -69,7 +70,9 @@ def score_with_ray(
 
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # A cluster knows its processors; a machine of fewer than there are actors would wait for more without end.
+        cpus = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(os.cpu_count() or 1, actors)}
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **cpus)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.print_on_execution_start = False, False
@@ -77,7 +80,7 @@ def score_with_ray(
         tasks = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=min(len(units), MAX_TASKS))
         scored = tasks.map_batches(
             _UnitActor,
-            fn_constructor_args=(make_scorer, plan),
+            fn_constructor_args=(make_scorer, replace(plan, folder=plan.folder.resolve())),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=0 if gpus_per_actor else 1,
