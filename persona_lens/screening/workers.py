@@ -71,8 +71,8 @@ def score_with_ray(
     started = not ray.is_initialized()
     if started:
         # A cluster knows its processors; a machine of fewer than there are actors would wait for more without end.
-        cpus = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(os.cpu_count() or 1, actors)}
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **cpus)
+        cpus = None if os.environ.get("RAY_ADDRESS") else max(os.cpu_count() or 1, actors)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.print_on_execution_start = False, False
