@@ -108,12 +108,15 @@ def test_a_million_rows_take_no_more_memory_than_a_few_and_resume(embedded_direc
     assert scoring.slope < FLAT
 
 
+# Few enough that a hundred rows are units enough to kill something between two of them.
+UNIT_ROWS = 8
 PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)
 from persona_lens import load_model
-from persona_lens.screening import screen
-from tests.test_screening_soak import arguments
+from persona_lens.screening import screen, units
+from tests.test_screening_soak import UNIT_ROWS, arguments
+units.UNIT_ROWS = UNIT_ROWS
 if __name__ == "__main__":
     model = load_model()
     data, vectors, choices = arguments(model, sys.argv[2])
@@ -131,7 +134,10 @@ def arguments(model: Any, base: str) -> tuple[Any, Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("base", ["proxy", "generate"])
-def test_real_rows_under_actors_whose_processes_are_killed_are_those_of_the_plain_loop(embedded_bridge, tmp_path, base):
+def test_real_rows_under_actors_whose_processes_are_killed_are_those_of_the_plain_loop(
+    embedded_bridge, tmp_path, base, monkeypatch
+):
+    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", UNIT_ROWS)
     data, vectors, choices = arguments(embedded_bridge, base)
     plain = screen(embedded_bridge, data, vectors, output=tmp_path / "plain", **choices, **QUIET)
     folder = tmp_path / "ray"
