@@ -292,8 +292,8 @@ def test_a_moods_direction_separates_its_held_out_responses_from_the_other_moods
     from persona_lens.extraction import extract_from_responses
     from persona_lens.statistics import auc
 
-    small = replace(split, vectors=split.vectors[::18])
-    contrast = contrast_with_moods(small, "depressed", others=2)
+    small = replace(split, vectors=split.vectors[::12])
+    contrast = contrast_with_moods(small, "depressed", others=3)
     vectors = extract_from_responses(
         embedded_bridge,
         contrast.positive,
@@ -303,7 +303,7 @@ def test_a_moods_direction_separates_its_held_out_responses_from_the_other_moods
         n_placebo=10,
         progress=False,
     )
-    held_out = contrast_with_moods(replace(split, vectors=split.vectors[9::18]), "depressed", others=2)
+    held_out = contrast_with_moods(replace(split, vectors=split.vectors[6::12]), "depressed", others=3)
     rows = [row.tokenize(embedded_bridge.tokenizer) for row in held_out.positive + held_out.negative]
     means = torch.zeros(len(rows), embedded_bridge.cfg.n_layers + 1, embedded_bridge.cfg.d_model)
     for batch in stream_means(embedded_bridge, rows, position="response_mean", token_budget=4096):
