@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,24 +14,7 @@ ELSEWHERE = ("make ", "pip ")
 """Commands that make the environment this test runs in; continuous integration runs them before it."""
 
 
-@pytest.fixture
-def shorter_traits(tmp_path_factory, monkeypatch):
-    """The bundled traits with two instruction pairs, the fewest of which a likelihood ratio can leave one out.
-
-    A block's time grows with the square of the pairs; what it shows does not.
-    """
-    from persona_lens import traits
-
-    folder = tmp_path_factory.mktemp("package") / "trait_artifacts"
-    folder.mkdir()
-    for name in traits.bundled_traits():
-        whole = traits.load_trait(name)
-        replace(whole, instructions=whole.instructions[:2]).save(folder / f"{name}.json")
-    monkeypatch.setattr(traits, "files", lambda _: folder.parent)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("shorter_traits")
 def test_every_block_of_the_readme_runs(embedded_bridge, llama_server, tmp_path, monkeypatch):
     import persona_lens
     from persona_lens import cli, models
