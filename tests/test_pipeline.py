@@ -21,7 +21,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def run_pipeline():
-    """Extract `evil`, of two pairs, from six questions in twelve-token responses, batches of twelve, into a folder.
+    """Extract `evil`, of two pairs, from four questions in twelve-token responses, batches of eight, into a folder.
 
     The judge's time grows with the square of the pairs, and two are the fewest of which it can leave one out.
     """
@@ -31,9 +31,9 @@ def run_pipeline():
     trait = replace(load_trait("evil"), instructions=load_trait("evil").instructions[:2])
 
     def run(model, folder, **choices):
-        judge = LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3, batch_rows=12)
-        engine = ModelEngine(model, max_new_tokens=12, batch_rows=12)
-        settings = {"questions": trait.extraction_questions[:6], "per_question": 1, "min_pairs": 2, **choices}
+        judge = LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3, batch_rows=8)
+        engine = ModelEngine(model, max_new_tokens=12, batch_rows=8)
+        settings = {"questions": trait.extraction_questions[:4], "per_question": 1, "min_pairs": 2, **choices}
         return extract_persona_vectors(
             model, trait, judge=judge, engine=engine, output=folder, progress=False, **settings
         )
@@ -67,7 +67,7 @@ def test_the_saved_vectors_are_the_returned_ones(finished):
 def test_the_summary_accounts_for_every_pair(finished):
     folder, vectors = finished
     pairs = json.loads((folder / "summary.json").read_text())["pairs"]
-    assert pairs["pairs"] == 6 * 2
+    assert pairs["pairs"] == 4 * 2
     assert pairs["kept"] + sum(pairs["dropped"].values()) == pairs["pairs"]
     assert vectors.counts["positive"] == vectors.counts["negative"] == pairs["kept"]
 
@@ -81,7 +81,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_rows_scores_and_vectors(
         (tmp_path / name).unlink()
     for name in ("rollouts.jsonl", "scores.jsonl"):
         whole = (folder / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 5])  # ends within a line, and within a batch
+        (tmp_path / name).write_bytes(whole[: len(whole) * 3 // 5])  # ends within a line of the second batch
 
     again = run_pipeline(embedded_model, tmp_path)
 
@@ -108,8 +108,8 @@ def test_a_folder_with_another_trait_is_refused_and_left_alone(tiny_model, tmp_p
 
 def test_too_few_kept_pairs_are_an_error_with_the_remedy(embedded_model, finished, run_pipeline):
     folder, _ = finished
-    with pytest.raises(ValueError, match=r"pairs kept .*; at least 13 needed\. Sample more rollouts"):
-        run_pipeline(embedded_model, folder, min_pairs=13)
+    with pytest.raises(ValueError, match=r"pairs kept .*; at least 9 needed\. Sample more rollouts"):
+        run_pipeline(embedded_model, folder, min_pairs=9)
 
 
 def test_vectors_of_one_class_belong_to_the_other(both_classes, finished, load_embedded_model):
