@@ -7,7 +7,7 @@ Knows nothing about traits, vectors or chats: token ids and masks come in.
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from persona_lens.models.interior import bare_interior
 from persona_lens.models.passes import KnownPass, announce
 from persona_lens.models.structure import Model, is_bridge, model_device, residual_points
 
@@ -71,7 +72,8 @@ def forward(
     if stop_after is not None and (keep_past or last_logits != 0):
         raise ValueError("A pass that stops after a layer has no logits, and keys and values of some layers only.")
     logits = None
-    with announce(known, seen), _stopping(model, stop_after):
+    bare = bare_interior(model) if is_bridge(model) else nullcontext()
+    with announce(known, seen), _stopping(model, stop_after), bare:
         logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
     return logits, None if cache is None or stop_after is not None else Past(cache, seen)
 

@@ -1,0 +1,172 @@
+"""Passes go around a bridge's unused hook points, miss none that is used, and leave the bridge as it was."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+TOKENS = torch.tensor([[7, 40, 99, 130, 12, 5], [3, 81, 24, 200, 17, 9]])
+MASK = torch.ones_like(TOKENS, dtype=torch.bool)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def bridge(request, make_tiny_model, tiny_hf_gpt2):
+    return make_tiny_model("TransformerBridge", tiny_hf_gpt2 if request.param == "gpt2" else None)
+
+
+def final(model: Any, mask: torch.Tensor = MASK) -> torch.Tensor:
+    from persona_lens.models import forward
+
+    logits, _ = forward(model, TOKENS, mask, last_logits=None)
+    assert logits is not None
+    return logits
+
+
+def state(bridge: Any) -> list[Any]:
+    """Every module where it stands, with its hooks, and which attention is taken."""
+    return [
+        *((name, id(child)) for module in bridge.modules() for name, child in module._modules.items()),
+        *((id(module), list(module._forward_hooks), list(module._forward_pre_hooks)) for module in bridge.modules()),
+        bridge.original_model.config._attn_implementation,
+    ]
+
+
+def fired(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the hook points that a pass runs."""
+    from transformer_lens.hook_points import HookPoint
+
+    names: list[str] = []
+    forward = HookPoint.forward
+
+    def counted(self: Any, *args: Any) -> Any:
+        names.append(str(self.name))
+        return forward(self, *args)
+
+    monkeypatch.setattr(HookPoint, "forward", counted)
+    final(bridge)
+    return names
+
+
+def test_no_hook_point_of_a_block_runs_where_none_carries_a_hook(make_tiny_model, monkeypatch):
+    bridge = make_tiny_model("TransformerBridge")
+    assert not [name for name in fired(bridge, monkeypatch) if name.startswith("blocks.")]
+
+
+def test_of_a_block_that_is_read_only_its_entry_and_exit_run(make_tiny_model, monkeypatch):
+    bridge = make_tiny_model("TransformerBridge")
+    bridge.blocks[0].hook_in.add_hook(lambda resid, hook: None)
+    bridge.blocks[2].hook_out.add_hook(lambda resid, hook: None)
+    ran = [name for name in fired(bridge, monkeypatch) if name.startswith("blocks.")]
+    assert ran == ["blocks.0.hook_in", "blocks.2.hook_out"]
+
+
+def test_the_pass_computes_what_the_bridge_computes(bridge):
+    with torch.no_grad():
+        expected = bridge(TOKENS)
+    torch.testing.assert_close(final(bridge), expected, atol=1e-10, rtol=0)
+
+
+def test_in_float32_the_fused_attention_agrees_with_the_one_in_steps(make_tiny_model, tiny_hf_model):
+    from persona_lens.models.interior import bare_interior
+
+    bridge = make_tiny_model("TransformerBridge", tiny_hf_model.float())
+    tiny_hf_model.double()
+    mask = MASK.clone()
+    mask[1, :2] = False
+    with bare_interior(bridge):
+        assert bridge.original_model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        expected = bridge(TOKENS, attention_mask=mask.long())
+    torch.testing.assert_close(final(bridge, mask)[mask], expected[mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:A forward hook edited")
+def test_every_hook_in_a_block_acts_as_it_does_in_the_bridge(bridge):
+    """Each point of a block in turn is doubled, and then read: a pass that went around it would not change."""
+    points = {id(point): point for name, point in bridge.hook_dict.items() if name.startswith("blocks.1.")}
+    acting = 0
+    with torch.no_grad():
+        plain = bridge(TOKENS)
+        for point in points.values():
+            point.add_hook(lambda value, hook: value * 2)
+            try:
+                expected = bridge(TOKENS)
+                torch.testing.assert_close(final(bridge), expected, atol=1e-10, rtol=0)
+            finally:
+                point.remove_hooks()
+            acting += not torch.equal(expected, plain)
+    assert acting >= 8
+
+
+def test_hooks_of_torch_on_a_wrapper_and_on_what_it_wraps_act(bridge):
+    wrapper = bridge.blocks[1].mlp
+    for module in (wrapper, wrapper._modules["_original_component"], bridge.blocks[1]):
+        plain = final(bridge)
+        handle = module.register_forward_hook(lambda _module, _inputs, out: out * 0.5)
+        with torch.no_grad():
+            expected = bridge(TOKENS)
+        found = final(bridge)
+        handle.remove()
+        assert not torch.equal(found, plain)
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+
+
+def test_weights_that_a_wrapper_holds_apart_act(make_tiny_model, tiny_hf_gpt2):
+    bridge = make_tiny_model("TransformerBridge", tiny_hf_gpt2)
+    plain = final(bridge)
+    with torch.no_grad():
+        bridge.blocks[0].attn.q.weight *= 0.5  # a copy: GPT-2 itself holds queries, keys and values in one matrix
+        expected = bridge(TOKENS)
+    assert not torch.equal(final(bridge), plain)
+    torch.testing.assert_close(final(bridge), expected, atol=1e-10, rtol=0)
+
+
+def test_a_bridge_in_compatibility_mode_is_left_alone(make_tiny_model, monkeypatch):
+    bridge = make_tiny_model("TransformerBridge")
+    bridge.enable_compatibility_mode()
+    assert [name for name in fired(bridge, monkeypatch) if name.startswith("blocks.1.attn")]
+
+
+def test_a_module_put_around_a_wrapper_is_run(bridge):
+    """As an adapter is: in place of a wrapper that an earlier pass has taken off."""
+    final(bridge)
+    original = bridge.blocks[1]._modules["_original_component"]
+    wrapper = original.mlp
+
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = wrapper
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.base(hidden) * 0.5
+
+    original.mlp = Halved()
+    with torch.no_grad():
+        expected = bridge(TOKENS)
+    torch.testing.assert_close(final(bridge), expected, atol=1e-10, rtol=0)
+
+
+def test_the_bridge_is_as_it_was_after_a_pass_and_after_one_that_failed(bridge):
+    with torch.no_grad():
+        bridge(TOKENS)  # the bridge wires points of its own in its first pass
+    before = state(bridge)
+    final(bridge)
+    assert state(bridge) == before
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = bridge.blocks[1].hook_out.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        final(bridge)
+    handle.remove()
+    assert state(bridge) == before
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_computes_what_its_bridge_computes(embedded_bridge):
+    with torch.no_grad():
+        expected = embedded_bridge(TOKENS)
+    torch.testing.assert_close(final(embedded_bridge), expected, atol=5e-4, rtol=0)
