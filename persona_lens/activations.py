@@ -7,7 +7,7 @@ Knows nothing about traits or vectors: token ids and masks come in, means go out
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch
@@ -15,9 +15,18 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.chat import ChatBatch, ChatTokens, fit_context
-from persona_lens.models import KnownPass, Model, forward, model_device, residual_points
-from persona_lens.prefix import PrefixBatch, prefix_batches, unique_prompts
+from persona_lens.chat import ChatBatch, ChatTokens, collate, fit_context, length_sorted_batches
+from persona_lens.models import (
+    KnownPass,
+    Model,
+    default_token_budget,
+    forward,
+    is_out_of_memory,
+    model_device,
+    release_memory,
+    residual_points,
+)
+from persona_lens.prefix import prefix_batches
 from persona_lens.vectors import PersonaVector, Position, units_of
 
 
@@ -116,8 +125,10 @@ def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iter
 
 
 def _stack(sums: Sequence[tuple[Tensor, Tensor]]) -> PooledResiduals:
-    means = torch.stack([total.cpu() for total, _ in sums])
-    norms = torch.stack([norm.cpu() for _, norm in sums])
+    # Stacked where they are, so that a batch is one copy from an accelerator, and a wait for it, instead of sixty.
+    device = sums[-1][0].device
+    means = torch.stack([total.to(device) for total, _ in sums]).cpu()
+    norms = torch.stack([norm.to(device) for _, norm in sums]).cpu()
     pooled = PooledResiduals(
         means=rearrange(means, "stream pool batch d_model -> pool batch stream d_model"),
         norms=rearrange(norms, "stream pool batch -> pool batch stream"),
@@ -190,46 +201,83 @@ def stream_means(
     rows: Sequence[ChatTokens],
     *,
     position: Position = "response_mean",
-    token_budget: int = 4096,
+    token_budget: int | None = None,
 ) -> Iterator[RowMeans]:
-    """Means of any number of rows, batch by batch, each distinct prompt run once.
+    """Means of any number of rows, batch by batch; a prompt that several rows have is run once.
 
     Every row comes out exactly once, unless its averaged tokens are none (an empty response), which never comes out.
-    `stream` row 0 is the embedding. Rows longer than the context are an error (`chat.fit_context` cuts them).
+    `stream` row 0 is the embedding. `token_budget` is how many padded tokens run at a time, by default what suits the
+    model's device; where memory does not suffice for it, the rows that are left run with half of it. Rows longer than
+    the context are an error (`chat.fit_context` cuts them).
     """
     rows, _ = fit_context(rows, int(model.cfg.n_ctx))
+    budget = default_token_budget(model) if token_budget is None else token_budget
+    waiting = {index for index, row in enumerate(rows) if position != "response_mean" or row.n_averaged > 0}
+    while waiting:
+        try:
+            for found in _means_of(model, rows, sorted(waiting), position, budget):
+                waiting.difference_update(found.rows)
+                yield found
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or budget <= 1:  # then a batch is one row
+                raise
+            budget //= 2
+        else:
+            return
+        release_memory(model)
+
+
+def _means_of(
+    model: Model, rows: Sequence[ChatTokens], chosen: Sequence[int], position: Position, budget: int
+) -> Iterator[RowMeans]:
+    """The chosen rows; those that share their prompt with none run whole, which splits no pass in two."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index in chosen:
+        by_prompt.setdefault(rows[index].prompt, []).append(index)
     if position != "response_mean":
-        rows = [ChatTokens(row.prompt) for row in rows]
-    at_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        at_prompt.setdefault(row.prompt, []).append(index)
-    prompts = unique_prompts(rows)
-    for batch in prefix_batches(model, rows, token_budget=token_budget):
-        wanted = batch.is_prompt == (position != "response_mean")
-        if not wanted:
+        yield from _whole_means(
+            model, [ChatTokens(prompt) for prompt in by_prompt], list(by_prompt.values()), position, budget
+        )
+        return
+    alone = [owners for owners in by_prompt.values() if len(owners) == 1]
+    yield from _whole_means(model, [rows[owner] for (owner,) in alone], alone, position, budget)
+    shared = [index for owners in by_prompt.values() if len(owners) > 1 for index in owners]
+    yield from _continued_means(model, rows, shared, budget)
+
+
+def _whole_means(
+    model: Model, chats: Sequence[ChatTokens], owners: Sequence[Sequence[int]], position: Position, budget: int
+) -> Iterator[RowMeans]:
+    """Each chat in one pass from its first token to its last; its means are those of all its owners."""
+    for chunk in length_sorted_batches([len(chat) for chat in chats], budget):
+        batch = collate([chats[index] for index in chunk])
+        known = _known(batch)
+        assert known is not None
+        serves_one = all(len(owners[index]) == 1 for index in chunk)
+        known = replace(known, rows=torch.tensor([owners[index][0] for index in chunk]) if serves_one else None)
+        with pooled_residuals(model, pool_weights(batch, [position])) as sums:
+            forward(model, batch.tokens, batch.attention_mask, known=known)
+        pooled = _stack(sums)
+        places = torch.tensor([place for place, index in enumerate(chunk) for _ in owners[index]])
+        yield RowMeans(
+            [row for index in chunk for row in owners[index]], pooled.means[0, places], pooled.norms[0, places]
+        )
+
+
+def _continued_means(
+    model: Model, rows: Sequence[ChatTokens], chosen: Sequence[int], budget: int
+) -> Iterator[RowMeans]:
+    """Responses that go on from their prompts, each of which runs once."""
+    for batch in prefix_batches(model, [rows[index] for index in chosen], token_budget=budget):
+        if batch.is_prompt:
             batch.run()
             continue
-        weights = _batch_weights(batch, rows, position)
-        with pooled_residuals(model, weights) as sums:
+        batch.rows = [chosen[place] for place in batch.rows]
+        weights = batch.mask.float()
+        for place, row in enumerate(batch.rows):
+            weights[place, : rows[row].skip] = 0
+        weights = weights / reduce(weights, "batch pos -> batch 1", "sum")
+        with pooled_residuals(model, rearrange(weights, "batch pos -> 1 batch pos")) as sums:
             batch.run()
         pooled = _stack(sums)
-        means, norms = pooled.means[0], pooled.norms[0]
-        if batch.is_prompt:
-            owners = [(place, index) for place, prompt in enumerate(batch.rows) for index in at_prompt[prompts[prompt]]]
-            places = torch.tensor([place for place, _ in owners])
-            yield RowMeans([index for _, index in owners], means[places], norms[places])
-        else:
-            kept = torch.tensor([place for place, row in enumerate(batch.rows) if rows[row].n_averaged > 0])
-            if len(kept):
-                yield RowMeans([batch.rows[place] for place in kept.tolist()], means[kept], norms[kept])
-
-
-def _batch_weights(batch: PrefixBatch, rows: Sequence[ChatTokens], position: Position) -> Float[Tensor, "1 batch pos"]:
-    mask = batch.mask.clone()
-    if position == "prompt_last":
-        mask[:, :-1] = False  # prompts are padded on the left: the last column is every row's last token
-    elif position == "response_mean":
-        for place, row in enumerate(batch.rows):
-            mask[place, : rows[row].skip] = False
-    weights = mask.float()
-    return rearrange(weights / weights.sum(dim=1, keepdim=True).clamp(min=1), "batch pos -> 1 batch pos")
+        yield RowMeans(batch.rows, pooled.means[0], pooled.norms[0])

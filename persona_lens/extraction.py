@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from persona_lens.activations import stream_means
+from persona_lens.captured import CapturedMeans
 from persona_lens.chat import ChatTokens, Conversation, UnclosedBlock, fit_context, template_hash
 from persona_lens.direction_statistics import METRICS, Design, direction_metrics
 from persona_lens.models import Model
@@ -32,8 +33,9 @@ def extract_from_responses(
     after: str | None = None,
     unclosed: Literal["error", "drop"] = "error",
     too_long: Literal["error", "truncate"] = "error",
-    token_budget: int = 4096,
+    token_budget: int | None = None,
     spool: str | Path | None = None,
+    captured: CapturedMeans | None = None,
     n_resamples: int = 200,
     n_placebo: int = 100,
     sampled_by: str = "",
@@ -46,7 +48,8 @@ def extract_from_responses(
     are never averaged and are counted (`counts["positive_empty"]`). With `after="</think>"` only what follows that text
     is averaged, and a response that never closes its block is an error, or with `unclosed="drop"` left out and counted
     (`counts["positive_unclosed"]`). Row means [row, stream, d_model] are spooled to `spool` (a `.npy` file), so memory
-    stays flat in the number of rows; without it a temporary file serves. Statistics resample questions. `sampled_by`
+    stays flat in the number of rows; without it a temporary file serves. Means in `captured`, kept while the responses
+    were sampled, are taken from there, and only the other rows are run. Statistics resample questions. `sampled_by`
     says what made the responses, for the vectors' provenance.
 
     Raises ValueError where a side is left without rows, a row is too long (unless `too_long="truncate"`, which is
@@ -78,7 +81,8 @@ def extract_from_responses(
     settings |= {"sampled_by": sampled_by} if sampled_by else {}
     with tempfile.TemporaryDirectory(prefix="persona_lens-") as scratch:
         path = Path(scratch) / "row_means.npy" if spool is None else Path(spool)
-        rows, norms = _spool_means(model, tokens, path, position, token_budget, progress)
+        known = captured if position == "response_mean" else None
+        rows, norms = _spool_means(model, tokens, path, position, token_budget, known, progress)
         directions = _difference_in_means(rows, np.array(design.positive))
         statistics = _statistics(rows, design, n_resamples, n_placebo, seed, progress)
         del rows
@@ -111,7 +115,13 @@ def _tokenize(
 
 
 def _spool_means(
-    model: Model, tokens: Sequence[ChatTokens], path: Path, position: Position, token_budget: int, progress: bool
+    model: Model,
+    tokens: Sequence[ChatTokens],
+    path: Path,
+    position: Position,
+    token_budget: int | None,
+    captured: CapturedMeans | None,
+    progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row means [row stream d_model] in a memory-mapped file, and the mean residual norm [stream]."""
     ensure_writable(path)
@@ -119,9 +129,21 @@ def _spool_means(
     shape = (len(tokens), int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     norms = np.zeros(shape[1])
-    with tqdm(total=len(tokens), desc="extract", unit="row", disable=not progress) as bar:
-        for batch in stream_means(model, tokens, position=position, token_budget=token_budget):
-            rows[batch.rows] = batch.means.numpy()
+    left: list[int] = []
+    for index, place in enumerate([None] * len(tokens) if captured is None else captured.places(tokens)):
+        if captured is None or place is None:
+            left.append(index)
+        else:
+            found = captured.read(place)
+            rows[index] = found.mean.numpy()
+            norms += found.norm.double().numpy() / len(tokens)
+    with tqdm(
+        total=len(tokens), initial=len(tokens) - len(left), desc="extract", unit="row", disable=not progress
+    ) as bar:
+        for batch in stream_means(
+            model, [tokens[index] for index in left], position=position, token_budget=token_budget
+        ):
+            rows[[left[place] for place in batch.rows]] = batch.means.numpy()
             norms += batch.norms.double().sum(dim=0).numpy() / len(tokens)
             bar.update(len(batch.rows))
     rows.flush()

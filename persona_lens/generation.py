@@ -7,7 +7,6 @@ far as their rows are treated alike, and rows that have ended leave the batch.
 Knows nothing about traits: prompts as token ids come in, completions go out.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,8 +20,9 @@ from tqdm.auto import tqdm
 
 from persona_lens.chat import stop_tokens
 from persona_lens.interventions import attachments
-from persona_lens.models import KnownPass, Model, Past, forward, model_device
+from persona_lens.models import KnownPass, Model, Past, forward, is_out_of_memory, model_device, release_memory
 from persona_lens.prefix import pad
+from persona_lens.sampling import row_uniforms, sample
 
 FinishReason = Literal["stop", "length"]
 
@@ -35,11 +35,13 @@ class ReplyPass(KnownPass):
         speaking: The row of the whole plan of each prompt or reply; one that has ended is left out.
         places: The row of the batch that runs each of them; rows that share a prompt share its row.
         fed: The token of each of them.
+        of_prompt: Whether these tokens are the last ones of prompts.
     """
 
     speaking: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
     fed: tuple[int, ...] = ()
+    of_prompt: bool = False
 
 
 class Completion(NamedTuple):
@@ -73,6 +75,7 @@ def generate(
     batch_rows: int = 100,
     progress: bool = False,
     read_up_to: int | None = None,
+    back_off: bool = True,
 ) -> list[Completion]:
     """Sample a completion of every prompt (token ids), `batch_rows` rows at a time.
 
@@ -80,16 +83,19 @@ def generate(
     prompt need different keys to differ. Interventions that are attached to the model act; row r of a coefficient
     matrix is prompt r, and rows that differ only in their coefficients may have one key. `read_up_to` is the highest
     layer at which hooks read the replies: the token that is sampled last, which nothing follows, runs up to it as well.
+    Where memory does not suffice for a batch, it is begun anew in two halves, unless `back_off` is False.
     Raises ValueError for an empty prompt, repeated keys, or a prompt that leaves no room in the context.
     """
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     check_sampling(model, prompts, keys, max_new_tokens, temperature, top_p)
     sharing = prefix_sharing(model, prompts) if prompts else "nothing"
     completions: list[Completion] = []
+    batches = plan_batches(len(prompts), batch_rows)
     with tqdm(
         total=len(prompts) * max_new_tokens, unit="tok", desc="generate", leave=False, disable=not progress
     ) as bar:
-        for batch in plan_batches(len(prompts), batch_rows):
+        while batches:
+            batch = batches.pop(0)
             decoder = Decoder(
                 model,
                 [tuple(prompts[row]) for row in batch],
@@ -100,9 +106,11 @@ def generate(
                 sharing,
                 read_up_to,
             )
-            for _ in decoder.steps():
-                bar.update(len(batch))
-            completions.extend(decoder.completions())
+            if decoder.run(bar, may_fail=back_off and len(batch) > 1):
+                completions.extend(decoder.completions())
+            else:
+                middle = len(batch) // 2
+                batches[:0] = [batch[:middle], batch[middle:]]
             bar.update(len(completions) * max_new_tokens - bar.n)
     return completions
 
@@ -163,6 +171,19 @@ class Decoder:
         self.stopped = [False] * len(prompts)
         self.running: tuple[Tensor | None, Tensor] = (None, rows)  # one tensor for as long as the same rows run
 
+    def run(self, bar: tqdm, *, may_fail: bool) -> bool:
+        """Run the batch to its end; False where memory does not suffice, which is an error unless it `may_fail`."""
+        try:
+            for _ in self.steps():
+                bar.update(len(self.prompts))
+        except (RuntimeError, MemoryError) as error:
+            if not may_fail or not is_out_of_memory(error):
+                raise
+        else:
+            return True
+        release_memory(self.model)
+        return False
+
     def steps(self) -> Iterator[None]:
         """Run the batch, pausing after each sampled token."""
         active, past, logits = self._prefill()
@@ -199,7 +220,7 @@ class Decoder:
         origins = everyone if self.sharing == "nothing" else torch.tensor([place[head] for head in heads])
         known = KnownPass(self.rows if self.sharing == "nothing" else None, prompt=mask, response=last)
         if not held_back:
-            known = self._named(known, origins, everyone)
+            known = self._named(known, origins, everyone, of_prompt=True)
         logits, past = forward(self.model, tokens, mask, keep_past=True, last_logits=0 if held_back else 1, known=known)
         assert past is not None
         if self.sharing != "nothing":
@@ -235,9 +256,11 @@ class Decoder:
         if self.running[0] is not active:
             self.running = (active, self.rows[active])
         known = KnownPass(self.running[1], prompt=everywhere if of_prompt else ~everywhere, response=everywhere)
-        return column, everywhere, self._named(known, torch.arange(len(active)), active)
+        return column, everywhere, self._named(known, torch.arange(len(active)), active, of_prompt=of_prompt)
 
-    def _named(self, known: KnownPass, places: Int[Tensor, " row"], active: Int[Tensor, " row"]) -> KnownPass:
+    def _named(
+        self, known: KnownPass, places: Int[Tensor, " row"], active: Int[Tensor, " row"], *, of_prompt: bool
+    ) -> KnownPass:
         """The pass with what speaks in its last column, where anyone reads that."""
         if self.read_up_to is None:
             return known
@@ -245,7 +268,8 @@ class Decoder:
         plan = self.rows.tolist()
         speaking = tuple(plan[row] for _, row in here)
         fed = tuple((self.said[row] or self.prompts[row])[-1] for _, row in here)
-        return ReplyPass(known.rows, known.prompt, known.response, speaking, tuple(place for place, _ in here), fed)
+        spoken_at = tuple(place for place, _ in here)
+        return ReplyPass(known.rows, known.prompt, known.response, speaking, spoken_at, fed, of_prompt)
 
     def completions(self) -> list[Completion]:
         """What each row has said by now."""
@@ -253,46 +277,3 @@ class Decoder:
             Completion(tuple(said), "stop" if stopped else "length")
             for said, stopped in zip(self.said, self.stopped, strict=True)
         ]
-
-
-def row_uniforms(seed: int, keys: Sequence[str], steps: int) -> Float[Tensor, "row step"]:
-    """Uniform numbers in [0, 1), one a row and step, that depend on (seed, key, step) alone."""
-    rows = []
-    for key in keys:
-        digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-        rows.append(np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(steps))
-    return torch.from_numpy(np.stack(rows))
-
-
-def sample(
-    logits: Float[Tensor, "row d_vocab"],
-    uniforms: Float[Tensor, " row"],
-    *,
-    temperature: float,
-    top_p: float = 1.0,
-) -> Int[Tensor, " row"]:
-    """Draw a token a row from softmax(logits / temperature), cut to the most likely `top_p` of its mass.
-
-    The draw is the first token at which the cumulative distribution passes the row's uniform number.
-    Raises ValueError for logits that are not numbers.
-    """
-    if temperature == 0:
-        best = logits.max(dim=-1)
-        _refuse_nan(best.values)
-        return best.indices
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p
-        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(outside, 0))
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    _refuse_nan(cumulative[:, -1])
-    threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    # right=True steps over tokens of zero probability where the threshold falls exactly on their boundary
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def _refuse_nan(one_a_row: Float[Tensor, " row"]) -> None:
-    # One NaN in a row makes the row's maximum and its sum NaN, so the whole vocabulary need not be searched.
-    if bool(one_a_row.isnan().any()):
-        raise ValueError("The model's logits are not numbers. Load it with a wider dtype (float32).")

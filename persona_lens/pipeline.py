@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from persona_lens.captured import CapturedMeans
 from persona_lens.extraction import extract_from_responses
 from persona_lens.judges import (
     Calibration,
@@ -102,7 +103,10 @@ def extract_persona_vectors(
     if progress:
         tqdm.write(str(plan), file=sys.stderr)
 
-    rollouts = collect_rollouts(engine, prompts, seed=seed, output=_in(folder, "rollouts.jsonl"), progress=progress)
+    captured = _captured(engine, model, folder, len(prompts))
+    rollouts = collect_rollouts(
+        engine, prompts, seed=seed, output=_in(folder, "rollouts.jsonl"), captured=captured, progress=progress
+    )
     calibrate(judge, trait, engine, folder=folder, seed=seed, progress=progress)
     scored = score_rollouts(judge, trait, rollouts, output=_in(folder, "scores.jsonl"), progress=progress)
     kept, report = keep_pairs(
@@ -122,6 +126,7 @@ def extract_persona_vectors(
         position=position,
         after=after,
         spool=_in(folder, "row_means.npy"),
+        captured=captured,
         sampled_by=engine.name,
         seed=seed,
         progress=progress,
@@ -130,6 +135,13 @@ def extract_persona_vectors(
         vectors.save(folder / "vectors.safetensors")
         write_json(folder / "summary.json", summarize(vectors, plan, report, judge, trait, rollouts))
     return vectors
+
+
+def _captured(engine: RolloutEngine, model: Model, folder: Path | None, n_rows: int) -> CapturedMeans | None:
+    """Where means are kept that are read while sampling; None where another model samples."""
+    if not isinstance(engine, ModelEngine) or engine.model is not model:
+        return None
+    return CapturedMeans(_in(folder, "response_means.npy"), model, n_rows)
 
 
 def calibration_prompts(judge: Judge, trait: Trait) -> list[Prompt]:

@@ -149,6 +149,50 @@ def test_means_depend_neither_on_order_nor_on_company_nor_on_the_budget(
     assert naive.relative_error(stacked(means, len(chosen)), oracle[position][chosen]) < RELATIVE
 
 
+def test_where_memory_fails_the_rows_that_are_left_run_in_smaller_batches(
+    activations, tiny_model, texts, oracle, monkeypatch
+):
+    """The first batch fits, then memory is for two rows at a time; what came out before is not run again."""
+    import persona_lens.prefix
+
+    sizes, forward = [], activations.forward
+
+    def small_memory(model, tokens, mask, **options):
+        if len(sizes) > 1 and len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(len(tokens))
+        return forward(model, tokens, mask, **options)
+
+    monkeypatch.setattr(activations, "forward", small_memory)
+    monkeypatch.setattr(persona_lens.prefix, "forward", small_memory)
+    rows = as_rows([*texts, *texts[:3]])
+    means, _ = gathered(activations, tiny_model, rows, token_budget=300)
+    assert max(sizes[:2]) > 2
+    assert naive.relative_error(stacked(means, len(rows))[: len(texts)], oracle["response_mean"]) < RELATIVE
+
+
+def test_memory_that_fails_for_a_single_row_is_an_error(activations, tiny_model, texts, monkeypatch):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(activations, "forward", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        gathered(activations, tiny_model, as_rows(texts[:1]))
+
+
+def test_an_error_that_is_not_memorys_is_not_tried_again(activations, tiny_model, texts, monkeypatch):
+    calls = []
+
+    def broken(*_, **__):
+        calls.append(1)
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(activations, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        gathered(activations, tiny_model, as_rows(texts[:2]))
+    assert calls == [1]
+
+
 def test_every_prompt_runs_once(activations, tiny_model, texts):
     seen = Counter()
 

@@ -10,6 +10,7 @@ import torch
 FILES = {
     "calibration.json",
     "calibration_rollouts.jsonl",
+    "response_means.npy",
     "rollouts.jsonl",
     "row_means.npy",
     "scores.jsonl",

@@ -183,7 +183,7 @@ def _means(
     ]
     means = torch.empty(len(rows), model.cfg.n_layers, model.cfg.d_model)
     with tqdm(total=len(rows), desc="pairs", unit="row", disable=not progress) as bar:
-        for batch in stream_means(model, rows, token_budget=2048):
+        for batch in stream_means(model, rows):
             means[batch.rows] = batch.means[:, 1:]
             bar.update(len(batch.rows))
     return rearrange(means, "(pair side) layer d_model -> pair side layer d_model", side=2)

@@ -113,7 +113,7 @@ def _vectors(model: Model, contrasts: dict[str, Contrast], folder: Path, progres
     norms = torch.empty(len(place), model.cfg.n_layers + 1)
     rows = [row.tokenize(model.tokenizer) for row in given.values()]
     with tqdm(total=len(rows), desc="vectors", unit="row", disable=not progress) as bar:
-        for batch in stream_means(model, rows, token_budget=1024):
+        for batch in stream_means(model, rows):
             means[batch.rows], norms[batch.rows] = batch.means, batch.norms
             bar.update(len(batch.rows))
     found = {}

@@ -70,7 +70,7 @@ def _points(model: Model, vectors: PersonaVectors, scored: Sequence[ScoredRollou
         groups.setdefault((row.rollout.condition, row.rollout.question), []).append(row)
     rows = [members[0].rollout.prompt.tokenize(model.tokenizer) for members in groups.values()]
     projections = torch.empty(len(rows), vectors.n_layers)
-    for batch in stream_means(model, rows, position="prompt_last", token_budget=1024):
+    for batch in stream_means(model, rows, position="prompt_last"):
         projections[batch.rows] = vectors.project(batch.means[:, 1:])
     return tuple(
         _point(*group, members, row) for (group, members), row in zip(groups.items(), projections.tolist(), strict=True)

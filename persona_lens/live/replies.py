@@ -138,6 +138,7 @@ def generate_watched(
             batch_rows=batch_rows,
             progress=progress,
             read_up_to=watch.top,
+            back_off=False,  # alerts are on record already
         )
     return [
         WatchedReply(

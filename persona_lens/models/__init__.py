@@ -7,6 +7,7 @@ Knows nothing about traits, vectors or chats.
 from persona_lens.models.embedded import EMBEDDED_MODEL
 from persona_lens.models.forward import Past, forward
 from persona_lens.models.loading import ModelClass, bridge_from_transformers, hooked_from_transformers, load_model
+from persona_lens.models.memory import default_token_budget, is_out_of_memory, release_memory
 from persona_lens.models.passes import CurrentPass, KnownPass, announce, announced, watch_passes
 from persona_lens.models.structure import (
     Model,
@@ -35,14 +36,17 @@ __all__ = [
     "announce",
     "announced",
     "bridge_from_transformers",
+    "default_token_budget",
     "forward",
     "from_paper_layer",
     "hooked_from_transformers",
     "identify",
     "is_bridge",
+    "is_out_of_memory",
     "load_model",
     "model_device",
     "plain_name",
+    "release_memory",
     "resid_post_name",
     "residual_basis",
     "residual_points",

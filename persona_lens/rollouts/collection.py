@@ -13,10 +13,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from persona_lens.captured import CapturedMeans
 from persona_lens.generation import plan_batches
 from persona_lens.models import Model
 from persona_lens.records import JsonLines, ensure_writable
-from persona_lens.rollouts.engines import ModelEngine, RolloutEngine, StreamingEngine
+from persona_lens.rollouts.engines import CapturingEngine, ModelEngine, RolloutEngine, StreamingEngine
 from persona_lens.rollouts.rows import Prompt, Rollout, rollouts_from_rows
 from persona_lens.traits import Polarity, Trait
 
@@ -52,6 +53,7 @@ def collect_rollouts(
     *,
     seed: int = 0,
     output: str | Path | None = None,
+    captured: CapturedMeans | None = None,
     progress: bool = True,
 ) -> list[Rollout]:
     """Answers to all prompts, in their order, from `output` where they stand already and from the engine otherwise.
@@ -59,7 +61,8 @@ def collect_rollouts(
     A `StreamingEngine`'s rows are written one by one as they come. Batches of any other are cut from the whole plan and
     written as they finish; one that was interrupted is answered again whole, so a resumed run has the rows that an
     uninterrupted one has. What was written before an engine failed stays, and so do rows of `output` that belong to
-    other prompts. Raises ValueError where `output` holds rows of these prompts made with other settings.
+    other prompts. A `CapturingEngine` also leaves the means of its responses in `captured`. Raises ValueError where
+    `output` holds rows of these prompts made with other settings.
     """
     file = None if output is None else JsonLines(output)
     if file is not None:
@@ -67,7 +70,7 @@ def collect_rollouts(
     done = {} if file is None else _answered(file.resume(), file.path, prompts, engine.name, seed)
     with (
         tqdm(total=len(prompts), initial=len(done), desc="rollouts", unit="row", disable=not progress) as bar,
-        closing(_fresh(engine, prompts, done, seed, progress)) as answers,
+        closing(_fresh(engine, prompts, done, seed, captured, progress)) as answers,
     ):
         for rows in answers:
             if file is not None:
@@ -90,7 +93,12 @@ def unanswered(
 
 
 def _fresh(
-    engine: RolloutEngine, prompts: Sequence[Prompt], done: Mapping[str, Rollout], seed: int, progress: bool
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    done: Mapping[str, Rollout],
+    seed: int,
+    captured: CapturedMeans | None,
+    progress: bool,
 ) -> Generator[list[Rollout], None, None]:
     """Answers to what is not done: one by one, or from the batches of the whole plan that hold any."""
     if isinstance(engine, StreamingEngine):
@@ -103,7 +111,13 @@ def _fresh(
         wanted = [prompts[row] for row in batch]
         missing = [prompt for prompt in wanted if prompt.key not in done]
         if missing:
-            answers = {rollout.key: rollout for rollout in engine.answer(wanted, seed=seed, progress=progress)}
+            if captured is not None and isinstance(engine, CapturingEngine):
+                answered, means = engine.answer_capturing(wanted, seed=seed, progress=progress)
+                # Before the rows themselves, which say that a batch is done.
+                captured.put(batch, [row.tokenize(captured.tokenizer) for row in answered], means)
+            else:
+                answered = engine.answer(wanted, seed=seed, progress=progress)
+            answers = {rollout.key: rollout for rollout in answered}
             yield [answers[prompt.key] for prompt in missing]
 
 
@@ -139,13 +153,15 @@ def sample_rollouts(
     top_p: float = 1.0,
     seed: int = 0,
     output: str | Path | None = None,
+    captured: CapturedMeans | None = None,
     batch_rows: int = 100,
     progress: bool = True,
 ) -> list[Rollout]:
     """Sample the trait's rollouts from a model; `plan_rollouts` and `collect_rollouts` with a `ModelEngine`.
 
-    Interventions that are attached to the model act. Source: arXiv:2507.21509, section 2.2.
+    Interventions that are attached to the model act. With `captured` the responses' mean activations are kept as they
+    are sampled, and `extract_from_responses` takes them from there. Source: arXiv:2507.21509, section 2.2.
     """
     engine = ModelEngine(model, max_new_tokens, temperature, top_p, batch_rows)
     prompts = plan_rollouts(trait, polarities=polarities, questions=questions, per_question=per_question)
-    return collect_rollouts(engine, prompts, seed=seed, output=output, progress=progress)
+    return collect_rollouts(engine, prompts, seed=seed, output=output, captured=captured, progress=progress)

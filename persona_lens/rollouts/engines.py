@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
+from persona_lens.captured import CapturedMean, capturing
 from persona_lens.chat import chat_messages, render_prompt
 from persona_lens.generation import generate
 from persona_lens.models import Model, identify
@@ -41,6 +42,17 @@ class StreamingEngine(RolloutEngine, Protocol):
         ...
 
 
+@runtime_checkable
+class CapturingEngine(RolloutEngine, Protocol):
+    """A source that can read the mean residual stream of its responses while it samples them."""
+
+    def answer_capturing(
+        self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False
+    ) -> tuple[list[Rollout], list[CapturedMean | None]]:
+        """The answers of `answer`, and the mean over each response's tokens, None for an empty one."""
+        ...
+
+
 @dataclass
 class ModelEngine:
     """Samples rollouts from a TransformerLens model with the library's own decode loop."""
@@ -68,6 +80,19 @@ class ModelEngine:
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
         """Sample one response a prompt; a row's text depends on its key and the seed, not on its neighbours."""
+        return self._answer(prompts, seed, progress)
+
+    def answer_capturing(
+        self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False
+    ) -> tuple[list[Rollout], list[CapturedMean | None]]:
+        """As `answer`, with every response's mean residual stream, read from the passes that sampled it."""
+        with capturing(self.model, len(prompts)) as capture:
+            answers = self._answer(prompts, seed, progress, read_up_to=int(self.model.cfg.n_layers) - 1)
+        return answers, [capture.mean(row) for row in range(len(prompts))]
+
+    def _answer(
+        self, prompts: Sequence[Prompt], seed: int, progress: bool, read_up_to: int | None = None
+    ) -> list[Rollout]:
         tokenizer = self.model.tokenizer
         completions = generate(
             self.model,
@@ -79,6 +104,7 @@ class ModelEngine:
             keys=[prompt.randomness for prompt in prompts],
             batch_rows=self.batch_rows,
             progress=progress,
+            read_up_to=read_up_to,
         )
         return [
             Rollout(

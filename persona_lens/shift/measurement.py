@@ -40,7 +40,7 @@ def finetuning_shift(
     vectors: Vectors | Sequence[Vectors],
     *,
     system_prompt: str = NEUTRAL,
-    token_budget: int = 1024,
+    token_budget: int | None = None,
     allow_other_model: bool = False,
     output: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -56,7 +56,7 @@ def finetuning_shift(
         prompts: Questions, or a trait (bundled: its name) for its evaluation questions.
         vectors: Of each trait those of every layer, or one, which is then reported at its layer only.
         system_prompt: Under which every question is asked.
-        token_budget: Padded tokens of a batch.
+        token_budget: Padded tokens of a batch; by default what suits the model's device.
         allow_other_model: Accept vectors of an unrelated model of equal shape.
         output: JSON file to write the result to.
         seed: Of the bootstrap over prompts.
@@ -170,7 +170,7 @@ class _LastTokens(NamedTuple):
     norms: Float[Tensor, "prompt layer"]
 
 
-def _last_tokens(model: Model, rows: Sequence[ChatTokens], token_budget: int) -> _LastTokens:
+def _last_tokens(model: Model, rows: Sequence[ChatTokens], token_budget: int | None) -> _LastTokens:
     shape = len(rows), int(model.cfg.n_layers)
     found = _LastTokens(torch.empty(*shape, int(model.cfg.d_model)), torch.empty(shape))
     for batch in stream_means(model, rows, position="prompt_last", token_budget=token_budget):
