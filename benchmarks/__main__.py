@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +16,22 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
-from benchmarks import clients, extraction, finetuning, live, screening, steering
-from benchmarks.comparison import Comparison
-from benchmarks.report import as_json, show
+from benchmarks import (
+    clients,
+    decoding,
+    demo,
+    extraction,
+    finetuning,
+    growth,
+    live,
+    memory,
+    screening,
+    startup,
+    steering,
+)
+from benchmarks.report import Outcome, as_json, show
 
-BENCHMARKS: dict[str, Callable[[int], list[Comparison]]] = {
+BENCHMARKS: dict[str, Callable[[int], Sequence[Outcome]]] = {
     "extraction-texts": extraction.extraction_texts,
     "extraction-hooked": extraction.extraction_hooked,
     "extraction-shared-prompts": extraction.extraction_shared_prompts,
@@ -30,6 +41,11 @@ BENCHMARKS: dict[str, Callable[[int], list[Comparison]]] = {
     "training-step": finetuning.training_step,
     "screening-layers": screening.screening_layers,
     "client-throughput": clients.client_throughput,
+    "decoding": decoding.decoding,
+    "startup": startup.startup,
+    "growth": growth.growth,
+    "memory": memory.memory,
+    "demo": demo.demo,  # last, since it takes the longest
 }
 
 
@@ -50,18 +66,18 @@ def main(
     console = Console()
     console.width = max(console.width, 130)  # a pipe has no width of its own, and a cut number is no number
     started = time.perf_counter()
-    comparisons: list[Comparison] = []
+    outcomes: list[Outcome] = []
     for name in chosen:
         found = BENCHMARKS[name](repeats)
         if not found:
             console.print(f"{name}: skipped, the installed libraries have nothing for it to measure.")
-        for comparison in found:
-            show(console, comparison)
-        comparisons += found
+        for outcome in found:
+            show(console, outcome)
+        outcomes += found
     console.print(f"{time.perf_counter() - started:.0f} s in all.")
     if output is not None:
-        output.write_text(json.dumps(as_json(comparisons), indent=2) + "\n")
-    if unequal := [f"{comparison.name}: {r.name}" for comparison in comparisons for r in comparison.unequal]:
+        output.write_text(json.dumps(as_json(outcomes), indent=2) + "\n")
+    if unequal := [f"{outcome.name}: {each.name}" for outcome in outcomes for each in outcome.unequal]:
         console.print(f"[red]Not what it should be: {'; '.join(unequal)}")
         raise typer.Exit(1)
 

@@ -4,7 +4,6 @@ Knows models and batches; knows nothing about time.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,15 +71,13 @@ def reference_loop(hf_model: Any, workload: Workload) -> Contestant:
     return Contestant(f"reference loop, {_rows(1)}", run, hf_model.get_input_embeddings())
 
 
-def with_stream_means(model: Model, workload: Workload, token_budget: int | None = None) -> Contestant:
-    """`persona_lens.activations.stream_means`, with its default budget unless one is given."""
-    stream = stream_means if token_budget is None else partial(stream_means, token_budget=token_budget)
+def with_stream_means(model: Model, workload: Workload) -> Contestant:
+    """`persona_lens.activations.stream_means`, which chooses its batches itself."""
 
     def run() -> Float[Tensor, "row layer d_model"]:
-        return _in_order([(batch.rows, batch.means[:, 1:]) for batch in stream(model, workload.rows)])
+        return _in_order([(batch.rows, batch.means[:, 1:]) for batch in stream_means(model, workload.rows)])
 
-    named = "default budget" if token_budget is None else f"budget {token_budget}"
-    return Contestant(f"stream_means, {named}", run, _embedding(model))
+    return Contestant("stream_means", run, _embedding(model))
 
 
 def with_mean_activations(model: Model, workload: Workload, size: int, *, sort: bool = True) -> Contestant:

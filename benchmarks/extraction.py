@@ -35,8 +35,6 @@ REFERENCE_GOAL = 1.8
 
 BATCH_SIZE = 4
 """Rows a batch where whole rows are padded: near the fastest of the bare forward's, which from 3 to 8 hardly differ."""
-BUDGETS = (None, 512)
-"""Token budgets of `stream_means`; its default (None) takes a few dozen rows at once and pads them to the longest."""
 
 
 def extraction_texts(repeats: int) -> list[Comparison]:
@@ -48,7 +46,7 @@ def extraction_texts(repeats: int) -> list[Comparison]:
         workload,
         {
             "bare": [bare_hugging_face(hf_model, workload, size) for size in (32, 8, 4, 1)],
-            "stream_means": [with_stream_means(model, workload, budget) for budget in BUDGETS],
+            "stream_means": [with_stream_means(model, workload)],
             "mean_activations": [with_mean_activations(model, workload, BATCH_SIZE)],
             "reference": [reference_loop(hf_model, workload)],
             "unsorted": [with_mean_activations(model, workload, BATCH_SIZE, sort=False)],
@@ -79,7 +77,7 @@ def extraction_hooked(repeats: int) -> list[Comparison]:
         workload,
         {
             "bare": [bare_hooked(model, workload, size) for size in (8, 4)],
-            "stream_means": [with_stream_means(model, workload, budget) for budget in BUDGETS],
+            "stream_means": [with_stream_means(model, workload)],
             "mean_activations": [with_mean_activations(model, workload, BATCH_SIZE)],
         },
         [Claim("stream_means", "bare", THROUGHPUT_GOAL), Claim("mean_activations", "bare", THROUGHPUT_GOAL)],
@@ -110,14 +108,13 @@ def _shared(
         n_prompt_tokens=n_prompt_tokens,
         response_lengths=lengths,
     )
-    budgets = BUDGETS if len(set(lengths)) > 1 else BUDGETS[:1]  # rows of one length are not padded by any budget
     return compare(
         f"Shared prompts, {shape}",
         workload,
         {
             # From 3 to 10 rows hardly differ where lengths are equal; where they are not, more rows only pad more.
             "bare": [bare_hugging_face(_hugging_face(), workload, 5)],
-            "stream_means": [with_stream_means(bridge(), workload, budget) for budget in budgets],
+            "stream_means": [with_stream_means(bridge(), workload)],
         },
         [Claim("stream_means", "bare", goal)],
         agreement=_cosine(workload),

@@ -1,4 +1,4 @@
-"""Comparisons as tables for people and as JSON for comparing runs.
+"""Comparisons and measures as tables for people and as JSON for comparing runs.
 
 Knows nothing about how they were made. The machine is described by its processor, without names or paths.
 """
@@ -16,10 +16,43 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.comparison import Comparison, Verdict
+from benchmarks.measures import Measure, Measures
 from benchmarks.timing import Result
 
+Outcome = Comparison | Measures
+"""What a benchmark gives."""
 
-def show(console: Console, comparison: Comparison) -> None:
+
+def show(console: Console, outcome: Outcome) -> None:
+    """Print what a benchmark gave."""
+    if isinstance(outcome, Measures):
+        _show_measures(console, outcome)
+    else:
+        _show_comparison(console, outcome)
+
+
+def _show_measures(console: Console, found: Measures) -> None:
+    """Each measure as its median (lowest to highest), with its limit."""
+    table = Table(title=f"{found.name}: {found.workload}", title_justify="left")
+    table.add_column("measure")
+    for heading in ("median", "lowest to highest", "n", "unit", "at most", "", "1 - agreement"):
+        table.add_column(heading, justify="right")
+    for measure in found.measures:
+        values = measure.values
+        table.add_row(
+            measure.name,
+            f"{median(values):.3g}",
+            f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else "",
+            str(len(values)),
+            measure.unit,
+            "-" if measure.limit is None else f"{measure.limit:g}",
+            _held(measure.held),
+            _distance(measure.agreement),
+        )
+    console.print(table)
+
+
+def _show_comparison(console: Console, comparison: Comparison) -> None:
     """The contestants with what they did, then the claims: paired ratios as median (lowest to highest)."""
     work = comparison.workload
     title = f"{comparison.name}: {work.name}, {work.n_tokens} real tokens, n = {comparison.repeats}"
@@ -50,8 +83,15 @@ def _times(result: Result, n_tokens: int) -> list[str]:
 
 def _facts(result: Result) -> list[str]:
     peak = "-" if result.peak_extra_mib is None else f"{result.peak_extra_mib:.0f}"
-    distance = "-" if result.agreement is None else f"{1 - result.agreement:.0e}"
-    return [str(result.padded_tokens), str(result.forwards), peak, distance]
+    return [str(result.padded_tokens), str(result.forwards), peak, _distance(result.agreement)]
+
+
+def _distance(agreement: float | None) -> str:
+    return "-" if agreement is None else f"{1 - agreement:.0e}"
+
+
+def _held(held: bool | None) -> str:
+    return {None: "", True: "held", False: "not held"}[held]
 
 
 def _ratios(verdict: Verdict) -> list[str]:
@@ -62,12 +102,14 @@ def _ratios(verdict: Verdict) -> list[str]:
         ),
         f"{verdict.ratio_of_medians:.3f}",
         "-" if verdict.goal is None else f"{verdict.goal:.2f}",
-        {None: "", True: "held", False: "not held"}[verdict.held],
+        _held(verdict.held),
     ]
 
 
-def as_json(comparisons: list[Comparison]) -> dict[str, Any]:
+def as_json(outcomes: list[Outcome]) -> dict[str, Any]:
     """Everything that was measured, with the machine and the libraries."""
+    comparisons = [each for each in outcomes if isinstance(each, Comparison)]
+    measured = [each for each in outcomes if isinstance(each, Measures)]
     return {
         "format_version": 1,
         "machine": machine(),
@@ -85,7 +127,20 @@ def as_json(comparisons: list[Comparison]) -> dict[str, Any]:
             }
             for comparison in comparisons
         ],
+        "measures": [
+            {
+                "name": found.name,
+                "workload": found.workload,
+                "minimum_agreement": found.minimum,
+                "measures": [_as_values(measure) for measure in found.measures],
+            }
+            for found in measured
+        ],
     }
+
+
+def _as_values(measure: Measure) -> dict[str, Any]:
+    return asdict(measure) | {"median": median(measure.values), "held": measure.held}
 
 
 def machine() -> dict[str, Any]:

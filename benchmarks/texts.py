@@ -54,6 +54,25 @@ def shared_prompts(
     return Workload(name, tuple(rows), tuple(index % 2 == 0 for index in range(len(rows))))
 
 
+def many_rollouts(
+    tokenizer: Any, n_rows: int, *, per_prompt: int, n_prompt_tokens: int, n_response_tokens: int
+) -> Workload:
+    """Rollouts of more prompts than there are questions: all are cut out of running text, and follow no template."""
+    asked = encode(tokenizer, " ".join(_questions()))
+    said = [encode(tokenizer, " ".join(islice(_words(positive, 0), 5000))) for positive in (True, False)]
+    n_prompts = -(-n_rows // per_prompt)
+    step = (len(asked) - n_prompt_tokens) // n_prompts
+    if step < 1:
+        raise ValueError(f"The questions' {len(asked)} tokens hold no {n_prompts} prompts: ask for fewer rows.")
+    rows: list[ChatTokens] = []
+    for index in range(n_rows):
+        start, begin = step * (index // per_prompt), 5 * index % 4000
+        answer = said[index % 2][begin : begin + n_response_tokens]
+        rows.append(ChatTokens(asked[start : start + n_prompt_tokens], answer))
+    name = f"{n_rows} rollouts, {per_prompt} a prompt, {n_prompt_tokens} + {n_response_tokens} tokens"
+    return Workload(name, tuple(rows), tuple(index % 2 == 0 for index in range(n_rows)))
+
+
 def _chat_prompt(tokenizer: Any, number: int, n_tokens: int) -> tuple[int, ...]:
     """The last `n_tokens` tokens of a rendered chat, so that it ends where the assistant would speak."""
     system = _traits()[number].system_prompt("positive", 0)
