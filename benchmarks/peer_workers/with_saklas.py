@@ -1,12 +1,13 @@
-"""saklas: what its fits run over texts, which gathers each row's last token in the hooks and ends at the last block.
+"""saklas: what its fits run over texts, each row's last token gathered in the hooks, the pass ended at the last block.
 
-`compute_neutral_activations` takes rows that are tokenised already, in its own batches; the function that it runs for
-each of them takes a batch of any size.
+`compute_manifold_node_stats` is the public way, with batches of its own; a node of one row has that row as its mean.
+The capture that it runs for each batch, which is documented though its name has an underscore, takes any batch.
 """
 
 import torch
 from jaxtyping import Float
 from saklas.core import capture  # pyright: ignore[reportMissingImports]
+from saklas.core.manifold import compute_manifold_node_stats  # pyright: ignore[reportMissingImports]
 from saklas.core.model import get_layers, load_model  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
@@ -27,17 +28,29 @@ def load(folder: str) -> Loaded:
             states = capture._capture_all_hidden_states(
                 model, layers, batch.tokens, attention_mask=mask, pool_index=batch.last
             )
-            found.append(torch.stack([states[layer] for layer in sorted(states)], dim=1))
+            found.append(_stacked(states))
         return torch.cat(found)
 
     @torch.inference_mode()
-    def neutral(rows: Rows, _size: int) -> Float[Tensor, "row layer d_model"]:
-        rendered = [(torch.tensor([ids]), len(ids) - 1) for ids in rows.ids]
-        states = capture.compute_neutral_activations(model, tokenizer, layers, rendered=rendered)
-        return torch.stack([states[layer] for layer in sorted(states)], dim=1)
+    def fitted(rows: Rows, _size: int) -> Float[Tensor, "row layer d_model"]:
+        means, _ = compute_manifold_node_stats(
+            model,
+            tokenizer,
+            layers,
+            torch.device("cpu"),
+            [(str(index), [text]) for index, text in enumerate(rows.texts)],
+            [""],
+            roles=[None] * len(rows.texts),
+            prepared_rows=[(torch.tensor([ids]), len(ids) - 1) for ids in rows.ids],
+        )
+        return _stacked(means)
 
-    methods = {"capture kernel": captured, "compute_neutral_activations": neutral}
+    methods = {"capture kernel": captured, "compute_manifold_node_stats": fitted}
     return Loaded(model, model.get_input_embeddings(), methods)
+
+
+def _stacked(states: dict[int, Float[Tensor, "row d_model"]]) -> Float[Tensor, "row layer d_model"]:
+    return torch.stack([states[layer] for layer in sorted(states)], dim=1)
 
 
 if __name__ == "__main__":
