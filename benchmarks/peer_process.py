@@ -62,7 +62,8 @@ class WorkerProcess:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise RuntimeError(f"The worker of {self.name} ended:\n{self._errors.read_text()[-2000:]}")
+            code = self._process.wait()
+            raise RuntimeError(f"The worker of {self.name} ended with {code}:\n{self._errors.read_text()[-2000:]}")
         found = json.loads(answer)
         if "error" in found:
             raise RuntimeError(f"The worker of {self.name} failed:\n{found['error']}")
