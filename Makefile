@@ -86,5 +86,5 @@ $(VENV_TL4)/.installed: pyproject.toml constraints/tl4.txt
 	$(call install,$(VENV_TL4),constraints/tl4.txt)
 
 clean: ## removes environments and caches; keeps runs/
-	rm -rf $(VENV) $(VENV_TL4) dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf $(VENV) $(VENV_TL4) benchmarks/.peers dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -94,11 +94,12 @@ def compare(
         racing[label] = min(inspected, key=lambda pair: pair[1].first_cpu)
         tried += [result for _, result in inspected if result is not racing[label][1]]
     race(list(racing.values()), repeats)
-    verdicts = [_verdict(claim, racing[claim.faster][1], racing[claim.than][1]) for claim in claims]
+    verdicts = [verdict(claim, racing[claim.faster][1], racing[claim.than][1]) for claim in claims]
     return Comparison(name, workload, repeats, [result for _, result in racing.values()], tried, verdicts, minimum)
 
 
-def _verdict(claim: Claim, faster: Result, than: Result) -> Verdict:
+def verdict(claim: Claim, faster: Result, than: Result) -> Verdict:
+    """What became of a claim about two contestants that took turns."""
     return Verdict(
         faster=faster.name,
         than=than.name,

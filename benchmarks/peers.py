@@ -15,7 +15,6 @@ from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.comparison import Claim, Comparison, Verdict
+from benchmarks.comparison import Claim, Comparison, verdict
 from benchmarks.oracle import MINIMUM_COSINE, minimum_cosine, oracle_means
 from benchmarks.peer_environments import (
     NNSIGHT,
@@ -110,7 +109,7 @@ def _beside_peers(fewest: int, most: int, sizes: Sequence[int], repeats: int) ->
                 result.wall.append(turn["wall"])
                 result.cpu.append(turn["cpu"])
     results = {label: result for label, (_, _, result) in racing.items()}
-    verdicts = [_verdict(claim, results[claim.faster], results[claim.than]) for claim in _claims(entrants)]
+    verdicts = [verdict(claim, results[claim.faster], results[claim.than]) for claim in _claims(entrants)]
     name = f"Last token at all layers, {fewest} to {most} words"
     return [Comparison(name, work.workload, repeats, list(results.values()), tried, verdicts, MINIMUM_COSINE)]
 
@@ -141,18 +140,6 @@ def _claims(entrants: Sequence[Entrant]) -> list[Claim]:
         for peer in entrants
         if peer not in ours
     ]
-
-
-def _verdict(claim: Claim, faster: Result, than: Result) -> Verdict:
-    """As `benchmarks.comparison` judges a race in one process."""
-    return Verdict(
-        faster=faster.name,
-        than=than.name,
-        goal=claim.goal,
-        ratio_of_medians=median(than.wall) / median(faster.wall),
-        paired_wall=[slow / fast for slow, fast in zip(than.wall, faster.wall, strict=True)],
-        paired_cpu=[slow / fast for slow, fast in zip(than.cpu, faster.cpu, strict=True)],
-    )
 
 
 @contextmanager

@@ -94,30 +94,34 @@ class CapturedMeans:
     """Means of sampled responses, in a `.npy` file or in memory, found by the token ids that they are of.
 
     A response is found again only under the weights and interventions that it was sampled with: elsewhere its mean is
-    another.
+    another. Hooks that a user attached without this package are not known here: attach the same ones, or none.
     """
 
     def __init__(self, path: str | Path | None, model: Model, n_rows: int):
-        """Open or make the file, with room for `n_rows`; in memory without a path.
+        """Open the file, or make it with room for `n_rows`; in memory without a path. It grows where it is full.
 
-        Raises ValueError where the file of another plan or model stands there.
+        Raises ValueError where the file is damaged or of a model of another shape: move it away.
         """
         self.model, self.tokenizer = model, model.tokenizer
+        self._path, self._step = None if path is None else Path(path), max(1, n_rows)
         stream, width = int(model.cfg.n_layers) + 1, int(model.cfg.d_model)
-        dtype = np.dtype([("key", "V16"), ("norm", "<f4", (stream,)), ("mean", "<f4", (stream, width))])
-        self._file = np.zeros(n_rows, dtype) if path is None else _opened(Path(path), dtype, n_rows)
-        self._places = {bytes(key): place for place, key in enumerate(self._file["key"]) if any(bytes(key))}
+        self._dtype = np.dtype([("key", "V16"), ("norm", "<f4", (stream,)), ("mean", "<f4", (stream, width))])
+        self._rows = self._made(self._path, self._step) if path is None or not Path(path).exists() else self._opened()
+        self._places = {bytes(key): place for place, key in enumerate(self._rows["key"]) if any(bytes(key))}
 
-    def put(self, places: Sequence[int], chats: Sequence[ChatTokens], means: Sequence[CapturedMean | None]) -> None:
-        """Keep the means of chats at their places in the plan; None, of an empty response, is not kept."""
+    def put(self, chats: Sequence[ChatTokens], means: Sequence[CapturedMean | None]) -> None:
+        """Keep the means of chats; None, of an empty response, is not kept."""
         conditions = self._conditions()
-        for place, chat, found in zip(places, chats, means, strict=True):
+        for chat, found in zip(chats, means, strict=True):
             if found is not None:
                 key = _key(conditions, chat)
-                self._file[place] = (key, found.norm.numpy(), found.mean.numpy())
+                place = self._places.get(key, len(self._places))
+                if place == len(self._rows):
+                    self._grow()
+                self._rows[place] = (key, found.norm.numpy(), found.mean.numpy())
                 self._places[key] = place
-        if isinstance(self._file, np.memmap):
-            self._file.flush()
+        if isinstance(self._rows, np.memmap):
+            self._rows.flush()
 
     def places(self, chats: Sequence[ChatTokens]) -> list[int | None]:
         """Where the mean over each chat's whole response stands, if it was sampled as the model is now; else None."""
@@ -126,7 +130,7 @@ class CapturedMeans:
 
     def read(self, place: int) -> CapturedMean:
         """The mean that stands at a place."""
-        row = self._file[place]
+        row = self._rows[place]
         return CapturedMean(torch.from_numpy(row["mean"].copy()), torch.from_numpy(row["norm"].copy()))
 
     def _conditions(self) -> str:
@@ -134,23 +138,37 @@ class CapturedMeans:
         done = [(str(held.at), each.fingerprint) for held in attachments(self.model) for each in held.interventions]
         return repr((identify(self.model).weights_hash, done))
 
+    def _made(self, path: Path | None, n_rows: int) -> np.ndarray:
+        if path is None:
+            return np.zeros(n_rows, self._dtype)
+        ensure_writable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Zeros that were never written take no room on disk.
+        return np.lib.format.open_memmap(path, mode="w+", dtype=self._dtype, shape=(n_rows,))
+
+    def _opened(self) -> np.ndarray:
+        assert self._path is not None
+        ensure_writable(self._path)
+        try:
+            rows = np.lib.format.open_memmap(self._path, mode="r+")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{self._path} is not a file of captured means ({error}): move it away.") from error
+        if rows.dtype != self._dtype or rows.ndim != 1:
+            raise ValueError(
+                f"{self._path} holds other means than those of a model of this shape: choose another output, or move "
+                "that file away."
+            )
+        return rows
+
+    def _grow(self) -> None:
+        """Make room for another plan, in a new file that takes the old one's place once it is whole."""
+        scratch = None if self._path is None else self._path.with_suffix(".part.npy")
+        wider = self._made(scratch, len(self._rows) + self._step)
+        wider[: len(self._rows)] = self._rows
+        if self._path is not None and scratch is not None:
+            scratch.replace(self._path)
+        self._rows = wider
+
 
 def _key(conditions: str, chat: ChatTokens) -> bytes:
     return hashlib.sha256(repr((conditions, chat.prompt, chat.response)).encode()).digest()[:16]
-
-
-def _opened(path: Path, dtype: np.dtype, n_rows: int) -> np.ndarray:
-    ensure_writable(path)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Zeros that were never written take no room on disk.
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(n_rows,))
-    try:
-        file = np.lib.format.open_memmap(path, mode="r+")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a file of captured means ({error}): move it away.") from error
-    if file.dtype != dtype or file.shape != (n_rows,):
-        raise ValueError(
-            f"{path} holds captured means of another plan or model: choose another output, or move that file away."
-        )
-    return file

@@ -103,7 +103,8 @@ def extract_persona_vectors(
     if progress:
         tqdm.write(str(plan), file=sys.stderr)
 
-    captured = _captured(engine, model, folder, len(prompts))
+    whole = position == "response_mean" and after is None
+    captured = _captured(engine, model, folder, len(prompts)) if whole else None
     rollouts = collect_rollouts(
         engine, prompts, seed=seed, output=_in(folder, "rollouts.jsonl"), captured=captured, progress=progress
     )

@@ -41,7 +41,7 @@ class PrefixBatch:
 
     def run(self, last_logits: int | None = 0) -> Float[Tensor, "batch kept d_vocab"] | None:
         """Run the batch; logits of the last `last_logits` positions (None: of all, 0: none)."""
-        logits, self.grown = forward(
+        logits, grown = forward(
             self.model,
             self.tokens,
             self.mask,
@@ -50,6 +50,8 @@ class PrefixBatch:
             last_logits=last_logits,
             known=self._known(),
         )
+        # Nothing follows a continuation: its keys and values must not live on while the next ones are copied.
+        self.past, self.grown = None, grown if self.is_prompt else None
         return logits
 
     def _known(self) -> KnownPass:

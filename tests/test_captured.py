@@ -167,6 +167,26 @@ def test_a_file_that_was_closed_goes_on(captured, tiny_model, tmp_path):
     assert None not in means.places([row.tokenize(tiny_model.tokenizer) for row in rollouts])
 
 
+@pytest.mark.parametrize("kept", ["in memory", "in a file"])
+def test_a_plan_that_grew_goes_on_with_what_is_there(captured, tiny_model, tmp_path, kept):
+    """Twice the samples of each question: the first half is found as it was, in a file opened again or in memory."""
+    path, output = tmp_path / "means.npy" if kept == "in a file" else None, tmp_path / "rollouts.jsonl"
+    means = captured.CapturedMeans(path, tiny_model, 8)
+    first = grumpy_rollouts(tiny_model, captured=means, output=output)
+    chats = [row.tokenize(tiny_model.tokenizer) for row in first]
+    before = [means.read(place) for place in means.places(chats)]
+    if path is not None:
+        means = captured.CapturedMeans(path, tiny_model, 16)
+    more = grumpy_rollouts(tiny_model, captured=means, output=output, per_question=2)
+    assert None not in means.places([row.tokenize(tiny_model.tokenizer) for row in more])
+    for place, mean in zip(means.places(chats), before, strict=True):
+        assert naive.relative_error(means.read(place).mean, mean.mean) < 1e-5
+    if path is not None:
+        assert [each.name for each in tmp_path.glob("*.npy")] == ["means.npy"]
+        again = captured.CapturedMeans(path, tiny_model, 16)
+        assert again.places(chats) == means.places(chats)
+
+
 def test_rows_that_were_not_captured_are_run(captured, tiny_model):
     means = captured.CapturedMeans(None, tiny_model, 8)
     rollouts = grumpy_rollouts(tiny_model, captured=means)
@@ -201,7 +221,7 @@ def test_what_is_averaged_after_a_marker_is_not_found(captured, tiny_model):
     assert means.places([replace(chat, skip=1)]) == [None]
 
 
-@pytest.mark.parametrize("contents", [np.zeros((3, 2)), b"no array"], ids=["another plan", "damaged"])
+@pytest.mark.parametrize("contents", [np.zeros((3, 2)), b"no array"], ids=["another array", "damaged"])
 def test_a_file_of_something_else_is_refused(captured, tiny_model, tmp_path, contents):
     path = tmp_path / "means.npy"
     if isinstance(contents, bytes):

@@ -129,10 +129,10 @@ def _listen(part: _Part, stack: ExitStack) -> None:
     if part.exit is not None and _has_hooks(part.exit):
         leave = part.exit
 
-        def exit_(_module: nn.Module, _args: Any, output: Any) -> Any:
+        def pass_on(_module: nn.Module, _args: Any, output: Any) -> Any:
             return leave(output) if isinstance(output, Tensor) else (leave(output[0]), *output[1:])
 
-        stack.callback(block.register_forward_hook(exit_).remove)
+        stack.callback(block.register_forward_hook(pass_on).remove)
 
 
 def _has_hooks(module: nn.Module) -> bool:

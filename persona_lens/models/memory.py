@@ -11,7 +11,7 @@ from persona_lens.models.structure import Model, model_device
 def default_token_budget(model: Model) -> int:
     """Padded tokens of a batch that are worth running together, before memory has its say.
 
-    A processor's caches hold a few hundred tokens and nothing is won beyond them; an accelerator wants thousands.
+    On a CPU nothing was won beyond 512 (benchmarks/README.md); for accelerators 16,384 is a guess, measured on none.
     """
     return 512 if model_device(model).type == "cpu" else 16384
 

@@ -114,7 +114,7 @@ def _fresh(
             if captured is not None and isinstance(engine, CapturingEngine):
                 answered, means = engine.answer_capturing(wanted, seed=seed, progress=progress)
                 # Before the rows themselves, which say that a batch is done.
-                captured.put(batch, [row.tokenize(captured.tokenizer) for row in answered], means)
+                captured.put([row.tokenize(captured.tokenizer) for row in answered], means)
             else:
                 answered = engine.answer(wanted, seed=seed, progress=progress)
             answers = {rollout.key: rollout for rollout in answered}
