@@ -3,7 +3,7 @@
 Each peak is one of a fresh process, since freed memory that a process keeps would hide what is taken next. The limit
 is for the process as a user has it; since glibc keeps holes there, of another size in every run, the same is measured
 where large blocks go back as they are freed, which shows what the code holds. The shared prompts' keys and values are
-held on purpose, and are counted apart: of the prompts that run together, and a copy for each row that goes on from them.
+held on purpose, and counted apart: of the prompts that run together, and a copy for each row that goes on from them.
 """
 
 import json
