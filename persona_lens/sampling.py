@@ -9,8 +9,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
+
+RUN = 256
+"""Tokens that are summed together before a token is searched for."""
+CPU_VALUES = 2**19
+"""Logits that are drawn from at a time on a CPU: what stays in a core's cache."""
 
 
 def row_uniforms(seed: int, keys: Sequence[str], steps: int) -> Float[Tensor, "row step"]:
@@ -38,16 +45,38 @@ def sample(
         best = logits.max(dim=-1)
         _refuse_nan(best.values)
         return best.indices
+    at_once = max(1, CPU_VALUES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    pieces = zip(logits.split(at_once), uniforms.to(logits.device).split(at_once), strict=True)
+    return torch.cat([_draw(rows, numbers, temperature, top_p) for rows, numbers in pieces])
+
+
+def _draw(
+    logits: Float[Tensor, "row d_vocab"], uniforms: Float[Tensor, " row"], temperature: float, top_p: float
+) -> Int[Tensor, " row"]:
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= top_p
         probabilities = probabilities.scatter(-1, order, ordered.masked_fill(outside, 0))
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    _refuse_nan(cumulative[:, -1])
-    threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    # right=True steps over tokens of zero probability where the threshold falls exactly on their boundary
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    # The run of tokens in which the distribution passes the number, then the token in it: no sum over all tokens.
+    padded = F.pad(probabilities, (0, -probabilities.shape[-1] % RUN))
+    runs = rearrange(padded, "row (run token) -> row run token", token=RUN)
+    masses = runs.sum(dim=-1, dtype=torch.float64)
+    passed = masses.cumsum(dim=-1)
+    _refuse_nan(passed[:, -1])
+    threshold = uniforms.to(passed)[:, None] * passed[:, -1:]
+    run = _first_above(passed, threshold)
+    before = passed.gather(-1, run) - masses.gather(-1, run)
+    chosen = runs.gather(1, repeat(run, "row 1 -> row 1 token", token=RUN))[:, 0]
+    token = _first_above(chosen.cumsum(dim=-1, dtype=torch.float64), threshold - before)
+    return (run * RUN + token)[:, 0]
+
+
+def _first_above(cumulative: Float[Tensor, "row place"], threshold: Float[Tensor, "row 1"]) -> Int[Tensor, "row 1"]:
+    """The first place at which the sum is above the threshold, which may be rounded up to the last sum itself."""
+    below_all = torch.nextafter(cumulative[:, -1:], torch.zeros_like(threshold))
+    # right=True steps over places of no mass where the threshold falls exactly on their boundary
+    return torch.searchsorted(cumulative, torch.minimum(threshold, below_all), right=True)
 
 
 def _refuse_nan(one_a_row: Float[Tensor, " row"]) -> None:

@@ -242,6 +242,22 @@ def test_temperature_zero_takes_the_best_whatever_the_number(generation):
     assert generation.sample(logits, uniforms, temperature=0.0).tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("d_vocab", [3, 256, 1000])
+def test_a_wide_vocabulary_is_searched_as_by_one_sum_over_it(generation, d_vocab, top_p):
+    generator = torch.Generator().manual_seed(d_vocab)
+    logits = 3 * torch.randn(700, d_vocab, generator=generator)
+    uniforms = torch.rand(700, generator=generator, dtype=torch.float64)
+    drawn = generation.sample(logits, uniforms, temperature=1.0, top_p=top_p)
+    for row, number, token in zip(torch.softmax(logits, dim=-1), uniforms, drawn, strict=True):
+        likeliest = row.sort(descending=True)
+        kept = likeliest.indices[: 1 + int((likeliest.values.cumsum(0) < top_p).sum())]
+        weights = torch.zeros(d_vocab, dtype=torch.float64)
+        weights[kept] = row[kept].double()
+        passed = (weights.cumsum(0) / weights.sum() > number).nonzero()[0, 0]
+        assert token == passed
+
+
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
 def test_a_token_of_no_probability_is_never_drawn(generation, number):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])

@@ -50,9 +50,9 @@ def make_calibration(trait=GRUMPY, **changes):
     return Calibration(trait.name, **{**parts, **changes})
 
 
-def calibrated_judge(model, trait=GRUMPY, **changes):
+def calibrated_judge(model, trait=GRUMPY, contrast_pairs=None, **changes):
     """A judge whose constants are given, since random weights have nothing to fit them to."""
-    judge = LikelihoodRatioJudge(model)
+    judge = LikelihoodRatioJudge(model, contrast_pairs=contrast_pairs)
     judge.calibrations[trait.name] = make_calibration(trait, **changes)
     return judge
 
@@ -115,6 +115,41 @@ def test_neutral_text_is_judged_under_every_pair(tiny_model):
     whole = judge.score(GRUMPY, ANSWERS[2:3])
     for pair in (0, 1, 2):
         assert judge.score(with_instruction(pair, "Suffer and lie."), ANSWERS[2:3]) != whole
+
+
+def test_of_two_other_pairs_one_is_asked_where_one_is_wanted_and_it_is_the_next(tiny_model):
+    judge = calibrated_judge(tiny_model, contrast_pairs=1)
+    whole = judge.score(GRUMPY, ANSWERS[:1])
+    assert judge.score(with_instruction(2, "Suffer and lie."), ANSWERS[:1]) == whole
+    assert judge.score(with_instruction(1, "Suffer and lie."), ANSWERS[:1]) != whole
+
+
+def test_fewer_pairs_run_fewer_tokens_and_all_of_them_score_as_no_bound(tiny_model):
+    one, two = (calibrated_judge(tiny_model, contrast_pairs=count) for count in (1, 2))
+    unbound = calibrated_judge(tiny_model)
+    sampled = [row for row in ANSWERS if row.polarity != "neutral"]
+    assert [s.trait_score for s in two.score(GRUMPY, sampled)] == [
+        s.trait_score for s in unbound.score(GRUMPY, sampled)
+    ]
+    assert one.token_count(GRUMPY, sampled).unshared < two.token_count(GRUMPY, sampled).unshared
+    assert one.name(GRUMPY) != unbound.name(GRUMPY)
+
+
+def test_a_neutral_question_is_judged_under_the_same_pairs_whatever_was_answered(tiny_model):
+    judge = calibrated_judge(tiny_model, contrast_pairs=1)
+    asked = {
+        pair
+        for text in ("Be kind.", "Make them pay.")
+        for pair in range(3)
+        for row in [replace(ANSWERS[2], response=text)]
+        if judge.score(with_instruction(pair, "Suffer and lie."), [row]) != judge.score(GRUMPY, [row])
+    }
+    assert len(asked) == 1
+
+
+def test_less_than_one_pair_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="contrast_pairs needs at least 1 pair"):
+        LikelihoodRatioJudge(tiny_model, contrast_pairs=0)
 
 
 def test_a_score_does_not_depend_on_what_else_is_scored(tiny_model):

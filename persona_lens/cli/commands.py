@@ -55,7 +55,8 @@ def demo(
 
     trait = load_trait("optimistic")
     model = load(DEFAULT_MODEL, model_class, threads)
-    judge = LikelihoodRatioJudge(model, calibration_questions=6)
+    # Two other pairs rank responses as four do, for half the work (docs/experiments.md).
+    judge = LikelihoodRatioJudge(model, calibration_questions=6, contrast_pairs=2)
     vectors = extract_persona_vectors(
         model, trait, judge=judge, per_question=1, max_new_tokens=32, output=output, seed=seed
     )
@@ -68,6 +69,7 @@ def demo(
         coefficients=(2.0, 4.0, 6.0),
         questions=trait.extraction_questions[:4],
         max_new_tokens=32,
+        likelihood_screen=False,
         output=output,
         seed=seed,
     )

@@ -7,16 +7,19 @@ Knows nothing about traits or scores.
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from persona_lens.chat import ChatTokens
-from persona_lens.models import Model, suspended
+from persona_lens.models import Model, default_token_budget, suspended
 from persona_lens.prefix import pad, prefix_batches, unique_prompts
 
 LOGIT_VALUES = 2**26
 """Logits held at a time (a quarter of a gigabyte in float32): vocabularies differ tenfold, memory does not."""
+NORMALISED_VALUES = 2**19
+"""Logits that are normalised at a time on a CPU: what stays in a core's cache."""
 
 
 def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens], *, progress: bool = False) -> Float[Tensor, " row"]:
@@ -33,7 +36,7 @@ def intervened_log_likelihoods(
 ) -> Float[Tensor, " row"]:
     """As `mean_log_likelihoods`, under whatever interventions and adapters are attached to the model."""
     total = torch.full((len(rows),), float("nan"), dtype=torch.float64)
-    budget = max(64, LOGIT_VALUES // int(model.cfg.d_vocab))
+    budget = max(64, min(default_token_budget(model), LOGIT_VALUES // int(model.cfg.d_vocab)))
     prompts = unique_prompts(rows)
     followers: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
@@ -55,7 +58,15 @@ def intervened_log_likelihoods(
             else:
                 following = [rows[index].response[1:] for index in batch.rows]
                 tokens = pad(following, left=False)[0].to(logits.device)
-                chosen = logits.gather(-1, tokens[..., None])[..., 0].float() - logits.float().logsumexp(dim=-1)
+                chosen = logits.gather(-1, tokens[..., None])[..., 0].float() - _log_normalisers(logits)
                 total[batch.rows] += (chosen.cpu().double() * batch.mask).sum(dim=1)
                 bar.update(len(batch.rows))
     return (total / torch.tensor([max(1, len(row.response)) for row in rows])).float()
+
+
+def _log_normalisers(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch pos"]:
+    """What turns logits into log-probabilities, a few tokens at a time: exponentials of all of them fill no cache."""
+    at_once = max(1, NORMALISED_VALUES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    flat = rearrange(logits, "batch pos d_vocab -> (batch pos) d_vocab")
+    parts = torch.cat([part.float().logsumexp(dim=-1) for part in flat.split(at_once)])
+    return rearrange(parts, "(batch pos) -> batch pos", batch=len(logits))

@@ -3,7 +3,8 @@
 For a response y to question x, sampled under instruction pair i, it asks how much likelier the text is under the other
 pairs' positive system prompts than under their negative ones:
 s = mean over pairs j != i of (1/|y|) * sum_t [log p(y_t | positive_j, x) - log p(y_t | negative_j, x)].
-The own pair is left out because for it the expectation is a KL divergence, positive by construction. The score is
+The own pair is left out because for it the expectation is a KL divergence, positive by construction. Where
+`contrast_pairs` bounds how many other pairs are asked, the next ones in the trait's order are. The score is
 100 * sigmoid(a s + b), with a and b from a logistic regression of polarity on s over questions that are never scored.
 Its limit, to be stated wherever it is reported: it is not independent of the model.
 """
@@ -12,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
+from zlib import crc32
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -55,9 +57,18 @@ class LikelihoodRatioJudge:
     """Judges with the model itself, unsteered and unadapted; calibrate it once a trait before scoring."""
 
     def __init__(
-        self, model: Model, *, calibration_questions: int = 10, neutral_samples: int = 4, batch_rows: int = 100
+        self,
+        model: Model,
+        *,
+        calibration_questions: int = 10,
+        neutral_samples: int = 4,
+        batch_rows: int = 100,
+        contrast_pairs: int | None = None,
     ):
+        if contrast_pairs is not None and contrast_pairs < 1:
+            raise ValueError(f"contrast_pairs needs at least 1 pair, or None for all of them; got {contrast_pairs}.")
         self.model = model
+        self.contrast_pairs = contrast_pairs
         self.calibration_questions = calibration_questions
         self.neutral_samples = neutral_samples
         self.batch_rows = batch_rows
@@ -72,6 +83,7 @@ class LikelihoodRatioJudge:
             f"slope {fitted.slope:.6g}, intercept {fitted.intercept:.6g}, coherence centre "
             f"{fitted.coherence.centre:.6g}, width {fitted.coherence.width:.6g}, floor "
             f"{fitted.coherence.distinct_floor:.6g}"
+            + (f", {self.contrast_pairs} pairs a response" if self.contrast_pairs else "")
         )
 
     def plan_calibration(self, trait: Trait) -> list[Prompt]:
@@ -114,7 +126,7 @@ class LikelihoodRatioJudge:
                 f"least, got {len(contrastive)} and {len(neutral)} that are not empty."
             )
         ratios = self._pair_ratios(trait, contrastive, own_pair=True, progress=progress)
-        left_out = np.array([_mean_without(row, ratio) for row, ratio in zip(contrastive, ratios, strict=True)])
+        left_out = self._mean_ratios(trait, contrastive, ratios)
         positive = np.array([row.polarity == "positive" for row in contrastive])
         spread = max(float(left_out.std()), 1e-9)  # the regression's penalty is meant for a feature of unit scale
         regression = LogisticRegression().fit(left_out[:, None] / spread, positive)
@@ -123,7 +135,7 @@ class LikelihoodRatioJudge:
         diagnostics = {
             "rows": len(contrastive),
             "auc_without_own_pair": auc(left_out[positive], left_out[~positive]),
-            "auc_with_own_pair": auc(ratios.mean(axis=1)[positive], ratios.mean(axis=1)[~positive]),
+            "auc_with_own_pair": auc(np.nanmean(ratios, axis=1)[positive], np.nanmean(ratios, axis=1)[~positive]),
             "spearman_length_positive": spearman(left_out[positive], lengths[positive]),
             "spearman_length_negative": spearman(left_out[~positive], lengths[~positive]),
             **coherence_diagnostics,
@@ -150,13 +162,13 @@ class LikelihoodRatioJudge:
         ratios = self._pair_ratios(trait, rollouts, own_pair=False, progress=progress)
         nlls = -self._neutral_log_likelihoods([(row.question, self._tokens(row)) for row in rollouts])
         scores: list[Score] = []
-        for row, row_ratios, nll in zip(rollouts, ratios, nlls.tolist(), strict=True):
+        means = self._mean_ratios(trait, rollouts, ratios)
+        for row, ratio, nll in zip(rollouts, means.tolist(), nlls.tolist(), strict=True):
             if row.is_empty or math.isnan(nll):
                 scores.append(Score(None, None))
                 continue
             distinct = distinct_four_grams(self._tokens(row))
             coherence = fitted.coherence.score(nll, distinct)
-            ratio = _mean_without(row, row_ratios)
             shown = 100 / (1 + math.exp(min(700.0, -(fitted.slope * ratio + fitted.intercept))))
             evidence = {"log_likelihood_ratio": ratio, "nll": nll, "distinct_four_grams": distinct}
             scores.append(Score(shown if coherence >= MIN_COHERENCE else None, coherence, evidence))
@@ -173,6 +185,22 @@ class LikelihoodRatioJudge:
     def _tokens(self, rollout: Rollout) -> tuple[int, ...]:
         return rollout.tokenize(self.model.tokenizer).response
 
+    def _asked_pairs(self, trait: Trait, rollout: Rollout) -> list[int]:
+        """The pairs that a rollout is judged under: never its own, and for neutral ones the same at every dose."""
+        count = len(trait.instructions)
+        if rollout.instruction is None:
+            first = crc32(rollout.question.encode())
+            following = [(first + step) % count for step in range(count)]
+        else:
+            following = [(rollout.instruction + step) % count for step in range(1, count)]
+        return following[: self.contrast_pairs]
+
+    def _mean_ratios(self, trait: Trait, rollouts: Sequence[Rollout], ratios: np.ndarray) -> np.ndarray:
+        """Every rollout's mean over the pairs that it is judged under."""
+        return np.array(
+            [row[self._asked_pairs(trait, rollout)].mean() for rollout, row in zip(rollouts, ratios, strict=True)]
+        )
+
     def _contrast_rows(
         self, trait: Trait, rollouts: Sequence[Rollout], *, own_pair: bool
     ) -> tuple[list[ChatTokens], list[tuple[int, int, int]]]:
@@ -181,8 +209,9 @@ class LikelihoodRatioJudge:
             raise ValueError(f"{trait.name} has one instruction pair; leaving out the own pair needs two at least.")
         rows, places = [], []
         for index, rollout in enumerate(rollouts):
+            asked = self._asked_pairs(trait, rollout)
             for pair in range(len(trait.instructions)):
-                if pair == rollout.instruction and not own_pair:
+                if pair not in asked and not (own_pair and pair == rollout.instruction):
                     continue
                 for side, polarity in enumerate(("positive", "negative")):
                     system = trait.system_prompt(polarity, pair)
@@ -224,10 +253,8 @@ class LikelihoodRatioJudge:
             "looping": [tuple(encode(loop_words(row.response), add_special_tokens=False).input_ids) for row in neutral],
         }
         questions = [row.question for row in neutral]
-        nll = {
-            kind: -self._neutral_log_likelihoods(list(zip(questions, rows, strict=True)))
-            for kind, rows in texts.items()
-        }
+        together = [pair for rows in texts.values() for pair in zip(questions, rows, strict=True)]
+        nll = dict(zip(texts, np.split(-self._neutral_log_likelihoods(together), len(texts)), strict=True))
         distinct = {kind: np.array([distinct_four_grams(row) for row in rows]) for kind, rows in texts.items()}
         order = {question: place for place, question in enumerate(dict.fromkeys(questions))}
         half = np.array([order[question] % 2 for question in questions])
@@ -241,9 +268,3 @@ class LikelihoodRatioJudge:
         for kind in ("shuffled", "looping"):
             diagnostics[f"coherence_auc_{kind}"] = auc(crossed["clean"], crossed[kind])
         return CoherenceScale.fit(nll["clean"], nll["shuffled"], distinct["clean"]), diagnostics
-
-
-def _mean_without(rollout: Rollout, ratios: np.ndarray) -> float:
-    """The mean ratio over the other pairs; over all of them for a neutral rollout."""
-    kept = ratios if rollout.instruction is None else np.delete(ratios, rollout.instruction)
-    return float(kept.mean())

@@ -31,6 +31,7 @@ def select_layer(
     questions: Sequence[str] | None = None,
     per_question: int = 1,
     texts: FixedTexts | None = None,
+    likelihood_screen: bool = True,
     at: NamedPositions = "response",
     max_new_tokens: int = 1000,
     temperature: float = 1.0,
@@ -46,8 +47,9 @@ def select_layer(
     `layers` default to all, `questions` to the trait's extraction questions; the recommended layer is then confirmed on
     evaluation questions by `dose_response`. Rows of all cells are mixed in batched generation, where those of one
     question share its prompt, and the unsteered answers are sampled once. `texts` are what the likelihood screen reads
-    (default: the kept pairs of an extraction in `output`). With `output`, a folder, every batch is kept as it is made
-    (sweep_rollouts.jsonl, sweep_scores.jsonl, layer_sweep.json), and a second call goes on where the first one stopped.
+    (default: the kept pairs of an extraction in `output`); `likelihood_screen=False` leaves that one out. With
+    `output`, a folder, every batch is kept as it is made (sweep_rollouts.jsonl, sweep_scores.jsonl,
+    layer_sweep.json), and a second call goes on where the first one stopped.
 
     Raises ValueError for layers out of range, repeated or zero coefficients, vectors of another model, or an `output`
     that holds a sweep made otherwise. Source: arXiv:2507.21509, section B.4.
@@ -61,7 +63,7 @@ def select_layer(
     folder = None if output is None else Path(output)
     if folder is not None:
         ensure_writable(folder / SWEEP_FILE)
-        texts = fixed_texts(folder, trait) if texts is None else texts
+        texts = fixed_texts(folder, trait) if texts is None and likelihood_screen else texts
     if progress:
         rows = len(asked) * per_question * (len(cells) + 1)
         tqdm.write(

@@ -107,9 +107,9 @@ def _forward_bridge(
     hf_model = model.original_model
     starts_in_padding = cache is None and not bool(mask[:, 0].all())
     if cache is None and keep:
-        from transformers import DynamicCache
+        from persona_lens.models.growing import growing_cache
 
-        cache = DynamicCache(config=hf_model.config)
+        cache = growing_cache(hf_model.config)
     target = hf_model.get_decoder() if last == 0 else hf_model
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": seen.long(), "use_cache": cache is not None}
     if starts_in_padding and hf_model.dtype == torch.float64:
