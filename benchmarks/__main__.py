@@ -39,6 +39,7 @@ BENCHMARKS: dict[str, Callable[[int], Sequence[Outcome]]] = {
     "steering-overhead": steering.steering_overhead,
     "layer-sweep": steering.layer_sweep,
     "live-monitoring": live.live_monitoring,
+    "capture": live.capture,
     "training-step": finetuning.training_step,
     "screening-layers": screening.screening_layers,
     "client-throughput": clients.client_throughput,
