@@ -1,0 +1,170 @@
+"""The page's parts on steering: layers against coefficients, the frontier, the confirmation, and what the model says.
+
+Knows nothing about how answers were sampled or judged.
+"""
+
+from persona_lens.evaluation import Evaluation
+from persona_lens.judges import ScoredRollout
+from persona_lens.layer_selection import LayerChoice, LayerSweep
+from persona_lens.plots.curves import plot_dose_response
+from persona_lens.plots.page import escaped, visible
+from persona_lens.plots.page_parts import LONGEST, cut_text
+from persona_lens.plots.style import number
+from persona_lens.plots.sweeps import plot_frontier, plot_layer_sweep
+from persona_lens.report.findings import MAKERS, choice_of
+from persona_lens.report.run import Run
+from persona_lens.report.sections import Section, absent, boxed_table, details, figure, note
+
+N_QUESTIONS = 4
+"""How many questions' answers stand on the page."""
+
+
+def sweep_section(run: Run, min_coherence: float) -> Section:
+    """Trait score and coherence of every layer and coefficient."""
+    heading, sweep = "Which layer, and how strongly", run.sweep
+    if sweep is None:
+        return Section(heading, absent("No layer was chosen", "layer_sweep.json", MAKERS["layer_sweep.json"]))
+    height = 44 * len(sweep.coefficients) + 12
+    framed = (
+        "The solid frame is the recommended cell, dotted ones are cells that the questions do not tell apart from it."
+    )
+    if choice_of(sweep, min_coherence) is None:
+        framed = f"No cell is framed: none has a trait score and a mean coherence of {min_coherence:g} or more."
+    pictures = [
+        figure(
+            lambda: _compact(plot_layer_sweep(sweep, value, min_coherence=min_coherence)),  # noqa: B023 (drawn at once)
+            place,
+            label=f"Heat map: mean {name} of every layer and coefficient. The table below has the numbers.",
+            caption=f"<b>{name[0].upper()}{name[1:]}</b>, 0 to 100. {said}",
+            height=height,
+        )
+        for value, name, place, said in (
+            ("trait_score", "trait score", "sweep-trait", framed),
+            ("coherence", "coherence", "sweep-coherence", "How far the same answers are still sensible text."),
+        )
+    ]
+    numbers = details("All cells in numbers", _cells(sweep))
+    return Section(heading, "".join(part.html for part in pictures) + numbers, _joined(pictures))
+
+
+def frontier_section(run: Run, min_coherence: float) -> Section | None:
+    """What a higher trait score costs in coherence; nothing without a sweep."""
+    sweep = run.sweep
+    if sweep is None:
+        return None
+    caption = (
+        f"Each point is a layer at a coefficient. The dashed line is the coherence of {min_coherence:g} that a "
+        "recommendation needs, the ring what is recommended, the star the model without steering; no point is better "
+        "than the grey stairs in one score without being worse in the other."
+    )
+    label = "Scatter plot of trait score against coherence, a point for each cell of the table above."
+    drawn = figure(lambda: plot_frontier(sweep, min_coherence), "frontier", label=label, caption=caption, height=360)
+    return Section("What the trait costs in coherence", drawn.html, drawn.pictures)
+
+
+def confirmation_section(run: Run) -> Section | None:
+    """The chosen direction on other questions, beside random directions; nothing without a sweep."""
+    heading, confirmed = "Does it hold on other questions?", run.confirmed
+    if confirmed is None:
+        if run.sweep is None:
+            return None
+        said = "Not confirmed, and the best of many cells is optimistic"
+        return Section(heading, absent(said, "dose_response.json", MAKERS["dose_response.json"]))
+    drawn = figure(
+        lambda: plot_dose_response(confirmed),
+        "doses",
+        label="Trait score and coherence against the coefficient. The sentence below has the slope.",
+        caption="Bands are 95 % intervals over questions, grey lines random directions of equal norm; hollow points are "
+        "incoherent and do not count in the slope.",
+        height=440,
+    )
+    return Section(heading, drawn.html + note(f"{confirmed}."), drawn.pictures)
+
+
+def texts_section(run: Run, min_coherence: float) -> Section | None:
+    """Answers at each dose of the recommended layer, next to the unsteered one; nothing without a sweep."""
+    sweep = run.sweep
+    if sweep is None:
+        return None
+    choice, said = choice_of(sweep, min_coherence), ""
+    if choice is None:
+        said = f"No cell has a mean coherence of {min_coherence:g} or more; this layer has the highest trait score. "
+        try:
+            choice = sweep.best(None)
+        except ValueError as error:
+            return Section("What the model says", note(str(error)))
+    questions = sweep.baseline.questions
+    shown = questions[:N_QUESTIONS]
+    said += f"Layer {choice.layer}, {len(shown)} of {len(questions)} questions, the first answer to each. "
+    said += "The bars are trait scores, from 0 to 100."
+    cards = "".join(_answers(sweep, choice, question) for question in shown)
+    return Section("What the model says", note(said) + cards)
+
+
+def _answers(sweep: LayerSweep, choice: LayerChoice, question: str) -> str:
+    """A question with its unsteered answer and those at each dose."""
+    doses = {0.0: sweep.baseline} | {each: sweep.evaluations[choice.layer, each] for each in sweep.coefficients}
+    answers = []
+    for coefficient, found in doses.items():
+        dose = None if coefficient == 0 else sweep.doses[choice.layer, coefficient]
+        name = "unsteered" if found is sweep.baseline else f"× {coefficient:g}"
+        about = "" if dose is None else f"<span>dose {number(dose)}</span>"
+        best = "<b>recommended</b>" if coefficient == choice.coefficient and found is not sweep.baseline else ""
+        answers.append(_answer(f"<strong>{escaped(name)}</strong>{about}{best}", _first(found, question)))
+    return f"<article class=sample><h3 class=question>{_long(question)}</h3><div class=doses>{''.join(answers)}</div></article>"
+
+
+def _first(found: Evaluation, question: str) -> ScoredRollout | None:
+    rows = [row for row in found.scored if row.rollout.question == question]
+    return min(rows, key=lambda row: row.rollout.sample, default=None)
+
+
+def _answer(head: str, row: ScoredRollout | None) -> str:
+    if row is None:
+        return f"<div><header>{head}</header><p class=note>no answer</p></div>"
+    return f"<div><header>{head}</header>{answer_html(row)}</div>"
+
+
+def answer_html(row: ScoredRollout) -> str:
+    """An answer under its scores; the bar is as long as the trait score, and missing where that is."""
+    bar = ""
+    if row.trait_score is not None:
+        bar = f'<span class=meter aria-hidden=true><i style="width:{row.trait_score:.0f}%"></i></span>'
+    scores = f"trait {number(row.trait_score, 0)} · coherence {number(row.coherence, 0)}"
+    text = _long(row.rollout.response) if not row.is_empty else "<span class=cut>no text</span>"
+    return f"{bar}<p class=scores>{scores}</p><div class=text>{text}</div>"
+
+
+def _long(text: str) -> str:
+    return cut_text(text, LONGEST)
+
+
+def _cells(sweep: LayerSweep) -> str:
+    """The table behind the heat maps, and what the cheap screens of layers are worth."""
+
+    def shown(found: Evaluation) -> str:
+        return f"{found.trait_score} / {number(found.coherence.value, 0)}"
+
+    rows = [["unsteered", *[shown(sweep.baseline)] * len(sweep.coefficients)]]
+    rows += [
+        [str(layer), *(shown(sweep.evaluations[layer, each]) for each in sweep.coefficients)] for layer in sweep.layers
+    ]
+    head = ["layer", *(f"× {each:g}" for each in sweep.coefficients)]
+    said = f"Trait score with its 95 % interval over {len(sweep.baseline.questions)} questions, and mean coherence."
+    return note(said) + boxed_table("Trait score and coherence of every cell", head, rows)
+
+
+def _compact(drawn: "object") -> "object":
+    """A heat map whose bar of colours leaves the width to the cells."""
+    bar = {"thickness": 10, "title": None, "len": 1.0, "outlinewidth": 0, "tickvals": [0, 50, 100]}
+    drawn.update_traces(colorbar=bar)  # type: ignore[attr-defined]
+    return drawn
+
+
+def _joined(parts: list[Section]) -> tuple:
+    return tuple(picture for part in parts for picture in part.pictures)
+
+
+def reason_html(text: str) -> str:
+    """A sentence of a result's, as a paragraph."""
+    return f"<p class=reason>{visible(text, breaks=False)}.</p>"
