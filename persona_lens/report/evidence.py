@@ -18,7 +18,7 @@ from persona_lens.report.run import FILES, JudgedPair, Run
 from persona_lens.report.sections import Section, absent, boxed_table, figure, note
 from persona_lens.report.steering import answer_html
 
-N_KEPT, LONGEST_PROMPT = 3, 220
+N_KEPT, LONGEST_PROMPT = 3, 400
 DIAGNOSTICS = {
     "auc_without_own_pair": ("AUC, own pair left out", "near 1"),
     "auc_with_own_pair": ("AUC with the own pair", "not much above"),
@@ -39,8 +39,8 @@ def layers_section(run: Run, min_coherence: float) -> Section:
         lambda: plot_layer_statistics(vectors),
         "layers",
         label="Held-out AUC and split-half cosine of every layer. The table below has the numbers.",
-        caption="Above, how well the direction separates questions it was not made from; below, how much the directions of "
-        "two halves of the questions agree. Bands are 95 % intervals over questions. An AUC should exceed the placebo "
+        caption="Above, how well the direction separates questions it was not made from; below, how much the directions "
+        "of two halves of the questions agree. Bands are 95 % intervals over questions. An AUC should exceed the placebo "
         "(polarity swapped at random) and the embedding row, which is what the words alone give.",
         height=420,
     )
@@ -135,9 +135,9 @@ def judge_section(run: Run) -> Section:
     ]
     n = found.get("rows")
     limits = (
-        f"Measured on {n} rollouts of {len(run.calibration.questions)} questions that are never scored. This judge is the "
-        "model itself, never steered while it judges: it is not independent of what it scores. Confirm what matters with "
-        "another judge, or with people: persona-lens agreement says how far they agree."
+        f"Measured on {n} rollouts of {len(run.calibration.questions)} questions that are never scored. This judge is "
+        "the model itself, never steered while it judges: it is not independent of what it scores. Confirm what matters "
+        "with another judge, or with people: persona-lens agreement says how far they agree."
     )
     return Section(
         heading, said + boxed_table("Diagnostics of the judge", ["diagnostic", "here", "wanted"], rows) + note(limits)
@@ -174,8 +174,8 @@ def _origin(run: Run) -> Iterator[tuple[str, str]]:
         yield (
             "sweep",
             (
-                f"{len(run.sweep.layers)} layers × {len(run.sweep.coefficients)} coefficients, {len(plan['questions'])} "
-                f"questions, {plan['per_question']} answer(s) each, steered on {plan['at']} tokens, seed {plan['seed']}"
+                f"{len(run.sweep.layers)} layers × {len(run.sweep.coefficients)} coefficients, "
+                f"{len(plan['questions'])} questions, {plan['per_question']} answer(s) each, steered on {plan['at']} tokens, seed {plan['seed']}"
             ),
         )
         yield "sweep judged by", run.sweep.judge

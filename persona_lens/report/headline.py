@@ -21,10 +21,8 @@ UNKNOWN = "–"
 def headline(run: Run, min_coherence: float) -> str:
     """What the run is of, its numbers, and why this layer."""
     choice = None if run.sweep is None else choice_of(run.sweep, min_coherence)
-    return (
-        f"{_about(run)}<div class=tiles>{_steering(run, choice)}{_pairs(run)}{_held_out(run.vectors)}{_judge(run)}</div>"
-        f"{_reason(run, choice, min_coherence)}"
-    )
+    tiles = _steering(run, choice) + _pairs(run) + _held_out(run.vectors) + _judge(run)
+    return f"{_about(run)}<dl class=tiles>{tiles}</dl>{_reason(run, choice, min_coherence)}"
 
 
 def _about(run: Run) -> str:
@@ -44,7 +42,7 @@ def _steering(run: Run, choice: LayerChoice | None) -> str:
     if choice is None:
         return _tile("Steer", UNKNOWN, "no cell is coherent enough")
     start = run.sweep.baseline
-    dose = "" if choice.dose is None else f"{choice.dose:.2f} of the residual norm"
+    dose = "" if choice.dose is None else f"dose {choice.dose:.2f} of the residual norm"
     return (
         _tile("Steer", f"layer {choice.layer} × {choice.coefficient:g}", dose, strong=True)
         + _tile("Trait score", *_change(start.trait_score, choice.trait_score))
@@ -95,7 +93,9 @@ def _judge(run: Run) -> str:
 def _reason(run: Run, choice: LayerChoice | None, min_coherence: float) -> str:
     if choice is not None:
         said = choice.reason[0].upper() + choice.reason[1:]
-        warned = ". Being the best of many, it is optimistic until it is confirmed on other questions"
+        warned = (
+            ". The best of many cells scores higher than it will on other questions, where it is yet to be confirmed"
+        )
         return f"<p class=reason>{visible(said + warned * (run.confirmed is None), breaks=False)}.</p>"
     if run.sweep is None:
         return ""

@@ -8,17 +8,20 @@ h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.01em; margin: .4rem 
 .lead { font-size: 1.1rem; margin: 0 0 .3rem; max-width: 46rem; }
 h2 { font-size: 1.15rem; letter-spacing: 0; color: var(--ink); margin: .1rem 0 .7rem; }
 section { padding: 1.1rem 1.3rem 1.2rem; margin: 0 0 1.1rem; border-radius: 10px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1.1rem 0 .9rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem;
+  margin: 1.1rem 0 .9rem; }
 .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem .9rem; }
 .tiles > .main { border-color: #0072b2; box-shadow: inset 0 3px 0 #0072b2; }
 .tiles dt { font-size: .8rem; }
-.tiles dd { font-size: 1.35rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; margin: .1rem 0; }
+.tiles dd { font-size: 1.35rem; font-weight: 650; line-height: 1.3; margin: .1rem 0;
+  font-variant-numeric: tabular-nums; }
 .tiles .about { font-size: .8rem; font-weight: 400; color: var(--grey); }
 .reason { margin: 0 0 1.3rem; max-width: 60rem; overflow-wrap: anywhere; }
 figure { margin: 0 0 .9rem; }
 figcaption { color: var(--grey); font-size: .88rem; margin: .4rem 0 0; max-width: 60rem; }
 figcaption b { color: var(--ink); }
-.scroll { overflow: auto; max-height: 27rem; border: 1px solid var(--line); border-radius: 6px; background: var(--ground); }
+.scroll { overflow: auto; max-height: 27rem; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--ground); }
 .scroll:focus-visible { outline: 2px solid #56b4e9; outline-offset: 1px; }
 .scroll table { margin: 0; font-size: .88rem; }
 .scroll thead th { position: sticky; top: 0; background: var(--ground); box-shadow: inset 0 -1px 0 var(--line); }

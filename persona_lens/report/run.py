@@ -1,4 +1,4 @@
-"""What a run's folder holds: its trait, vectors, judge, judged rollouts, sweep and confirmation, each where it is there.
+"""What a run's folder holds: its trait, vectors, judge, judged rollouts, sweep and confirmation, where they are.
 
 Knows nothing about how they are shown.
 """

@@ -28,9 +28,10 @@ def figure(make: Callable[[], Any], place: str, *, label: str, caption: str, hei
     except ValueError as error:
         return Section("", f"<p class=note>{visible(str(error))}</p>")
     drawn.update_layout(height=height + 110, margin={"t": 46, "b": 58, "l": 62, "r": 14}, hovermode="closest")
-    drawn.update_layout(dragmode=False, legend={"font": {"size": 12}})
-    drawn.update_xaxes(fixedrange=True)
-    drawn.update_yaxes(fixedrange=True)
+    drawn.update_layout(dragmode=False, font_size=12.5, legend_font_size=12.5)
+    # A finger that drags over a picture scrolls the page.
+    drawn.update_xaxes(fixedrange=True, title_font_size=13)
+    drawn.update_yaxes(fixedrange=True, title_font_size=13)
     picture = picture_of(drawn, place, label)
     return Section("", f"<figure>{picture.element}<figcaption>{caption}</figcaption></figure>", (picture,))
 

@@ -3,11 +3,14 @@
 Knows nothing about how answers were sampled or judged.
 """
 
+from functools import partial
+from typing import Any, Literal
+
 from persona_lens.evaluation import Evaluation
 from persona_lens.judges import ScoredRollout
 from persona_lens.layer_selection import LayerChoice, LayerSweep
 from persona_lens.plots.curves import plot_dose_response
-from persona_lens.plots.page import escaped, visible
+from persona_lens.plots.page import escaped
 from persona_lens.plots.page_parts import LONGEST, cut_text
 from persona_lens.plots.style import number
 from persona_lens.plots.sweeps import plot_frontier, plot_layer_sweep
@@ -25,23 +28,22 @@ def sweep_section(run: Run, min_coherence: float) -> Section:
     if sweep is None:
         return Section(heading, absent("No layer was chosen", "layer_sweep.json", MAKERS["layer_sweep.json"]))
     height = 44 * len(sweep.coefficients) + 12
-    framed = (
-        "The solid frame is the recommended cell, dotted ones are cells that the questions do not tell apart from it."
-    )
+    framed = "The solid frame is the recommended cell, dotted ones are cells not told apart from it by the questions."
     if choice_of(sweep, min_coherence) is None:
         framed = f"No cell is framed: none has a trait score and a mean coherence of {min_coherence:g} or more."
+    shown: list[tuple[Literal["trait_score", "coherence"], str]] = [
+        ("trait_score", f"<b>Trait score</b>, 0 to 100. {framed}"),
+        ("coherence", "<b>Coherence</b> of the same answers, 0 to 100: how far they are still sensible text."),
+    ]
     pictures = [
         figure(
-            lambda: _compact(plot_layer_sweep(sweep, value, min_coherence=min_coherence)),  # noqa: B023 (drawn at once)
-            place,
-            label=f"Heat map: mean {name} of every layer and coefficient. The table below has the numbers.",
-            caption=f"<b>{name[0].upper()}{name[1:]}</b>, 0 to 100. {said}",
+            partial(_heat_map, sweep, value, min_coherence),
+            f"sweep-{value}",
+            label=f"Heat map: mean {value.replace('_', ' ')} of every cell, a layer at a coefficient. Numbers stand below.",
+            caption=caption,
             height=height,
         )
-        for value, name, place, said in (
-            ("trait_score", "trait score", "sweep-trait", framed),
-            ("coherence", "coherence", "sweep-coherence", "How far the same answers are still sensible text."),
-        )
+        for value, caption in shown
     ]
     numbers = details("All cells in numbers", _cells(sweep))
     return Section(heading, "".join(part.html for part in pictures) + numbers, _joined(pictures))
@@ -74,8 +76,8 @@ def confirmation_section(run: Run) -> Section | None:
         lambda: plot_dose_response(confirmed),
         "doses",
         label="Trait score and coherence against the coefficient. The sentence below has the slope.",
-        caption="Bands are 95 % intervals over questions, grey lines random directions of equal norm; hollow points are "
-        "incoherent and do not count in the slope.",
+        caption="Bands are 95 % intervals over questions, grey lines random directions of equal norm; hollow points "
+        "are incoherent and do not count in the slope.",
         height=440,
     )
     return Section(heading, drawn.html + note(f"{confirmed}."), drawn.pictures)
@@ -111,7 +113,8 @@ def _answers(sweep: LayerSweep, choice: LayerChoice, question: str) -> str:
         about = "" if dose is None else f"<span>dose {number(dose)}</span>"
         best = "<b>recommended</b>" if coefficient == choice.coefficient and found is not sweep.baseline else ""
         answers.append(_answer(f"<strong>{escaped(name)}</strong>{about}{best}", _first(found, question)))
-    return f"<article class=sample><h3 class=question>{_long(question)}</h3><div class=doses>{''.join(answers)}</div></article>"
+    head = f"<h3 class=question>{_long(question)}</h3>"
+    return f"<article class=sample>{head}<div class=doses>{''.join(answers)}</div></article>"
 
 
 def _first(found: Evaluation, question: str) -> ScoredRollout | None:
@@ -154,17 +157,13 @@ def _cells(sweep: LayerSweep) -> str:
     return note(said) + boxed_table("Trait score and coherence of every cell", head, rows)
 
 
-def _compact(drawn: "object") -> "object":
-    """A heat map whose bar of colours leaves the width to the cells."""
+def _heat_map(sweep: LayerSweep, value: Literal["trait_score", "coherence"], min_coherence: float) -> Any:
+    """A heat map whose bar of colours leaves the width to the cells; the legend stands over the first one alone."""
+    drawn: Any = plot_layer_sweep(sweep, value, min_coherence=min_coherence)
     bar = {"thickness": 10, "title": None, "len": 1.0, "outlinewidth": 0, "tickvals": [0, 50, 100]}
-    drawn.update_traces(colorbar=bar)  # type: ignore[attr-defined]
-    return drawn
+    drawn.update_traces(colorbar=bar)
+    return drawn.update_layout(showlegend=value == "trait_score")
 
 
 def _joined(parts: list[Section]) -> tuple:
     return tuple(picture for part in parts for picture in part.pictures)
-
-
-def reason_html(text: str) -> str:
-    """A sentence of a result's, as a paragraph."""
-    return f"<p class=reason>{visible(text, breaks=False)}.</p>"
