@@ -78,6 +78,7 @@ _HOMES = {
         "screening_html",
         "tokens_html",
     ],
+    "persona_lens.report": ["write_report"],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
     "persona_lens.rollouts": ["Rollout", "ServerEngine", "read_rollouts", "sample_rollouts"],
     "persona_lens.screening": ["Screening", "read_screening", "screen"],
@@ -162,6 +163,7 @@ if TYPE_CHECKING:
         screening_html,
         tokens_html,
     )
+    from persona_lens.report import write_report
     from persona_lens.responses import read_messages, read_reference_csv
     from persona_lens.rollouts import Rollout, ServerEngine, read_rollouts, sample_rollouts
     from persona_lens.screening import Screening, read_screening, screen
@@ -293,6 +295,7 @@ __all__ = [
     "template_rubric",
     "tokens_html",
     "write_reference_trait",
+    "write_report",
 ]
 
 

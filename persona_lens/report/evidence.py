@@ -39,9 +39,9 @@ def layers_section(run: Run, min_coherence: float) -> Section:
         lambda: plot_layer_statistics(vectors),
         "layers",
         label="Held-out AUC and split-half cosine of every layer. The table below has the numbers.",
-        caption="Above, how well the direction separates questions it was not made from; below, how much the directions "
-        "of two halves of the questions agree. Bands are 95 % intervals over questions. An AUC should exceed the placebo "
-        "(polarity swapped at random) and the embedding row, which is what the words alone give.",
+        caption="Above, how well the direction separates questions that it was not made from; below, how far the "
+        "directions of two halves of the questions agree. Bands are 95 % intervals over questions. An AUC should "
+        "exceed the placebo (polarity swapped at random) and the embedding row, which is what the words alone give.",
         height=420,
     )
     heads = ["layer", "norm", "norm / residual", "held-out AUC [95 %]", "placebo AUC 95 %", "split-half [95 %]"]
@@ -136,8 +136,8 @@ def judge_section(run: Run) -> Section:
     n = found.get("rows")
     limits = (
         f"Measured on {n} rollouts of {len(run.calibration.questions)} questions that are never scored. This judge is "
-        "the model itself, never steered while it judges: it is not independent of what it scores. Confirm what matters "
-        "with another judge, or with people: persona-lens agreement says how far they agree."
+        "the model itself, never steered while it judges: it is not independent of what it scores. Confirm what "
+        "matters with another judge, or with people: persona-lens agreement says how far they agree."
     )
     return Section(
         heading, said + boxed_table("Diagnostics of the judge", ["diagnostic", "here", "wanted"], rows) + note(limits)
@@ -150,46 +150,50 @@ def origin_section(run: Run) -> Section:
     files = [[name, _size(size), FILES.get(name, "")] for name, size in run.files]
     heads = ["file", "size", "what it holds"]
     table = f"<div class=files>{boxed_table('Files of the run', heads, files)}</div>"
-    lacking = [absent("Not here", name, maker) for name, maker in missing(run).items()]
+    # The other parts say themselves what they lack.
+    lacking = [
+        absent("Not here", name, MAKERS[name]) for name in ("trait.json", "summary.json") if name in missing(run)
+    ]
     return Section("Where it comes from", facts_html(facts) + table + "".join(lacking))
 
 
 def _origin(run: Run) -> Iterator[tuple[str, str]]:
     known = None if run.vectors is None else run.vectors.provenance
-    if known is not None:
+    if known is None:
+        yield "model", "unknown: the folder has no vectors that say where they come from"
+    else:
         model = known.model
         yield "model", f"{model.name}, {model.model_class}, weights {model.weights_hash}"
         yield "read at", f"{known.hook_point}, {model.residual_basis} residual stream"
         yield "chat template", known.template_hash or "none"
-        yield from ((name.replace("_", " "), _worded(value)) for name, value in known.settings.items())
+        yield from ((_words(name), _worded(value)) for name, value in known.settings.items() if value is not None)
+    plan = run.summary.get("plan", {})
+    yield from ((f"planned {_words(name)}", _worded(value)) for name, value in plan.items() if isinstance(value, int))
+    if run.sweep is not None:
+        swept = run.sweep.baseline.plan
+        size = f"{len(run.sweep.layers)} layers × {len(run.sweep.coefficients)} coefficients"
+        asked = f"{len(swept['questions'])} questions, answered {swept['per_question']} × each"
+        yield "sweep", f"{size}, {asked}, steered on {swept['at']} tokens, seed {swept['seed']}"
+        if run.sweep.judge != judge_name(run):
+            yield "sweep judged by", run.sweep.judge
+    if known is not None:
         yield "made", known.created
         yield "libraries", ", ".join(f"{name} {version}" for name, version in known.library_versions.items())
-    else:
-        yield "model", "unknown: the folder has no vectors that say where they come from"
-    yield from (
-        (f"plan: {name.replace('_', ' ')}", _worded(value)) for name, value in run.summary.get("plan", {}).items()
-    )
-    if run.sweep is not None:
-        plan = run.sweep.baseline.plan
-        yield (
-            "sweep",
-            (
-                f"{len(run.sweep.layers)} layers × {len(run.sweep.coefficients)} coefficients, "
-                f"{len(plan['questions'])} questions, {plan['per_question']} answer(s) each, steered on {plan['at']} tokens, seed {plan['seed']}"
-            ),
-        )
-        yield "sweep judged by", run.sweep.judge
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _worded(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _size(size: int) -> str:
+def _size(size: float) -> str:
     for unit in ("B", "kB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
-        size = size / 1000  # type: ignore[assignment]
+        size /= 1000
     return f"{size:.1f} MB"
 
 

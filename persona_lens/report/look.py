@@ -22,6 +22,7 @@ figcaption { color: var(--grey); font-size: .88rem; margin: .4rem 0 0; max-width
 figcaption b { color: var(--ink); }
 .scroll { overflow: auto; max-height: 27rem; border: 1px solid var(--line); border-radius: 6px;
   background: var(--ground); }
+.scroll + .note, .files + .absent { margin-top: .7rem; }
 .scroll:focus-visible { outline: 2px solid #56b4e9; outline-offset: 1px; }
 .scroll table { margin: 0; font-size: .88rem; }
 .scroll thead th { position: sticky; top: 0; background: var(--ground); box-shadow: inset 0 -1px 0 var(--line); }

@@ -12,11 +12,9 @@ from persona_lens.records import ensure_writable, write_whole
 from persona_lens.report.evidence import ending, judge_section, layers_section, origin_section, responses_section
 from persona_lens.report.headline import headline
 from persona_lens.report.look import REPORT_STYLE
-from persona_lens.report.run import Run, read_run
+from persona_lens.report.run import PAGE, Run, read_run
 from persona_lens.report.sections import Section
 from persona_lens.report.steering import confirmation_section, frontier_section, sweep_section, texts_section
-
-REPORT_FILE = "report.html"
 
 
 def write_report(folder: str | Path, output: str | Path | None = None, *, min_coherence: float = 75.0) -> Path:
@@ -28,7 +26,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, *, min_co
     Raises FileNotFoundError where the folder holds no run, ValueError that names a damaged file, OSError where the page
     cannot be written, ImportError without plotly.
     """
-    page = Path(folder) / REPORT_FILE if output is None else Path(output)
+    page = Path(folder) / PAGE if output is None else Path(output)
     run = read_run(folder)
     ensure_writable(page)
     write_whole(page, report_html(run, min_coherence=min_coherence).encode())

@@ -35,6 +35,8 @@ FILES = {
 }
 """The files of a run, and what they hold."""
 
+PAGE = "report.html"
+
 # Each of these alone is something to report.
 _SHOWN = ("summary.json", "vectors.safetensors", "rollouts.jsonl", "layer_sweep.json", "dose_response.json")
 
@@ -140,7 +142,12 @@ def read_run(folder: str | Path) -> Run:
         _read(here.get("rollouts.jsonl") and here.get("scores.jsonl"), _scored) or (),
         _read(here.get("layer_sweep.json"), lambda path: LayerSweep.load(path.parent)),
         _read(here.get("dose_response.json"), lambda path: DoseResponse.load(path.parent)),
-        tuple(sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())),
+        # An older page is no part of the run.
+        tuple(
+            sorted(
+                (each.name, each.stat().st_size) for each in folder.iterdir() if each.is_file() and each.name != PAGE
+            )
+        ),
     )
 
 

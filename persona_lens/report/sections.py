@@ -27,7 +27,9 @@ def figure(make: Callable[[], Any], place: str, *, label: str, caption: str, hei
         drawn = make()
     except ValueError as error:
         return Section("", f"<p class=note>{visible(str(error))}</p>")
-    drawn.update_layout(height=height + 110, margin={"t": 46, "b": 58, "l": 62, "r": 14}, hovermode="closest")
+    above = 14 if drawn.layout.showlegend is False else 46
+    margin = {"t": above, "b": 58, "l": 62, "r": 14}
+    drawn.update_layout(height=height + above + 64, margin=margin, hovermode="closest")
     drawn.update_layout(dragmode=False, font_size=12.5, legend_font_size=12.5)
     # A finger that drags over a picture scrolls the page.
     drawn.update_xaxes(fixedrange=True, title_font_size=13)

@@ -39,7 +39,7 @@ def sweep_section(run: Run, min_coherence: float) -> Section:
         figure(
             partial(_heat_map, sweep, value, min_coherence),
             f"sweep-{value}",
-            label=f"Heat map: mean {value.replace('_', ' ')} of every cell, a layer at a coefficient. Numbers stand below.",
+            label=f"Heat map: mean {value.replace('_', ' ')} of every layer at every coefficient. Numbers below.",
             caption=caption,
             height=height,
         )
