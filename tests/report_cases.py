@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import asdict, replace
 from html import escape, unescape
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -128,9 +129,17 @@ FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "-
 FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=20000"]
 
 
-@pytest.fixture
-def open_page(tmp_path, monkeypatch):
-    """Make a run's report and open it 1280 and 400 pixels wide; gives what each page says of itself, narrow one first.
+class Opened(NamedTuple):
+    """What a page says of itself 400 pixels wide and 1280, the console's lines, and what was asked of a network."""
+
+    narrow: dict[str, Any]
+    wide: dict[str, Any]
+    console: list[str]
+    asked: list[str]
+
+
+def open_report(folder: Path, workplace: Path) -> Opened:
+    """Make a run's report and open it in a browser, in two frames.
 
     A script before the page's own hears its errors, another one after them tells; the page's policy knows both.
     """
@@ -140,20 +149,17 @@ def open_page(tmp_path, monkeypatch):
     from persona_lens.report import page
 
     real = page.drawing_scripts
-    monkeypatch.setattr(page, "drawing_scripts", lambda pictures: [WATCH, *real(pictures), TELL])
-
-    def opened(folder):
-        written = page.write_report(folder, tmp_path / "opened.html")
-        frames = tmp_path / "frames.html"
-        frames.write_text(FRAMES.format(page=escape(written.as_uri())))
-        flags = [*FLAGS, f"--user-data-dir={tmp_path / 'browser'}", f"--log-net-log={tmp_path / 'net.json'}"]
-        done = subprocess.run([browser, *flags, "--dump-dom", frames.as_uri()], capture_output=True, timeout=120)
-        (told,) = re.findall(r'data-told="([^"]*)"', done.stdout.decode())
-        console = [line for line in done.stderr.decode().splitlines() if ":CONSOLE" in line]
-        pages = sorted(json.loads(unescape(told)), key=lambda each: each["width"])
-        return pages, console, _asked(tmp_path / "net.json")
-
-    return opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "drawing_scripts", lambda pictures: [WATCH, *real(pictures), TELL])
+        written = page.write_report(folder, workplace / "opened.html")
+    frames, log = workplace / "frames.html", workplace / "net.json"
+    frames.write_text(FRAMES.format(page=escape(written.as_uri())))
+    flags = [*FLAGS, f"--user-data-dir={workplace / 'browser'}", f"--log-net-log={log}"]
+    done = subprocess.run([browser, *flags, "--dump-dom", frames.as_uri()], capture_output=True, timeout=120)
+    (told,) = re.findall(r'data-told="([^"]*)"', done.stdout.decode())
+    narrow, wide = sorted(json.loads(unescape(told)), key=lambda each: each["width"])
+    console = [line for line in done.stderr.decode().splitlines() if ":CONSOLE" in line]
+    return Opened(narrow, wide, console, _asked(log))
 
 
 def _asked(log: Path) -> list[str]:

@@ -2,39 +2,53 @@
 
 import pytest
 
-from tests.report_cases import keep_confirmation, make_run, open_page  # noqa: F401 (a fixture, found by its name)
+from tests.report_cases import keep_confirmation, make_run, open_report
 
 SCRIPT = "<script>alert(1)</script></script><!--"
 IMAGE = '"><img src=x onerror=alert(2)>'
-ODD = f"{SCRIPT} {IMAGE} A\u2028B \x00 \u202eturned שלום {'long' * 400}"
+ODD = f"{SCRIPT} {IMAGE} A\u2028B \x00 \u202eturned שלום $x^2$ {'long' * 400}"
+TRAIT = f"{IMAGE}{SCRIPT}"
 
 
-def test_foreign_text_stays_text_and_the_page_asks_for_nothing(tmp_path, open_page):  # noqa: F811
-    folder = make_run(tmp_path / "run", trait=f"{IMAGE}{SCRIPT}", said=ODD, judge=f"judge {SCRIPT}", system=ODD)
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """A page full of foreign text, narrow and wide."""
+    workplace = tmp_path_factory.mktemp("browser")
+    folder = make_run(workplace / "run", trait=TRAIT, said=ODD, judge=f"judge {SCRIPT}", system=ODD)
+    keep_confirmation(folder, TRAIT)
     (folder / "<img src=x onerror=alert(3)>.txt").write_text("")
-    pages, console, asked = open_page(folder)
-    assert [each["width"] for each in pages] == [400, 1280]
-    for found in pages:
-        assert found["errors"] == found["loaded"] == []
-        assert found["images"] == 0
-        assert f"{IMAGE}{SCRIPT}" in found["heading"]
-        assert found["text"].count(f"{SCRIPT} {IMAGE}") >= 10
-        assert "judge <script>" in found["text"]
-        assert "U+2028" in found["text"]
-        assert "U+0000" in found["text"]
-        assert "U+202E" in found["text"]
-        assert "שלום" in found["text"]
-    assert console == []
-    assert asked == [] or all(each.startswith("file:") for each in asked)
+    return open_report(folder, workplace)
 
 
-@pytest.mark.parametrize("confirmed", [False, True])
-def test_every_picture_is_drawn_and_the_page_does_not_scroll_sideways(tmp_path, open_page, confirmed):  # noqa: F811
-    folder = make_run(tmp_path / "run")
-    if confirmed:
-        keep_confirmation(folder)
-    pages, console, _ = open_page(folder)
-    assert console == []
-    for found in pages:
-        assert found["pictures"] == found["drawn"] == (5 if confirmed else 4)
-        assert found["scroll"] <= found["width"]
+def test_foreign_text_stays_text(opened):
+    for page in (opened.narrow, opened.wide):
+        assert TRAIT in page["heading"]
+        assert page["text"].count(f"{SCRIPT} {IMAGE}") >= 10
+        assert f"judge {SCRIPT}" in page["text"]
+        assert "<img src=x onerror=alert(3)>.txt" in page["text"]
+        assert page["images"] == 0
+
+
+def test_what_cannot_be_seen_or_turns_text_around_has_a_sign(opened):
+    for sign in ("AU+2028B", "U+0000", "U+202Eturned שלום"):
+        assert sign in opened.wide["text"]
+
+
+def test_no_error_and_no_warning_reaches_the_console(opened):
+    assert opened.console == opened.narrow["errors"] == opened.wide["errors"] == []
+
+
+def test_nothing_is_asked_of_a_network(opened):
+    assert opened.narrow["loaded"] == opened.wide["loaded"] == []
+    assert not [address for address in opened.asked if not address.startswith("file:")]
+
+
+def test_every_picture_is_drawn(opened):
+    for page in (opened.narrow, opened.wide):
+        assert page["pictures"] == page["drawn"] == 5
+
+
+def test_the_page_does_not_scroll_sideways(opened):
+    assert (opened.narrow["width"], opened.wide["width"]) == (400, 1280)
+    for page in (opened.narrow, opened.wide):
+        assert page["scroll"] <= page["width"]

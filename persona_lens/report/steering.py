@@ -10,7 +10,6 @@ from persona_lens.evaluation import Evaluation
 from persona_lens.judges import ScoredRollout
 from persona_lens.layer_selection import LayerChoice, LayerSweep
 from persona_lens.plots.curves import plot_dose_response
-from persona_lens.plots.page import escaped
 from persona_lens.plots.page_parts import LONGEST, cut_text
 from persona_lens.plots.style import number
 from persona_lens.plots.sweeps import plot_frontier, plot_layer_sweep
@@ -99,20 +98,20 @@ def texts_section(run: Run, min_coherence: float) -> Section | None:
     shown = questions[:N_QUESTIONS]
     said += f"Layer {choice.layer}, {len(shown)} of {len(questions)} questions, the first answer to each. "
     said += "The bars are trait scores, from 0 to 100."
-    cards = "".join(_answers(sweep, choice, question) for question in shown)
+    recommended = choice_of(sweep, min_coherence) is not None
+    cards = "".join(_answers(sweep, choice, question, recommended) for question in shown)
     return Section("What the model says", note(said) + cards)
 
 
-def _answers(sweep: LayerSweep, choice: LayerChoice, question: str) -> str:
+def _answers(sweep: LayerSweep, choice: LayerChoice, question: str, recommended: bool) -> str:
     """A question with its unsteered answer and those at each dose."""
-    doses = {0.0: sweep.baseline} | {each: sweep.evaluations[choice.layer, each] for each in sweep.coefficients}
-    answers = []
-    for coefficient, found in doses.items():
-        dose = None if coefficient == 0 else sweep.doses[choice.layer, coefficient]
-        name = "unsteered" if found is sweep.baseline else f"× {coefficient:g}"
+    answers = [_answer("<strong>unsteered</strong>", _first(sweep.baseline, question))]
+    for coefficient in sweep.coefficients:
+        dose = sweep.doses[choice.layer, coefficient]
         about = "" if dose is None else f"<span>dose {number(dose)}</span>"
-        best = "<b>recommended</b>" if coefficient == choice.coefficient and found is not sweep.baseline else ""
-        answers.append(_answer(f"<strong>{escaped(name)}</strong>{about}{best}", _first(found, question)))
+        best = "<b>recommended</b>" * (recommended and coefficient == choice.coefficient)
+        row = _first(sweep.evaluations[choice.layer, coefficient], question)
+        answers.append(_answer(f"<strong>× {coefficient:g}</strong>{about}{best}", row))
     head = f"<h3 class=question>{_long(question)}</h3>"
     return f"<article class=sample>{head}<div class=doses>{''.join(answers)}</div></article>"
 
