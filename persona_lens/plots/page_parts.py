@@ -24,6 +24,7 @@ th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
 td { text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td:first-child { font-weight: 600; white-space: normal; overflow-wrap: anywhere; }
+.box { overflow-x: auto; border-radius: 6px; }
 .picture { background: #fff; border-radius: 6px; overflow: hidden; }
 .sample header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .2rem .9rem; color: var(--grey);
   font-size: .9rem; margin-bottom: .4rem; }
@@ -60,14 +61,18 @@ class Picture(NamedTuple):
     script: str
 
 
-def picture_of(figure: Any, place: str, label: str) -> Picture:
-    """A figure as wide as its page, which has the title; `place` is an id of its own, `label` what cannot be seen."""
+def picture_of(figure: Any, place: str, label: str, *, least: int = 0) -> Picture:
+    """A figure as wide as its page, which has the title, or `least` pixels; then it scrolls in a box of its own.
+
+    `place` is an id of its own, `label` says what cannot be seen.
+    """
     figure.update_layout(title=None, width=None, autosize=True)
     # In JSON "<" stands in strings alone; written so, it cannot end the script.
     drawn = json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")
     height = figure.layout.height
-    element = f'<div class=picture id={place} role=img aria-label="{escaped(label)}" style="height:{height}px"></div>'
-    return Picture(element, DRAW.format(figure=drawn, place=place))
+    size = f"height:{height}px" + f";min-width:{least}px" * bool(least)
+    element = f'<div class=picture id={place} role=img aria-label="{escaped(label)}" style="{size}"></div>'
+    return Picture(f"<div class=box>{element}</div>", DRAW.format(figure=drawn, place=place))
 
 
 def drawing_scripts(pictures: Sequence[Picture]) -> list[str]:

@@ -107,7 +107,7 @@ def plot_frontier(sweep: LayerSweep, min_coherence: float = 75.0) -> "plotly.gra
     if best is not None:
         ring = {"symbol": "circle-open", "size": 22, "color": VERMILION, "line": {"width": 3}}
         _add_points(figure, "best", [points[best.layer, best.coefficient]], marker=ring, hoverinfo="skip")
-    layers = {"title": {"text": "layer"}, "tickformat": "d"}
+    layers = {"title": {"text": "layer"}, "tickvals": sweep.layers[:: 1 + (len(sweep.layers) - 1) // 8]}
     figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "colorbar": layers})
     figure.update_xaxes(title_text="coherence (0 to 100)")
     figure.update_yaxes(title_text="trait score (0 to 100)")

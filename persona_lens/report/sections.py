@@ -18,10 +18,10 @@ class Section(NamedTuple):
     pictures: tuple[Picture, ...] = ()
 
 
-def figure(make: Callable[[], Any], place: str, *, label: str, caption: str, height: int) -> Section:
+def figure(make: Callable[[], Any], place: str, *, label: str, caption: str, height: int, least: int = 0) -> Section:
     """A picture with its caption, the legend in the room above it; where there is nothing to draw, the reason.
 
-    `height` is that of the axes, without what stands around them.
+    `height` is that of the axes, without what stands around them, `least` the width below which it scrolls.
     """
     try:
         drawn = make()
@@ -34,7 +34,7 @@ def figure(make: Callable[[], Any], place: str, *, label: str, caption: str, hei
     # A finger that drags over a picture scrolls the page.
     drawn.update_xaxes(fixedrange=True, title_font_size=13)
     drawn.update_yaxes(fixedrange=True, title_font_size=13)
-    picture = picture_of(drawn, place, label)
+    picture = picture_of(drawn, place, label, least=least)
     return Section("", f"<figure>{picture.element}<figcaption>{caption}</figcaption></figure>", (picture,))
 
 

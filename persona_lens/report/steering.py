@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from persona_lens.evaluation import Evaluation
 from persona_lens.judges import ScoredRollout
-from persona_lens.layer_selection import LayerChoice, LayerSweep
+from persona_lens.layer_selection import DoseResponse, LayerChoice, LayerSweep
 from persona_lens.plots.curves import plot_dose_response
 from persona_lens.plots.page_parts import LONGEST, cut_text
 from persona_lens.plots.style import number
@@ -41,6 +41,7 @@ def sweep_section(run: Run, min_coherence: float) -> Section:
             label=f"Heat map: mean {value.replace('_', ' ')} of every layer at every coefficient. Numbers below.",
             caption=caption,
             height=height,
+            least=130 + 21 * len(sweep.layers),
         )
         for value, caption in shown
     ]
@@ -72,11 +73,12 @@ def confirmation_section(run: Run) -> Section | None:
         said = "Not confirmed, and the best of many cells is optimistic"
         return Section(heading, absent(said, "dose_response.json", MAKERS["dose_response.json"]))
     drawn = figure(
-        lambda: plot_dose_response(confirmed),
+        partial(_doses, confirmed),
         "doses",
         label="Trait score and coherence against the coefficient. The sentence below has the slope.",
         caption="Bands are 95 % intervals over questions, grey lines random directions of equal norm; hollow points "
-        "are incoherent and do not count in the slope.",
+        "are incoherent and do not count in the slope. Under a coefficient stands its dose, the shift over the "
+        "norm of the residual stream.",
         height=440,
     )
     return Section(heading, drawn.html + note(f"{confirmed}."), drawn.pictures)
@@ -162,6 +164,13 @@ def _heat_map(sweep: LayerSweep, value: Literal["trait_score", "coherence"], min
     bar = {"thickness": 10, "title": None, "len": 1.0, "outlinewidth": 0, "tickvals": [0, 50, 100]}
     drawn.update_traces(colorbar=bar)
     return drawn.update_layout(showlegend=value == "trait_score")
+
+
+def _doses(confirmed: DoseResponse) -> Any:
+    """A dose-response whose axis leaves the explanation of its second line to the caption."""
+    drawn: Any = plot_dose_response(confirmed)
+    # Only the lowest panel's axis has a name.
+    return drawn.for_each_xaxis(lambda axis: axis.title.text and axis.update(title_text="coefficient"))
 
 
 def _joined(parts: list[Section]) -> tuple:
