@@ -105,6 +105,11 @@ def _keep_scores(path, scored, judge):
     )
 
 
+def tiles(page):
+    """The large numbers at the top of a page, by their names."""
+    return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd><dd class=about>", page))
+
+
 # --- the browser ---------------------------------------------------------------------------------------------------
 
 WATCH = """
