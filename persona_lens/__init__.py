@@ -7,6 +7,7 @@ The pipeline, each step a function of its own:
     vectors = extract_persona_vectors(model, trait, output="runs/optimistic")
               #  sample_rollouts -> LikelihoodRatioJudge -> keep_pairs -> extract_from_responses
     sweep   = select_layer(model, vectors, trait, judge=judge, output="runs/optimistic")
+    write_report("runs/optimistic")                     # all of it on one page: runs/optimistic/report.html
     vector  = vectors.at(sweep.best().layer)            # layers count from 0: the paper's layer 20 is 19
     with steer(model, vector, coefficient=2.0): ...     # or ablate, cap, or intervene with several
     vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))
@@ -78,6 +79,7 @@ _HOMES = {
         "screening_html",
         "tokens_html",
     ],
+    "persona_lens.report": ["write_report"],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
     "persona_lens.rollouts": ["Rollout", "ServerEngine", "read_rollouts", "sample_rollouts"],
     "persona_lens.screening": ["Screening", "read_screening", "screen"],
@@ -162,6 +164,7 @@ if TYPE_CHECKING:
         screening_html,
         tokens_html,
     )
+    from persona_lens.report import write_report
     from persona_lens.responses import read_messages, read_reference_csv
     from persona_lens.rollouts import Rollout, ServerEngine, read_rollouts, sample_rollouts
     from persona_lens.screening import Screening, read_screening, screen
@@ -293,6 +296,7 @@ __all__ = [
     "template_rubric",
     "tokens_html",
     "write_reference_trait",
+    "write_report",
 ]
 
 

@@ -73,6 +73,17 @@ def test_the_summary_accounts_for_every_pair(finished):
     assert vectors.counts["positive"] == vectors.counts["negative"] == pairs["kept"]
 
 
+def test_the_run_has_a_page(finished, tmp_path):
+    from persona_lens import write_report
+
+    folder, vectors = finished
+    page = write_report(folder, tmp_path / "page.html").read_text(encoding="utf-8")
+    pairs = json.loads((folder / "summary.json").read_text())["pairs"]
+    assert f"{pairs['kept']} of {pairs['pairs']}" in page
+    assert vectors.provenance.model.weights_hash in page
+    assert page.count("<b class=kept>") == min(3, pairs["kept"])
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_rows_scores_and_vectors(
     embedded_model, finished, run_pipeline, tmp_path
 ):

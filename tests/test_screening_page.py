@@ -1,11 +1,11 @@
 """The page of a screening loads nothing, shows foreign text letter for letter, and has the numbers of the tables."""
 
 import re
-from html.parser import HTMLParser
 
 import pytest
 
 from persona_lens.plots import screening_html
+from tests.page_cases import Page
 from tests.screening_cases import SYSTEM, chat
 
 SCRIPT = "</script><script>alert('x')</script>"
@@ -26,29 +26,6 @@ ALLOWED = {
     "header",
 }
 ALLOWED |= {"dl", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td", "span", "strong", "b", "i", "code"}
-
-
-class Page(HTMLParser):
-    """The page's elements with their attributes, and its text outside of scripts and styles."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.elements, self.attributes, self.words, self.open = [], [], [], []
-        self.feed(page)
-        self.text = " ".join(self.words)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append(tag)
-        self.attributes += [(tag, *each) for each in attrs]
-        self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if self.open[-1:] not in (["script"], ["style"]):
-            self.words.append(data)
 
 
 def row(number, answer=None, **fields):
@@ -185,7 +162,7 @@ def test_what_became_of_every_row_is_counted(planted):
 
 def test_long_texts_are_cut_with_the_number_of_characters_left_out(planted, monkeypatch):
     # The tiny model's context is shorter than a text that is cut.
-    monkeypatch.setattr("persona_lens.plots.screening_page.LONGEST", 30)
+    monkeypatch.setattr("persona_lens.plots.page_parts.LONGEST", 30)
     answer = "Listen first, and then say what you think."
     page = screening_html(planted([row(0, answer)], [(1, 0, 0)]))
     assert f"{answer[:30]} <span class=cut>… 12 more characters</span>" in page

@@ -103,7 +103,7 @@ def test_each_cell_with_both_scores_is_a_point_of_its_layer_and_coefficient():
     sweep = make_sweep(CELLS)
     figure = plot_frontier(sweep)
     for coefficient in sweep.coefficients:
-        (trace,) = traces(figure, f"coefficient {coefficient:g}")
+        (trace,) = traces(figure, f"coefficient {coefficient:g}", showlegend=False)
         cells = [cell for cell in CELLS if cell[1] == coefficient and cell != (5, 2.0)]
         table = sweep.table().loc[cells]
         assert list(trace.x) == table["coherence"].tolist()

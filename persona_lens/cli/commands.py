@@ -44,7 +44,7 @@ def demo(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """The whole pipeline on the embedded model: rollouts, judge, vectors of `optimistic`, the layer to steer.
+    """The whole pipeline on the embedded model: rollouts, judge, vectors of `optimistic`, the layer to steer, a page.
 
     Example: persona-lens demo --output runs/demo
     """
@@ -75,11 +75,17 @@ def demo(
     )
     if as_json:
         print(json.dumps({"vectors": vectors_as_json(vectors), "sweep": sweep_as_json(sweep)}))
-        return
-    show_vectors(vectors, as_json=False)
-    print(judge_findings(output))
-    show_doses(sweep, trait, min_coherence=75.0)
+    else:
+        show_vectors(vectors, as_json=False)
+        print(judge_findings(output))
+        show_doses(sweep, trait, min_coherence=75.0)
     say(f"Everything is in {output}: rollouts, scores, vectors.safetensors, layer_sweep.json.")
+    try:
+        from persona_lens.report import write_report
+
+        say(f"The page to read is {write_report(output)}.")
+    except ImportError as error:
+        say(f"No page: {error}")
 
 
 @app.command()

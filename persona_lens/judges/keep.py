@@ -25,11 +25,13 @@ Reason = Literal[
 
 @dataclass(frozen=True)
 class KeepReport:
-    """How many pairs there were, how many stayed, and why the others went; each dropped pair counts once."""
+    """How many pairs there were, how many stayed, why the others went, and the rule; each dropped pair counts once."""
 
     pairs: int
     kept: int
     dropped: Mapping[Reason, int] = field(default_factory=dict)
+    threshold: float = 50.0
+    min_coherence: float = 50.0
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
@@ -93,7 +95,7 @@ def keep_pairs(
             dropped[reason] += 1
         else:
             kept.append((positive, negative))
-    report = KeepReport(len(pairs), len(kept), dict(dropped.most_common()))
+    report = KeepReport(len(pairs), len(kept), dict(dropped.most_common()), threshold, min_coherence)
     if len(kept) < min_pairs:
         raise ValueError(
             f"{trait}: {report}; at least {min_pairs} needed. Sample more rollouts per question, lower the threshold "

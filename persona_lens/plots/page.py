@@ -21,7 +21,7 @@ FRAME = """<!DOCTYPE html>
 <style>{style}</style>
 </head>
 <body>
-<h1>{title}</h1>
+<h1>{heading}</h1>
 {body}
 {scripts}
 </body>
@@ -56,6 +56,7 @@ def html_page(title: str, body: str, *, style: str = "", scripts: Sequence[str] 
     return FRAME.format(
         policy=f"default-src 'none'; style-src 'unsafe-inline'{drawing}",
         title=escaped(title),
+        heading=visible(title, breaks=False),
         style=STYLE + style,
         body=body,
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),

@@ -11,9 +11,19 @@ from math import isnan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_lens.plots.page import escaped, html_page, visible
+from persona_lens.plots.page_parts import (
+    LONGEST_NAME,
+    STYLE,
+    cut_text,
+    drawing_scripts,
+    facts_html,
+    picture_of,
+    table_html,
+    text_part,
+)
 from persona_lens.plots.panels import in_words
 from persona_lens.plots.screening import FORMS, plot_screening, threshold_value
-from persona_lens.plots.screening_look import DRAW, NEXT, STYLE
+from persona_lens.plots.screening_look import NEXT, SCREENING_STYLE
 from persona_lens.plots.style import number
 from persona_lens.screening import Sample, Screening
 from persona_lens.statistics import Estimate
@@ -22,7 +32,6 @@ from persona_lens.thresholds import Threshold
 if TYPE_CHECKING:
     from persona_lens.screening import By
 
-LONGEST, LONGEST_NAME = 700, 120
 BASES = {
     "generate": "the model’s own greedy responses, made for this run",
     "given": "given with the data",
@@ -77,7 +86,7 @@ def screening_html(
         _samples(view, "Lowest", "what would pull it the other way, or least", lowest),
         f"<section class=next><h2>What to do next</h2>{_next(view)}</section>",
     ]
-    return html_page(f"Screening on {name}", "\n".join(parts), style=STYLE, scripts=scripts)
+    return html_page(f"Screening on {name}", "\n".join(parts), style=STYLE + SCREENING_STYLE, scripts=scripts)
 
 
 def _settings(view: _View, threshold: float | Threshold | None) -> str:
@@ -96,8 +105,8 @@ def _settings(view: _View, threshold: float | Threshold | None) -> str:
     if settings.get("interventions"):
         facts["interventions"] = "; ".join(settings["interventions"])
     facts |= _counts(view.found.counts)
-    items = "".join(f"<dt>{escaped(name)}</dt><dd>{visible(str(value))}</dd>" for name, value in facts.items())
-    return f"<section><h2>What was screened</h2><dl>{items}</dl></section>"
+    shown = facts_html({name: str(value) for name, value in facts.items()})
+    return f"<section><h2>What was screened</h2>{shown}</section>"
 
 
 def _counts(counts: Mapping[str, Any]) -> dict[str, str]:
@@ -121,18 +130,11 @@ def _table(view: _View) -> str:
     heads.append("score without them")
     if view.threshold is None:
         heads.remove("above threshold")
-    lines = []
-    for cells in _numbers(view):
-        shown = "".join(
-            f'<td data-name="{escaped(head)}">{visible(cell)}</td>' for head, cell in zip(heads, cells, strict=True)
-        )
-        lines.append(f"<tr>{shown}</tr>")
-    head = "".join(f"<th>{escaped(each)}</th>" for each in heads)
-    return (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-        "<p class=note>Intervals are over prompts. A large correlation with length, or a score that is another without "
-        "near-duplicates, says that something else than the trait may make the score.</p>"
+    note = (
+        "Intervals are over prompts. A large correlation with length, or a score that is another without "
+        "near-duplicates, says that something else than the trait may make the score."
     )
+    return f"{table_html(heads, _numbers(view))}<p class=note>{note}</p>"
 
 
 def _numbers(view: _View) -> Iterator[list[str]]:
@@ -164,17 +166,12 @@ def _picture(view: _View, threshold: float | Threshold | None) -> tuple[str, lis
         return "<p class=note>No sample has a score.</p>", []
     figure: Any = plot_screening(view.found, view.vector, by=view.by, threshold=threshold)
     height = figure.layout.height - figure.layout.margin.t + 10
-    # The page has the title, and gives the picture its width.
-    figure.update_layout(title=None, width=None, autosize=True, height=height, margin={"t": 10, "l": 14, "r": 14})
+    figure.update_layout(height=height, margin={"t": 10, "l": 14, "r": 14})
     figure.update_xaxes(title={"text": "score", "font": {"size": 13}}, fixedrange=True)
-    from plotly.offline import get_plotlyjs
-
-    # In JSON "<" stands in strings alone; written so, it cannot end the script.
-    drawn = json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")
     note = "Diamonds with whiskers are means with their 95 % intervals, outlines how the samples’ scores are spread"
     note += "; the dashed line is the threshold." if view.threshold is not None else "."
-    element = f'<p class=note>{note}</p><div class=picture style="height:{height}px"></div>'
-    return element, [get_plotlyjs(), DRAW.format(figure=drawn)]
+    picture = picture_of(figure, "scores", "Scores of each data set’s samples; the table above has the means.")
+    return f"<p class=note>{note}</p>{picture.element}", drawing_scripts([picture])
 
 
 class _Shown(NamedTuple):
@@ -218,25 +215,14 @@ def _card(view: _View, shown: _Shown, sample: Sample) -> str:
     marks = "<b class=over>above the threshold</b>" * over
     if shown.more:
         marks += f"<b class=more>{_count(shown.more)} near-duplicate{'s' * (shown.more > 1)} more</b>"
-    where = "".join(f"<span>{_cut(each, LONGEST_NAME)}</span>" for each in about)
+    where = "".join(f"<span>{cut_text(each, LONGEST_NAME)}</span>" for each in about)
     turns = [message["content"] for message in sample.messages if message["role"] == "user"]
-    parts = _part("prompt, last turn of the user", (turns or [sample.messages[-1]["content"]])[-1])
-    both = _part("response", sample.response)
+    parts = text_part("prompt, last turn of the user", (turns or [sample.messages[-1]["content"]])[-1])
+    both = text_part("response", sample.response)
     if sample.base_response is not None:
-        both += _part("base response", sample.base_response)
+        both += text_part("base response", sample.base_response)
     head = f"<header><strong>{number(numbers['score'])}</strong>{where}{marks}</header>"
     return f"<section class=sample>{head}{parts}<div class=both>{both}</div></section>"
-
-
-def _part(name: str, text: str) -> str:
-    return f"<div><h3>{name}</h3><div class=text>{_cut(text, LONGEST)}</div></div>"
-
-
-def _cut(text: str, longest: int) -> str:
-    """Foreign text as HTML, as far as it is shown, with the number of characters that are not."""
-    left = len(text) - longest
-    rest = f" <span class=cut>… {_count(left)} more character{'s' * (left > 1)}</span>" if left > 0 else ""
-    return visible(text[:longest], breaks=False) + rest
 
 
 def _next(view: _View) -> str:

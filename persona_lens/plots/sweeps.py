@@ -88,7 +88,18 @@ def plot_frontier(sweep: LayerSweep, min_coherence: float = 75.0) -> "plotly.gra
         cells = [cell for cell in points if cell[1] == amount]
         marker = {"color": [layer for layer, _ in cells], "coloraxis": "coloraxis", "symbol": symbol, "size": 11}
         hover = [_hover(sweep, cell) for cell in cells]
-        _add_points(figure, f"coefficient {amount:g}", [points[cell] for cell in cells], hovertext=hover, marker=marker)
+        name = f"coefficient {amount:g}"
+        found: dict[str, Any] = {"hovertext": hover, "marker": marker, "legendgroup": name, "showlegend": False}
+        _add_points(figure, name, [points[cell] for cell in cells], **found)
+        # The legend has no colour of its own for points that are coloured by number.
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            name=name,
+            legendgroup=name,
+            mode="markers",
+            marker={"color": INK, "symbol": symbol, "size": 11},
+        )
     unsteered = _point(sweep.baseline)
     if unsteered is not None:
         star = {"symbol": "star", "size": 17, "color": INK}
@@ -96,7 +107,7 @@ def plot_frontier(sweep: LayerSweep, min_coherence: float = 75.0) -> "plotly.gra
     if best is not None:
         ring = {"symbol": "circle-open", "size": 22, "color": VERMILION, "line": {"width": 3}}
         _add_points(figure, "best", [points[best.layer, best.coefficient]], marker=ring, hoverinfo="skip")
-    layers = {"title": {"text": "layer"}, "tickformat": "d"}
+    layers = {"title": {"text": "layer"}, "tickvals": sweep.layers[:: 1 + (len(sweep.layers) - 1) // 8]}
     figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "colorbar": layers})
     figure.update_xaxes(title_text="coherence (0 to 100)")
     figure.update_yaxes(title_text="trait score (0 to 100)")

@@ -113,7 +113,10 @@ def rollouts_from_rows(rows: Iterable[dict[str, Any]], source: str | Path) -> li
         try:
             tokens, examples = row["response_tokens"], tuple(map(tuple, row.get("examples", ())))
             tokens = None if tokens is None else tuple(tokens)
-            rollouts.append(Rollout(**{**row, "response_tokens": tokens, "examples": examples}))
+            made = Rollout(**{**row, "response_tokens": tokens, "examples": examples})
+            if not all(isinstance(text, str) for text in (made.system_prompt, made.question, made.response)):
+                raise TypeError("its system prompt, question and response should be text")
+            rollouts.append(made)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source}, line {number}: not a rollout ({error}).") from error
     return rollouts
