@@ -1,4 +1,4 @@
-"""Vectors from elsewhere may lack layers: what is not known is refused, NaN or left out, and never a direction of zeros."""
+"""Vectors from elsewhere may lack layers: what is unknown is refused, NaN or left out, and never a zero direction."""
 
 import json
 import math
