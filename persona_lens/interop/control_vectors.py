@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from persona_lens.interop.tensor_files import PathLike, checked_layers, made_vectors, rows_by_layer
 from persona_lens.models import Model
@@ -98,14 +99,7 @@ def read_control_vector(
             f"{path} is a GGUF file of architecture {kind!r}, and a control vector has {ARCHITECTURE!r}: "
             "pass the file of the vector, not of a model."
         )
-    found: dict[int, Any] = {}
-    for tensor, numbers, data in named:
-        layer = tensor.removeprefix(_PREFIX)
-        if not tensor.startswith(_PREFIX) or not layer.isascii() or not layer.isdigit() or int(layer) in (0, *found):
-            raise ValueError(f"{path}: expected tensors direction.1 and so on, each once, got {tensor[:40]!r}.")
-        if numbers not in ("F32", "F16", "F64"):
-            raise ValueError(f"{path}: {tensor} is of {numbers}, and a direction is of F32 or F16.")
-        found[int(layer)] = torch.from_numpy(data.copy())
+    found = _by_layer(named, path)
     rows, missing = rows_by_layer(found, checked_layers(model, n_layers, str(path)), str(path))
     return made_vectors(
         rows,
@@ -116,6 +110,19 @@ def read_control_vector(
         position=position,
         missing=missing,
     )
+
+
+def _by_layer(named: Sequence[tuple[str, str, Any]], path: Path) -> dict[int, Tensor]:
+    """Directions by layer from the name, type and data of each tensor."""
+    found: dict[int, Tensor] = {}
+    for name, numbers, data in named:
+        layer = name.removeprefix(_PREFIX)
+        if not name.startswith(_PREFIX) or not layer.isascii() or not layer.isdigit() or int(layer) in (0, *found):
+            raise ValueError(f"{path}: expected tensors direction.1 and so on, each once, got {name[:40]!r}.")
+        if numbers not in ("F32", "F16"):
+            raise ValueError(f"{path}: {name} is of {numbers}, and a direction is of F32 or F16.")
+        found[int(layer)] = torch.from_numpy(data.copy())
+    return found
 
 
 def _text(reader: Any, name: str) -> str | None:

@@ -39,12 +39,12 @@ def read_vectors(
     """Persona vectors from a file or folder of any format that is read here, and our own.
 
     A `.pt` file is a dict by layer, or rows, of which the number of layers (`model` or `n_layers`) tells whether the
-    first is the embeddings'; in a folder with a manifest `trait` picks one. Our own files know all of this: there `trait`
+    first is the embeddings'; in a folder with a manifest `trait` picks one. Our own files know all this: there `trait`
     is a new name, and the model is checked. See the formats' own readers for the rest.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is of none of the formats, is damaged or does not fit the model, or leaves open what was not given.
+        ValueError: It is of none of the formats, is damaged, does not fit the model, or leaves open what was not given.
     """
     path = Path(path)
     if path.is_dir():

@@ -18,7 +18,7 @@ INSTALL_COMMAND = 'pip install "persona-lens[eval]"'
 
 
 def persona_scorer(judge: Judge, trait: Trait | str) -> Any:
-    """An inspect-ai scorer of `trait` and `coherence`, from 0 to 100: `Task(..., scorer=persona_scorer(judge, "evil"))`.
+    """An inspect-ai scorer of `trait` and `coherence`, from 0 to 100: `Task(scorer=persona_scorer(judge, "evil"))`.
 
     The judge reads a sample's input as the question and the completion as the answer, of one turn; a system message is
     the rollout's system prompt. It judges one sample at a time, off the event loop. An empty answer, one that the judge

@@ -37,7 +37,7 @@ def read_torch_file(path: PathLike) -> Any:
     except Exception as error:  # bytes that someone else chose can make the reader fail in any way
         raise ValueError(
             f"{path} is not a whole .pt file of plain tensors ({type(error).__name__}): copy it again, or save "
-            "a tensor, or a dict of tensors by layer, with torch.save; objects of other classes could run code and are not read."
+            "a tensor or a dict of tensors by layer with torch.save; objects of other classes could run code."
         ) from error
 
 

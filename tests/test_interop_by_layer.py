@@ -1,0 +1,273 @@
+"""Dicts of directions by layer and GGUF control vectors: what others read, what comes back, what is refused."""
+
+import json
+import struct
+import sys
+
+import gguf
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from benchmarks.peer_environments import REPENG, STEERING_VECTORS
+from persona_lens.interop import read_control_vector, read_layer_dict, write_control_vector, write_layer_dict
+from tests.interop_cases import hostile_torch_files, one_sentence, peer_python, run
+from tests.vector_cases import D_MODEL, N_LAYERS, SEEDS, ToyModel, assert_same_bits, make_provenance, make_vectors
+
+ABOVE_0 = range(1, N_LAYERS)
+
+
+def gguf_file(path, tensors, architecture="controlvector"):
+    """A GGUF file of tensors by name, as any tool might write it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def direction(length=D_MODEL, fill=1.0):
+    return torch.full((length,), fill).numpy()
+
+
+# Directions by layer
+
+
+@given(
+    seed=SEEDS, layers=st.sets(st.integers(0, N_LAYERS - 1), min_size=1), ending=st.sampled_from(["pt", "safetensors"])
+)
+def test_a_dict_gives_back_the_same_bits_and_lacks_the_other_layers(tmp_path_factory, seed, layers, ending):
+    path = tmp_path_factory.mktemp("dict") / f"evil.{ending}"
+    vectors = make_vectors(seed=seed)
+    write_layer_dict(vectors, path, layers=sorted(layers))
+    again = read_layer_dict(path, n_layers=N_LAYERS)
+    assert again.known_layers == sorted(layers)
+    assert again.trait == "evil"
+    for layer in layers:
+        assert_same_bits(again.at(layer).direction, vectors.at(layer).direction)
+
+
+def test_every_layer_that_there_is_is_written_by_default(tmp_path):
+    write_layer_dict(make_vectors(missing={3: "unknown"}), tmp_path / "v.pt")
+    assert list(torch.load(tmp_path / "v.pt", weights_only=True)) == [0, 1, 2]
+
+
+def test_a_steering_vector_as_a_dict_is_read(tmp_path):
+    activations = {2: torch.arange(6.0)}
+    torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, tmp_path / "v.pt")
+    vectors = read_layer_dict(tmp_path / "v.pt", model=ToyModel(), trait="kind")
+    assert (vectors.trait, vectors.known_layers) == ("kind", [2])
+    assert torch.equal(vectors.at(2).direction, activations[2])
+    assert vectors.check(ToyModel()) == "same"
+
+
+def test_steering_vectors_reads_what_is_written_and_adds_it_where_we_do(tmp_path):
+    """A block of its own kind of model, steered by it, gives out its input plus our direction of that layer."""
+    vectors = make_vectors()
+    write_layer_dict(vectors, tmp_path / "v.pt")
+    script = """
+import json, sys, torch
+from torch import nn
+from steering_vectors import SteeringVector
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(4))
+    def forward(self, x):
+        return [(x := layer(x)).clone() for layer in self.layers]  # what is added is added in place
+vector = SteeringVector(torch.load(sys.argv[1], weights_only=True), "decoder_block")
+model = Model()
+with vector.apply(model, layer_config={"decoder_block": "layers.{num}"}):
+    print(json.dumps([each[0, 0].tolist() for each in model(torch.zeros(1, 1, 6))]))
+"""
+    outputs = run(peer_python(STEERING_VECTORS, "PERSONA_LENS_STEERING_VECTORS_PYTHON"), script, tmp_path / "v.pt")
+    expected = vectors.directions.cumsum(dim=0)
+    torch.testing.assert_close(torch.tensor(json.loads(outputs)), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, "holds no direction: expected one tensor"),
+        ([torch.ones(6)], "expected a dict of tensors by layer, got list"),
+        ({"mlp": torch.ones(6)}, "expected a number of a layer as each key, once, got 'mlp'"),
+        ({True: torch.ones(6)}, "expected a number of a layer as each key, once, got 'True'"),
+        ({1: torch.ones(6), "1": torch.ones(6)}, "expected a number of a layer as each key, once, got '1'"),
+        ({4: torch.ones(6)}, "has a direction for layer 4, and the model has layers 0 to 3"),
+        ({-1: torch.ones(6)}, "has a direction for layer -1, and the model has layers 0 to 3"),
+        ({1: torch.ones(1, 6)}, r"layer 1: expected a tensor \[d_model\], got the shape \[1, 6\]"),
+        ({1: "kind"}, r"layer 1: expected a floating-point tensor \[d_model\], got str"),
+        ({1: torch.ones(6), 2: torch.ones(7)}, "directions of 6 and 7 numbers are of no one model"),
+        ({1: torch.ones(6) / 0}, "the direction at layer 1 holds NaN or infinite values"),
+        ({"layer_activations": {1: torch.ones(6)}, "layer_type": "mlp"}, "has directions for 'mlp'"),
+    ],
+)
+def test_a_dict_that_is_not_by_layer_is_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match=words) as error:
+        read_layer_dict(tmp_path / "v.pt", n_layers=N_LAYERS)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "noise", "code"])
+def test_a_hostile_dict_is_one_sentence_and_runs_nothing(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"is not a whole \.pt file") as error:
+        read_layer_dict(hostile_torch_files(tmp_path)[kind], n_layers=N_LAYERS)
+    one_sentence(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_safetensors_file_that_is_cut_short_is_refused(tmp_path):
+    save_file({"1": torch.ones(6)}, tmp_path / "v.safetensors")
+    content = (tmp_path / "v.safetensors").read_bytes()
+    (tmp_path / "v.safetensors").write_bytes(content[:-4])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        read_layer_dict(tmp_path / "v.safetensors", n_layers=N_LAYERS)
+
+
+def test_the_number_of_layers_is_asked_for(tmp_path):
+    write_layer_dict(make_vectors(), tmp_path / "v.pt")
+    with pytest.raises(ValueError, match="does not say how many layers its model has: pass n_layers or model"):
+        read_layer_dict(tmp_path / "v.pt")
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [([3], "layer 3 has no direction"), ([4], "layer 4 is outside"), ([], "there is no layer to write")],
+)
+def test_a_layer_that_there_is_not_cannot_be_written(tmp_path, layers, words):
+    with pytest.raises(ValueError, match=words):
+        write_layer_dict(make_vectors(missing={3: "unknown"}), tmp_path / "v.pt", layers=layers)
+
+
+# Control vectors
+
+
+@given(seed=SEEDS, layers=st.sets(st.sampled_from(ABOVE_0), min_size=1))
+def test_a_control_vector_gives_back_the_same_bits_and_lacks_the_other_layers(tmp_path_factory, seed, layers):
+    path = tmp_path_factory.mktemp("gguf") / "mine.gguf"
+    vectors = make_vectors(seed=seed)
+    write_control_vector(vectors, path, layers=list(layers))
+    again = read_control_vector(path, n_layers=N_LAYERS)
+    assert again.trait == "evil"
+    assert again.known_layers == sorted(layers)
+    for layer in layers:
+        assert_same_bits(again.at(layer).direction, vectors.at(layer).direction)
+
+
+def test_the_file_is_what_llama_cpp_expects(tmp_path):
+    """`direction.N` of float32 for block N, one-dimensional, under the architecture that it knows."""
+    vectors = make_vectors(provenance=make_provenance())
+    write_control_vector(vectors, tmp_path / "v.gguf", layers=ABOVE_0)
+    reader = gguf.GGUFReader(tmp_path / "v.gguf")
+    fields = {name: reader.get_field(name).contents() for name in reader.fields if not name.startswith("GGUF.")}
+    assert fields == {
+        "general.architecture": "controlvector",
+        "general.name": "evil",
+        "controlvector.model_hint": "toy-0",
+        "controlvector.layer_count": 3,
+    }
+    assert {each.name: (each.tensor_type.name, list(each.shape)) for each in reader.tensors} == {
+        f"direction.{layer}": ("F32", [D_MODEL]) for layer in ABOVE_0
+    }
+    for each in reader.tensors:
+        assert each.data.tolist() == vectors.directions[int(each.name[len("direction.") :])].tolist()
+
+
+def test_repeng_reads_what_is_written_and_is_read(tmp_path):
+    vectors = make_vectors()
+    write_control_vector(vectors, tmp_path / "ours.gguf", layers=ABOVE_0, model_hint="llama")
+    script = """
+import json, sys
+from repeng import ControlVector
+vector = ControlVector.import_gguf(sys.argv[1])
+(vector * 2).export_gguf(sys.argv[2])
+print(json.dumps([vector.model_type, {layer: row.tolist() for layer, row in vector.directions.items()}]))
+"""
+    python = peer_python(REPENG, "PERSONA_LENS_REPENG_PYTHON")
+    model_type, found = json.loads(run(python, script, tmp_path / "ours.gguf", tmp_path / "theirs.gguf"))
+    assert model_type == "llama"
+    assert found == {str(layer): vectors.directions[layer].tolist() for layer in ABOVE_0}
+    theirs = read_control_vector(tmp_path / "theirs.gguf", n_layers=N_LAYERS)
+    assert theirs.known_layers == list(ABOVE_0)
+    assert torch.equal(theirs.directions[1:], (2 * vectors).directions[1:])
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (range(N_LAYERS), r"evil: a control vector cannot steer at block 0, .* as in layers=range\(1, 4\)"),
+        ([], r"name each layer to write once, and at least one, got \[\]"),
+        ([2, 2], r"name each layer to write once, and at least one, got \[2, 2\]"),
+        ([3], "layer 3 has no direction"),
+    ],
+)
+def test_a_block_that_the_form_cannot_express_is_never_lost_silently(tmp_path, layers, words):
+    with pytest.raises(ValueError, match=words):
+        write_control_vector(make_vectors(missing={3: "unknown"}), tmp_path / "v.gguf", layers=layers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_name_ends_in_gguf(tmp_path):
+    with pytest.raises(ValueError, match=r"Control vectors are saved as \.gguf, got 'v\.bin'"):
+        write_control_vector(make_vectors(), tmp_path / "v.bin", layers=[1])
+
+
+def test_half_precision_is_read(tmp_path):
+    path = gguf_file(tmp_path / "v.gguf", {"direction.2": direction().astype("float16")})
+    assert read_control_vector(path, n_layers=N_LAYERS).at(2).norm == pytest.approx(D_MODEL**0.5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"direction.0": direction()}, "expected tensors direction.1 and so on, each once, got 'direction.0'"),
+        ({"direction.one": direction()}, "got 'direction.one'"),
+        ({"blk.1.weight": direction()}, "got 'blk.1.weight'"),
+        ({"direction.1": direction(), "direction.01": direction()}, "got 'direction.01'"),
+        ({"direction.4": direction()}, "has a direction for layer 4, and the model has layers 0 to 3"),
+        ({"direction.1": direction(), "direction.2": direction(7)}, "directions of 6 and 7 numbers"),
+        ({"direction.1": direction().astype("int32")}, "direction.1 is of I32, and a direction is of F32 or F16"),
+        ({"direction.1": direction().reshape(2, 3)}, r"got the shape \[2, 3\]"),
+        ({"direction.1": direction(fill=float("nan"))}, "the direction at layer 1 holds NaN"),
+        ({}, "holds no direction"),
+    ],
+)
+def test_a_file_of_other_tensors_is_refused(tmp_path, tensors, words):
+    with pytest.raises(ValueError, match=words) as error:
+        read_control_vector(gguf_file(tmp_path / "v.gguf", tensors), n_layers=N_LAYERS)
+    one_sentence(error)
+
+
+def test_a_models_file_is_refused(tmp_path):
+    path = gguf_file(tmp_path / "v.gguf", {"direction.1": direction()}, architecture="llama")
+    with pytest.raises(ValueError, match="is a GGUF file of architecture 'llama', and a control vector has"):
+        read_control_vector(path, n_layers=N_LAYERS)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 8, 30, 60, 120, 250])
+def test_a_control_vector_that_is_cut_short_is_refused(tmp_path, kept):
+    write_control_vector(make_vectors(), tmp_path / "v.gguf", layers=ABOVE_0)
+    (tmp_path / "v.gguf").write_bytes((tmp_path / "v.gguf").read_bytes()[:kept])
+    with pytest.raises(ValueError, match="is not a whole GGUF file") as error:
+        read_control_vector(tmp_path / "v.gguf", n_layers=N_LAYERS)
+    one_sentence(error)
+
+
+def test_a_control_vector_with_an_absurd_count_is_refused(tmp_path):
+    (tmp_path / "v.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**62, 2**62))
+    with pytest.raises(ValueError, match="is not a whole GGUF file"):
+        read_control_vector(tmp_path / "v.gguf", n_layers=N_LAYERS)
+
+
+def test_without_gguf_the_install_command_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        ImportError, match=r'Control vectors need the package gguf\. Run: pip install "persona-lens\[interop\]"'
+    ):
+        write_control_vector(make_vectors(), tmp_path / "v.gguf", layers=[1])
