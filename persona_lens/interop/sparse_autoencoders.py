@@ -113,7 +113,7 @@ def read_sae(folder: PathLike) -> SparseAutoencoder:
     for name, inert in _INERT.items():
         if name in settings and settings[name] not in inert:
             raise ValueError(f"{folder}: {name} is {settings[name]!r}, and only {inert[0]!r} is handled: use SAELens.")
-    layer = _layer(str(settings.get("hook_name", "")), folder)
+    layer = _layer(str(settings.get("hook_name") or ""), folder)
     weights = _weights(folder / WEIGHTS, settings, architecture)
     k = settings.get("k")
     if architecture == "topk" and not (isinstance(k, int) and 0 < k <= len(weights["b_enc"])):
