@@ -15,6 +15,7 @@ from typing import Any
 from persona_lens.vectors import PersonaVectors
 
 FILE, CARD = "vectors.safetensors", "README.md"
+_ADDRESS = re.compile(r"[\w.-]+/[\w.-]+", flags=re.ASCII)
 
 
 def push_vectors(vectors: PersonaVectors, repo: str, *, private: bool = True, message: str | None = None) -> str:
@@ -62,11 +63,11 @@ def model_card(vectors: PersonaVectors, repo: str) -> str:
     """The README of a repository: what the vectors are, how to load them, and how good each layer is."""
     name = vectors.provenance.model.name if vectors.provenance else ""
     # A local path is no address, and is the owner's own affair.
-    known = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII))
+    known = bool(_ADDRESS.fullmatch(name))
     metadata = ["---", "library_name: persona_lens", "tags: [persona-vectors, steering]"]
     metadata += [f"base_model: {name}"] if known else []
-    table = vectors.table().round(4).reset_index().astype(str)
-    rows = [table.columns.tolist(), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    table = vectors.table().round(4).reset_index()
+    rows = [table.columns.tolist(), ["---"] * len(table.columns), *table.astype(object).to_numpy().tolist()]
     lines = [
         *metadata,
         "---",
@@ -83,7 +84,7 @@ def model_card(vectors: PersonaVectors, repo: str) -> str:
         f'vectors = pull_vectors("{repo}")',
         "```",
         "",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *("| " + " | ".join(map(str, row)) + " |" for row in rows),
         "",
     ]
     return "\n".join(lines)
@@ -98,14 +99,14 @@ def _hub(token: str | bool) -> Any:
 @contextmanager
 def _asking(what: str, repo: str) -> Iterator[None]:
     """What goes wrong with the hub as one sentence."""
-    from huggingface_hub.errors import HFValidationError
-
+    if not _ADDRESS.fullmatch(repo):
+        raise ValueError(f"{repo!r} is no name of a repository: expected owner/name.")
     try:
         yield
-    except HFValidationError as error:
-        raise ValueError(f"{repo!r} is no name of a repository: expected owner/name.") from error
     except Exception as error:  # the hub's client, its transport and the network raise errors of no common kind
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        # What the hub answered may be the cause of "not in the cache either".
+        answers = (getattr(each, "response", None) for each in (error, error.__cause__))
+        status = next((answer.status_code for answer in answers if answer is not None), None)
         fact = f"status {status}" if status else type(error).__name__
         remedy = "check that the repository exists and that HF_TOKEN may use it" if status else "check the network"
         raise OSError(f"Could not {what} {repo} on the hub ({fact}): {remedy}.") from error
