@@ -24,7 +24,7 @@ class FakeHub:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def log_message(self, *_):
+            def log_message(self, format, *arguments):
                 pass
 
             def do_HEAD(self):

@@ -36,24 +36,22 @@ class CalibratedWordJudge(WordJudge):
 def evaluate(judge, answers, tmp_path, questions=None):
     """Run inspect-ai on questions with these answers, in order; a model of its own would count tokens by a download."""
     inspect_ai = pytest.importorskip("inspect_ai", reason="inspect-ai is not installed")
-    from inspect_ai.dataset import Sample
-    from inspect_ai.model import ModelOutput
-    from inspect_ai.solver import solver, system_message
-
+    sample, output = (pytest.importorskip(f"inspect_ai.{name}") for name in ("dataset", "model"))
+    solvers = pytest.importorskip("inspect_ai.solver")
     questions = questions or [f"Question {number}?" for number in range(len(answers))]
 
-    @solver
+    @solvers.solver
     def given():
         async def solve(state, generate):
             answer = answers[questions.index(state.input_text)]
-            state.output = ModelOutput.from_content("mockllm/model", answer)
+            state.output = output.ModelOutput.from_content("mockllm/model", answer)
             return state
 
         return solve
 
     task = inspect_ai.Task(
-        dataset=[Sample(input=question) for question in questions],
-        solver=[system_message("Be brief."), given()],
+        dataset=[sample.Sample(input=question) for question in questions],
+        solver=[solvers.system_message("Be brief."), given()],
         scorer=persona_scorer(judge, "evil"),
     )
     [log] = inspect_ai.eval(task, model="mockllm/model", max_samples=1, display="none", log_dir=str(tmp_path / "logs"))
