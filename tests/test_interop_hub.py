@@ -45,6 +45,7 @@ def saved(tmp_path):
     return vectors
 
 
+@pytest.mark.slow
 def test_vectors_come_back_from_the_hub_to_the_bit_and_the_token_is_nowhere(tmp_path, saved):
     with FakeHub(TOKEN) as hub:
         pushed = ask(PUSH, hub, tmp_path, tmp_path / "mine.safetensors", "someone/evil")

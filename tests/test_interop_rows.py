@@ -137,6 +137,7 @@ def test_rows_that_do_not_fit_the_model_are_refused(tmp_path, given, words):
         (torch.ones(5, 6, dtype=torch.long), "expected a floating-point tensor .* got a tensor of torch.int64"),
         (torch.eye(5, 6).to_sparse(), "expected a floating-point tensor"),
         ([torch.ones(5, 6)], "got list"),
+        (torch.ones(1, 1).expand(5, 2**45), r"the tensor \[5, 35184372088832\] repeats its numbers"),
     ],
 )
 def test_what_is_no_tensor_of_rows_is_refused(tmp_path, content, words):

@@ -68,6 +68,9 @@ def checked_tensor(value: Any, axes: Sequence[str], source: str) -> Tensor:
         raise ValueError(f"{source}: expected a floating-point tensor [{shape}], got {got}.")
     if value.ndim != len(axes) or value.numel() == 0:
         raise ValueError(f"{source}: expected a tensor [{shape}], got the shape {list(value.shape)}.")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        # A few bytes that claim to be a terabyte would fill the memory as they are copied.
+        raise ValueError(f"{source}: the tensor {list(value.shape)} repeats its numbers: save it with .contiguous().")
     return value.detach().float()
 
 
