@@ -13,8 +13,19 @@ from safetensors.torch import save_file
 
 from benchmarks.peer_environments import REPENG, STEERING_VECTORS
 from persona_lens.interop import read_control_vector, read_layer_dict, write_control_vector, write_layer_dict
+from persona_lens.interventions import Steer, intervene
+from persona_lens.vectors import PersonaVectors
 from tests.interop_cases import hostile_torch_files, one_sentence, peer_python, run
-from tests.vector_cases import D_MODEL, N_LAYERS, SEEDS, ToyModel, assert_same_bits, make_provenance, make_vectors
+from tests.vector_cases import (
+    D_MODEL,
+    N_LAYERS,
+    SEEDS,
+    ToyModel,
+    assert_same_bits,
+    make_provenance,
+    make_vectors,
+    random_tensor,
+)
 
 ABOVE_0 = range(1, N_LAYERS)
 
@@ -196,6 +207,36 @@ print(json.dumps([vector.model_type, {layer: row.tolist() for layer, row in vect
     theirs = read_control_vector(tmp_path / "theirs.gguf", n_layers=N_LAYERS)
     assert theirs.known_layers == list(ABOVE_0)
     assert torch.equal(theirs.directions[1:], (2 * vectors).directions[1:])
+
+
+@pytest.mark.slow
+def test_repeng_steers_with_the_file_as_we_steer_with_the_vectors(tmp_path, tiny_hf_model, tiny_bridge):
+    """The same logits: `direction.N` acts at the output of block N, our layer N."""
+    n_layers, d_model = tiny_bridge.cfg.n_layers, tiny_bridge.cfg.d_model
+    vectors = PersonaVectors.from_directions(random_tensor(n_layers, d_model), trait="evil")
+    layers = [1, n_layers - 1]
+    write_control_vector(vectors, tmp_path / "v.gguf", layers=layers, model_hint="llama")
+    tiny_hf_model.save_pretrained(tmp_path / "model")
+    script = """
+import json, sys, torch
+from repeng import ControlModel, ControlVector
+from transformers import AutoModelForCausalLM
+vector = ControlVector.import_gguf(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float64)
+controlled = ControlModel(model, list(vector.directions))
+controlled.set_control(vector, 1.5)
+with torch.no_grad():
+    print(json.dumps(controlled(input_ids=torch.arange(1, 9)[None]).logits.tolist()))
+"""
+    python = peer_python(REPENG, "PERSONA_LENS_REPENG_PYTHON")
+    theirs = torch.tensor(json.loads(run(python, script, tmp_path / "v.gguf", tmp_path / "model")), dtype=torch.float64)
+    steered = [Steer(vectors.at(layer), 1.5) for layer in layers]
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad(), intervene(tiny_bridge, *steered):
+        ours = tiny_bridge(tokens)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        assert not torch.allclose(tiny_bridge(tokens), theirs, atol=1e-2)
 
 
 @pytest.mark.parametrize(
