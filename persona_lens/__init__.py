@@ -39,6 +39,19 @@ _HOMES = {
     "persona_lens.extraction": ["extract_from_responses"],
     "persona_lens.finetuning": ["Finetuning", "ProjectionPenalty", "finetune"],
     "persona_lens.generation": ["generate"],
+    "persona_lens.interop": [
+        "decompose",
+        "persona_scorer",
+        "pull_vectors",
+        "push_vectors",
+        "read_control_vector",
+        "read_reference_vectors",
+        "read_sae",
+        "read_vectors",
+        "write_control_vector",
+        "write_reference_vectors",
+        "write_vectors",
+    ],
     "persona_lens.interventions": ["Ablate", "Cap", "Steer", "When", "ablate", "cap", "intervene", "steer"],
     "persona_lens.judges": [
         "ClassifierJudge",
@@ -124,6 +137,19 @@ if TYPE_CHECKING:
     from persona_lens.extraction import extract_from_responses
     from persona_lens.finetuning import Finetuning, ProjectionPenalty, finetune
     from persona_lens.generation import generate
+    from persona_lens.interop import (
+        decompose,
+        persona_scorer,
+        pull_vectors,
+        push_vectors,
+        read_control_vector,
+        read_reference_vectors,
+        read_sae,
+        read_vectors,
+        write_control_vector,
+        write_reference_vectors,
+        write_vectors,
+    )
     from persona_lens.interventions import Ablate, Cap, Steer, When, ablate, cap, intervene, steer
     from persona_lens.judges import (
         ClassifierJudge,
@@ -235,6 +261,7 @@ __all__ = [
     "cap",
     "chat_batch",
     "cosine_matrix",
+    "decompose",
     "detection",
     "difference_in_means",
     "dose_response",
@@ -259,6 +286,7 @@ __all__ = [
     "mmlu_sample",
     "monitor",
     "monitoring_html",
+    "persona_scorer",
     "plot_agreement",
     "plot_cosine_matrix",
     "plot_dose_response",
@@ -276,13 +304,19 @@ __all__ = [
     "plot_trait_scores",
     "plot_turns",
     "preview_trait",
+    "pull_vectors",
+    "push_vectors",
+    "read_control_vector",
     "read_messages",
     "read_questions",
     "read_reference_csv",
     "read_reference_trait",
+    "read_reference_vectors",
     "read_rollouts",
+    "read_sae",
     "read_screening",
     "read_transcripts",
+    "read_vectors",
     "sample_rollouts",
     "save_thresholds",
     "score_rollouts",
@@ -295,8 +329,11 @@ __all__ = [
     "suspended",
     "template_rubric",
     "tokens_html",
+    "write_control_vector",
     "write_reference_trait",
+    "write_reference_vectors",
     "write_report",
+    "write_vectors",
 ]
 
 

@@ -42,7 +42,7 @@ def test_every_public_name_can_be_imported():
 
 
 def test_every_command_has_help_with_an_example(cli):
-    for command in ("demo", "traits", "rollouts", "judge", "extract", "show"):
+    for command in ("demo", "traits", "rollouts", "judge", "extract", "show", "convert"):
         code, out, _ = cli(command, "--help")
         assert code == 0
         assert f"Example: persona-lens {command}" in " ".join(out.split())

@@ -8,6 +8,7 @@ import sys
 
 from persona_lens.cli import (  # noqa: F401 (each adds its commands)
     commands,
+    converting,
     evaluating,
     finetuning,
     judging,
@@ -22,7 +23,7 @@ from persona_lens.cli.options import app
 from persona_lens.cli.output import say
 
 # Help lists the commands in the order in which one needs them.
-_ORDER = ["demo", "traits", "generate_trait", "rollouts", "judge", "agreement", "extract", "show"]
+_ORDER = ["demo", "traits", "generate_trait", "rollouts", "judge", "agreement", "extract", "show", "convert"]
 _ORDER += ["select_layer", "steer", "monitor", "finetune", "shift", "evaluate", "screen", "report"]
 app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.callback, "__name__", "")))
 

@@ -37,9 +37,7 @@ class ProjectionPenalty:
     def each(self) -> tuple[PersonaVector, ...]:
         """Its vectors, one after another."""
         given = self.vectors
-        return (
-            (given,) if isinstance(given, PersonaVector) else tuple(given.at(layer) for layer in range(given.n_layers))
-        )
+        return (given,) if isinstance(given, PersonaVector) else tuple(given.at(layer) for layer in given.known_layers)
 
     def __str__(self) -> str:
         layers = sorted({vector.layer for vector in self.each})

@@ -32,10 +32,10 @@ def as_given(vectors: Vectors) -> list[PersonaVector | PersonaVectors]:
 
 
 def each_vector(vectors: Vectors) -> tuple[PersonaVector, ...]:
-    """One vector after another; `PersonaVectors` count as the vectors of all their layers."""
+    """One vector after another; `PersonaVectors` count as the vectors of all layers that they have."""
     found: list[PersonaVector] = []
     for given in as_given(vectors):
-        found += [given] if isinstance(given, PersonaVector) else [given.at(layer) for layer in range(given.n_layers)]
+        found += [given] if isinstance(given, PersonaVector) else [given.at(layer) for layer in given.known_layers]
     return tuple(found)
 
 

@@ -55,7 +55,7 @@ def select_layer(
     that holds a sweep made otherwise. Source: arXiv:2507.21509, section B.4.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
-    layers = list(range(vectors.n_layers)) if layers is None else sorted(set(layers))
+    layers = vectors.known_layers if layers is None else sorted(set(layers))
     amounts = [float(coefficient) for coefficient in coefficients]
     cells = _cells(vectors, layers, amounts)
     Steer(vectors).check(model, allow_other_model=allow_other_model)

@@ -117,7 +117,7 @@ def _by_trait(given: Sequence[Vectors]) -> dict[str, dict[int, PersonaVector]]:
     found: dict[str, dict[int, PersonaVector]] = {}
     for each in given:
         held = found.setdefault(each.trait, {})
-        layers = [each] if isinstance(each, PersonaVector) else [each.at(layer) for layer in range(each.n_layers)]
+        layers = [each] if isinstance(each, PersonaVector) else [each.at(layer) for layer in each.known_layers]
         for vector in layers:
             if vector.layer in held:
                 raise ValueError(

@@ -87,4 +87,6 @@ def _assemble(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, A
     if header["statistics"] is not None:
         by_layer = {name.removeprefix(_STATISTIC): values for name, values in by_layer.items()}
         header["statistics"] = LayerStatistics.from_header(header["statistics"], by_layer)
+    # A file without the field is older than it.
+    header["missing"] = {int(layer): why for layer, why in header.get("missing", {}).items()}  # JSON's keys are strings
     return header | tensors

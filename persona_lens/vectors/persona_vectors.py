@@ -5,10 +5,10 @@ Knows nothing about how activations are made or how a vector is applied.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from math import isnan, nan
-from typing import TYPE_CHECKING, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from einops import einsum, pack
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from persona_lens.models import Model, identify, resid_post_name
 from persona_lens.vectors.algebra import VectorAlgebra, joint_provenance, refuse_unlike
+from persona_lens.vectors.cache import Cache
 from persona_lens.vectors.directions import norms, owned, refuse_non_finite, units
 from persona_lens.vectors.files import read_vector_file, write_vector_file
 from persona_lens.vectors.layer_statistics import LayerStatistics
@@ -25,17 +26,6 @@ from persona_lens.vectors.provenance import Provenance, Relation, check_model
 
 if TYPE_CHECKING:
     import pandas
-
-
-@runtime_checkable
-class Cache(Protocol):
-    """Activations by hook name: TransformerLens's `ActivationCache`, or a dict."""
-
-    def keys(self) -> Iterable[str]:
-        """The hook names."""
-        ...
-
-    def __getitem__(self, name: str, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +45,8 @@ class PersonaVectors(VectorAlgebra):
         provenance: Where they came from; None where that is unknown.
         statistics: How good they are; None where that was not measured.
         increments: Whether row l is v_l - v_(l-1), as `incremental` makes them.
+        missing: Why a layer has no direction, by layer, as vectors from elsewhere may have none: its row is zero,
+            `at` refuses it, projections on it are NaN, and interventions leave it out.
     """
 
     trait: str
@@ -67,6 +59,7 @@ class PersonaVectors(VectorAlgebra):
     provenance: Provenance | None = None
     statistics: LayerStatistics | None = None
     increments: bool = False
+    missing: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.directions.ndim != 2 or self.directions.numel() == 0:
@@ -80,6 +73,12 @@ class PersonaVectors(VectorAlgebra):
         object.__setattr__(self, "directions", owned(self.directions))
         object.__setattr__(self, "residual_norm", owned(self.residual_norm))
         object.__setattr__(self, "counts", {name: int(count) for name, count in self.counts.items()})
+        object.__setattr__(self, "missing", dict(sorted(self.missing.items())))
+        for layer in self.missing:
+            refuse_absent_layer(self.trait, layer, self.n_layers)
+        if not self.known_layers:
+            raise ValueError(f"{self.trait}: every layer is missing, and one is needed.")
+        self.directions[list(self.missing)] = 0
         refuse_non_finite(self.directions, self.trait)
         if (self.residual_norm <= 0).any() or self.residual_norm.isinf().any():
             raise ValueError(f"{self.trait}: a residual norm is positive, or NaN where it was not measured.")
@@ -103,6 +102,7 @@ class PersonaVectors(VectorAlgebra):
     def __repr__(self) -> str:
         parts = [f"{self.trait!r}, n_layers={self.n_layers}, d_model={self.d_model}, position={self.position!r}"]
         parts += ["increments=True"] if self.increments else []
+        parts += [f"missing={list(self.missing)}"] if self.missing else []
         parts += [f"counts={dict(self.counts)}"] if self.counts else []
         parts += [f"model={self.provenance.model.name!r}"] if self.provenance else []
         return f"PersonaVectors({', '.join(parts)})"
@@ -133,6 +133,11 @@ class PersonaVectors(VectorAlgebra):
         return self.directions.shape[0]
 
     @property
+    def known_layers(self) -> list[int]:
+        """The layers that have a direction: all but those in `missing`."""
+        return [layer for layer in range(self.n_layers) if layer not in self.missing]
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self.directions.shape[1]
@@ -144,8 +149,8 @@ class PersonaVectors(VectorAlgebra):
 
     @property
     def norms(self) -> Float[Tensor, " layer"]:
-        """Euclidean norm |v_l| of each direction."""
-        return norms(self.directions).float()
+        """Euclidean norm |v_l| of each direction; NaN where it is missing."""
+        return self._without_missing(norms(self.directions).float())
 
     @property
     def relative_norms(self) -> Float[Tensor, " layer"]:
@@ -155,6 +160,11 @@ class PersonaVectors(VectorAlgebra):
     def at(self, layer: int) -> PersonaVector:
         """The direction at the output of block `layer`, counted from 0."""
         refuse_absent_layer(self.trait, layer, self.n_layers)
+        if layer in self.missing:
+            raise ValueError(
+                f"{self.trait}: layer {layer} has no direction ({self.missing[layer]}): "
+                "choose one of known_layers, or extract the vectors on the model."
+            )
         residual_norm = float(self.residual_norm[layer])
         return PersonaVector(
             self.trait,
@@ -175,16 +185,18 @@ class PersonaVectors(VectorAlgebra):
         if self.embedding is None:
             raise ValueError(f"{self.trait}: increments begin at the embedding row: construct the vectors with one.")
         previous, _ = pack([self.embedding, self.directions[:-1]], "* d_model")
-        return replace(self, directions=self.directions - previous, statistics=None, increments=True)
+        above = {layer + 1: f"layer {layer} below it is missing" for layer in self.missing if layer + 1 < self.n_layers}
+        missing = {**above, **self.missing}
+        return replace(self, directions=self.directions - previous, statistics=None, increments=True, missing=missing)
 
     def project(self, means: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
-        """Scalar projection a_l . v_l / |v_l| at every layer, in float32, on the device of the means."""
+        """Scalar projection a_l . v_l / |v_l| at every layer, in float32, on the means' device; NaN where missing."""
         if means.shape[-2:] != self.directions.shape:
             raise ValueError(
                 f"{self.trait}: the vectors are {list(self.directions.shape)} and the means "
                 f"{list(means.shape[-2:])} in [layer, d_model]: take them from the model that the vectors came from."
             )
-        unit = units(self.directions, self.trait).to(means.device)
+        unit = self._units().to(means.device)
         return einsum(means.float(), unit, "... layer d_model, layer d_model -> ... layer")
 
     def project_cache(self, cache: Cache) -> Float[Tensor, "layer *batch pos"]:
@@ -197,13 +209,16 @@ class PersonaVectors(VectorAlgebra):
                 f"{self.trait}: the cache lacks {shown}: "
                 "run_with_cache(tokens, names_filter=vectors.hook_names) keeps what is needed."
             )
-        return torch.stack([self.at(layer).project(cache[name]) for layer, name in enumerate(self.hook_names)])
+        # A missing layer is projected on a known one, for the shape, and emptied.
+        used = [layer if layer not in self.missing else self.known_layers[0] for layer in range(self.n_layers)]
+        return self._without_missing(
+            torch.stack([self.at(each).project(cache[name]) for each, name in zip(used, self.hook_names, strict=True)])
+        )
 
     def cosine_similarity(self, other: "PersonaVectors") -> Float[Tensor, " layer"]:
-        """Cosine of the angle to another trait's, or another position's, direction at every layer."""
+        """Cosine of the angle to another trait's, or position's, direction at every layer; NaN where one is missing."""
         refuse_unlike(self, other, "n_layers", "d_model")
-        ours, theirs = units(self.directions, self.trait), units(other.directions, other.trait)
-        return einsum(ours, theirs, "layer d_model, layer d_model -> layer").clamp(-1, 1)
+        return einsum(self._units(), other._units(), "layer d_model, layer d_model -> layer").clamp(-1, 1)
 
     def table(self) -> "pandas.DataFrame":
         """Norms and statistics, one row for each layer; first the row `embedding` where there is one."""
@@ -250,6 +265,16 @@ class PersonaVectors(VectorAlgebra):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold whole persona vectors: {error}") from error
 
+    def _units(self) -> Float[Tensor, "layer d_model"]:
+        """Each direction divided by its norm; NaN at missing layers."""
+        known = self.directions.clone()
+        known[list(self.missing)] = 1
+        return self._without_missing(units(known, self.trait))
+
+    def _without_missing(self, values: Float[Tensor, "layer *rest"]) -> Float[Tensor, "layer *rest"]:
+        values[list(self.missing)] = nan
+        return values
+
     def _map(self, function: Callable[[Tensor], Tensor], trait: str) -> "PersonaVectors":
         embedding = None if self.embedding is None else function(self.embedding)
         return replace(self, trait=trait, directions=function(self.directions), embedding=embedding, statistics=None)
@@ -268,18 +293,5 @@ class PersonaVectors(VectorAlgebra):
             counts={},
             provenance=joint_provenance(self, other),
             statistics=None,
+            missing={**other.missing, **self.missing},
         )
-
-
-def cosine_matrix(vectors: Sequence[PersonaVectors], layer: int) -> "pandas.DataFrame":
-    """Cosines between traits at one layer, with their names on both axes."""
-    import pandas
-
-    if not vectors:
-        raise ValueError("There are no vectors to compare: pass at least one.")
-    for other in vectors:
-        refuse_unlike(vectors[0], other, "n_layers", "d_model")
-    rows = torch.stack([each.at(layer).unit.direction for each in vectors])
-    cosines = einsum(rows, rows, "row d_model, column d_model -> row column").clamp(-1, 1)
-    names = [each.trait for each in vectors]
-    return pandas.DataFrame(cosines.numpy(), index=names, columns=names)

@@ -1,0 +1,38 @@
+"""Other people's files and tools: vectors in and out of their formats, SAE features, the hub, and inspect-ai.
+
+A layer is the output of a block counted from 0 on our side of every border; what a format cannot say (the number of
+layers, which row is which) is asked for and checked, never guessed, and nothing that a file brings along is run.
+Knows nothing about how vectors are made or used.
+"""
+
+from persona_lens.interop.block_rows import LastRow, read_block_rows, read_vector_folder
+from persona_lens.interop.control_vectors import read_control_vector, write_control_vector
+from persona_lens.interop.conversion import Format, read_vectors, write_vectors
+from persona_lens.interop.decomposition import Decomposition, decompose
+from persona_lens.interop.hub import pull_vectors, push_vectors
+from persona_lens.interop.inspect_scorer import persona_scorer
+from persona_lens.interop.layer_dicts import read_layer_dict, write_layer_dict
+from persona_lens.interop.reference_rows import read_reference_vectors, write_reference_vectors
+from persona_lens.interop.sparse_autoencoders import SparseAutoencoder, read_sae
+
+__all__ = [
+    "Decomposition",
+    "Format",
+    "LastRow",
+    "SparseAutoencoder",
+    "decompose",
+    "persona_scorer",
+    "pull_vectors",
+    "push_vectors",
+    "read_block_rows",
+    "read_control_vector",
+    "read_layer_dict",
+    "read_reference_vectors",
+    "read_sae",
+    "read_vector_folder",
+    "read_vectors",
+    "write_control_vector",
+    "write_layer_dict",
+    "write_reference_vectors",
+    "write_vectors",
+]
