@@ -3,6 +3,7 @@
     python notebooks/execute.py                        # all of them
     python notebooks/execute.py 00 03                  # those whose names begin so
     python notebooks/execute.py 01 --hooked            # on a HookedTransformer: runs, and writes nothing
+    python notebooks/execute.py 01 --prose             # runs nothing: takes over changes of prose alone
 
 Pictures are kept twice: as plotly's JSON, which Jupyter and VS Code draw, and as a PNG, which GitHub and Sphinx show.
 The stills need a Chromium (`--chromium`); without one the JSON stands alone.
@@ -41,11 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Executes notebooks and keeps their outputs.")
     parser.add_argument("names", nargs="*", help="beginnings of their names; all of them by default")
     parser.add_argument("--hooked", action="store_true", help="on a HookedTransformer, writing nothing")
+    parser.add_argument("--prose", action="store_true", help="run nothing, and refuse changes of code")
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
     chosen = parser.parse_args()
     wanted = tuple(chosen.names)
     for source in sorted(FOLDER.glob("[0-9]*.py")):
-        if not wanted or source.name.startswith(wanted):
+        if chosen.prose and source.name.startswith(wanted or ""):
+            nbformat.write(tidied(with_outputs(source)), source.with_suffix(".ipynb"))
+        elif not chosen.prose and (not wanted or source.name.startswith(wanted)):
             started = time.monotonic()
             notebook = execute(source, hooked=chosen.hooked)
             took, cells = time.monotonic() - started, slowest(notebook)
@@ -68,6 +72,18 @@ def execute(source: Path, *, hooked: bool = False) -> nbformat.NotebookNode:
     NotebookClient(notebook, timeout=1800, kernel_name="python3").execute(
         cwd=str(source.parent), env={**os.environ, **environment}
     )
+    return notebook
+
+
+def with_outputs(source: Path) -> nbformat.NotebookNode:
+    """The notebook of a .py with the outputs of its .ipynb, whose code must be the same."""
+    notebook = jupytext.read(source, fmt="py:percent")
+    old = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    code, before = ([cell for cell in each.cells if cell.cell_type == "code"] for each in (notebook, old))
+    if [cell.source for cell in code] != [cell.source for cell in before]:
+        raise ValueError(f"{source.name} has other code than its .ipynb: execute it.")
+    for cell, kept in zip(code, before, strict=True):
+        cell.outputs, cell.execution_count = kept.outputs, kept.execution_count
     return notebook
 
 
