@@ -113,9 +113,9 @@ study = read_screening_study("../docs/results/screening")
 plot_screening_scores(study)
 
 # %%
-correlations = study.correlations()
-print(f"r from {correlations['r'].min():.2f} to {correlations['r'].max():.2f} over {len(correlations)} moods")
-correlations.round(2)
+found = pd.DataFrame({mood: study.correlation(mood)._asdict() for mood in study.moods}).T
+print(f"r from {found['value'].min():.2f} to {found['value'].max():.2f} over {len(found)} moods")
+found.astype(float).round(2)
 
 # %% [markdown]
 # And the test that matters to whoever cleans a data set: train on the rows that score highest, on random ones, and on
