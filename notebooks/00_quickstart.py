@@ -96,8 +96,9 @@ pd.Series(texts, name="answer").sort_index().rename_axis("coefficient").to_frame
 # %% [markdown]
 # ## Is that the direction, or any push?
 #
-# The same doses of random directions of equal norm are the control, and coherence is what steering costs: where it falls
-# below 50 a point is hollow, and does not count. Three questions that neither the vectors nor the judge have seen.
+# The same doses of random directions of equal norm are the control, and coherence is what steering costs: where it
+# falls below 50 a point is hollow, and does not count. Three questions that neither the vectors nor the judge saw,
+# so the intervals are wide.
 
 # %%
 response = pl.dose_response(

@@ -56,7 +56,7 @@ pd.DataFrame([{"polarity": row.polarity, "response": row.response} for row in ro
 # one: its diagnostics belong beside its scores.
 
 # %%
-judge = pl.LikelihoodRatioJudge(model, calibration_questions=2)
+judge = pl.LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3)
 engine = ModelEngine(model, max_new_tokens=20)
 calibration = collect_rollouts(engine, judge.plan_calibration(trait), progress=False)
 pd.Series(judge.calibrate(trait, calibration).diagnostics).round(2)
@@ -82,7 +82,8 @@ print(pl.show_tokens(model.tokenizer, batch))
 # ## The direction at every layer
 #
 # Beside each layer's held-out AUC stand its controls: the embedding row (what the words alone give away) and the
-# placebo (polarity swapped at random within question and instruction). Three questions leave wide intervals.
+# placebo (polarity swapped at random within question and instruction). Three questions leave wide intervals, and a
+# direction that hardly passes its placebo: a real extraction takes twenty.
 
 # %%
 positive = [row.rollout.conversation() for row, _ in kept]
@@ -121,8 +122,9 @@ assert cosines.min() > 0.9999
 # ## What the direction says: the logit lens
 #
 # The model's own final norm and unembedding, applied to the direction: the tokens that it raises most, and, with the
-# sign turned, those that it lowers. Directions of early layers say little; those of late layers name the trait. Treat
-# it as a look, not as a measure: a direction also acts through the blocks above it.
+# sign turned, those that it lowers. With so few answers only traces of the trait can be read, in late layers: at layer
+# 24 the run below raises ` illegally` and lowers `joy` and ` opportunity`. Treat it as a look, not as a measure: a
+# direction also acts through the blocks above it.
 
 # %%
 shown = [4, 14, 19, 24, 28]
@@ -144,8 +146,8 @@ pd.DataFrame(
 # %% [markdown]
 # ## Its neighbours
 #
-# The same for the other bundled traits, with a few short answers each and no judge. Which of them points where `evil`
-# points?
+# The same for the other bundled traits, with ten short answers to one question each and no judge. Which of them points
+# where `evil` points?
 
 # %%
 others = []
@@ -155,7 +157,7 @@ for name in pl.bundled_traits():
         rows = pl.sample_rollouts(
             model,
             other,
-            questions=other.extraction_questions[:2],
+            questions=other.extraction_questions[:1],
             per_question=1,
             max_new_tokens=16,
             progress=False,
@@ -167,7 +169,7 @@ for name in pl.bundled_traits():
 LAYER = 19
 cosines = pl.cosine_matrix([vectors, *others], layer=LAYER)
 order = cosines["evil"].sort_values(ascending=False).index
-pl.plot_cosine_matrix(cosines.loc[order, order], f"cosines between traits at layer {LAYER}, nearest to evil first")
+pl.plot_cosine_matrix(cosines.loc[order, order], f"cosines at layer {LAYER}, nearest to evil first")
 
 # %% [markdown]
 # ## Projections

@@ -25,32 +25,39 @@
 # with `model =` to `pl.load_model("smollm2-135m-instruct", model_class="HookedTransformer")`, or put your own there.
 
 # %%
-import tempfile
-
 import pandas as pd
 
 import persona_lens as pl
+from persona_lens.layer_selection import FixedTexts
+from persona_lens.rollouts import ModelEngine, collect_rollouts
 
 pd.set_option("display.max_colwidth", 200)
 model = pl.load_model("smollm2-135m-instruct")
 trait = pl.load_trait("optimistic")
-folder = tempfile.TemporaryDirectory()
+
+# %% [markdown]
+# ## A direction for every layer, and a judge
+#
+# Answers to two questions under contrasting system prompts; to be quick, without the judge's choice of pairs that
+# notebook 01 shows. The judge is calibrated on questions that nothing else uses.
 
 # %%
-judge = pl.LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3)
-vectors = pl.extract_persona_vectors(
+rollouts = pl.sample_rollouts(
     model,
     trait,
-    judge=judge,
-    questions=trait.extraction_questions[:3],
+    questions=trait.extraction_questions[4:6],
     per_question=1,
     max_new_tokens=24,
-    min_pairs=3,
-    output=folder.name,
-    seed=0,
     progress=False,
 )
-vectors
+sides = [[row for row in rollouts if row.polarity == side] for side in ("positive", "negative")]
+vectors = pl.extract_from_responses(
+    model, *([row.conversation() for row in side] for side in sides), trait=trait.name, progress=False
+)
+judge = pl.LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3)
+engine = ModelEngine(model, max_new_tokens=24)
+fitted = judge.calibrate(trait, collect_rollouts(engine, judge.plan_calibration(trait), progress=False))
+print(f"the judge's AUC on its calibration questions: {fitted.diagnostics['auc_without_own_pair']:.2f}")
 
 # %% [markdown]
 # ## The sweep
@@ -67,8 +74,8 @@ sweep = pl.select_layer(
     layers=[4, 9, 14, 19, 24, 28],
     coefficients=[2.0, 5.0],
     questions=trait.extraction_questions[:2],
+    texts=FixedTexts(*sides),
     max_new_tokens=24,
-    output=folder.name,
     seed=0,
     progress=False,
 )
@@ -130,6 +137,3 @@ sweep.screen_correlations().round(2)
 # many. On ten layers and four questions (docs/experiments.md) screens found the right region at a middle dose and
 # failed at a large one. So: confirm the choice on other questions, against random directions, with
 # `pl.dose_response`, as notebook 00 does.
-
-# %%
-folder.cleanup()

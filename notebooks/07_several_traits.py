@@ -97,24 +97,25 @@ pd.Series(answers, name="answer").to_frame()
 COEFFICIENT = 2.0
 
 
-def preference(name, interventions=()):
-    means = []
-    for side in ("positive", "negative"):
-        texts = [(row.question, row.response) for row in rollouts[name][side]]
-        found = pl.measure_capability(model, (), texts=texts, interventions=interventions, progress=False)
-        means.append(pd.Series([text.log_likelihood for text in found.texts]).mean())
-    return means[0] - means[1]
+texts = [(name, side, row) for name in NAMES for side, rows in rollouts[name].items() for row in rows]
 
 
-before = {name: preference(name) for name in NAMES}
+def preferences(interventions=()):
+    """Of every trait: the mean log-likelihood of its positive texts minus that of its negative ones."""
+    pairs = [(row.question, row.response) for _, _, row in texts]
+    found = pl.measure_capability(model, (), texts=pairs, interventions=interventions, progress=False)
+    table = pd.DataFrame([(name, side) for name, side, _ in texts], columns=["trait", "side"])
+    table["likelihood"] = [text.log_likelihood for text in found.texts]
+    means = table.groupby(["trait", "side"])["likelihood"].mean().unstack()
+    return (means["positive"] - means["negative"]).loc[list(NAMES)]
+
+
+before = preferences()
 
 
 def effects(directions):
     return pd.DataFrame(
-        {
-            steered: {name: preference(name, [pl.Steer(direction, COEFFICIENT)]) - before[name] for name in NAMES}
-            for steered, direction in directions.items()
-        }
+        {name: preferences([pl.Steer(each, COEFFICIENT)]) - before for name, each in directions.items()}
     ).T
 
 
