@@ -185,6 +185,9 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
+# Interference shrinks by more than the effect on the own trait does, and does not vanish: directions that are
+# orthogonal at one layer need not stay so in what the blocks above make of them.
+#
 # The texts are those that the directions were made of, two questions a trait: read the sizes beside each other, not as
 # effects on new questions. What is cut away is also what the traits truly share. If evil answers are impolite, a
 # direction without impoliteness is a narrower evil.
