@@ -97,7 +97,8 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# What else could the score be? Its correlation with length, and how many rows are near-duplicates.
+# What else could the score be? Its correlation with length (missing where every response was cut to one length), and
+# how many rows are near-duplicates.
 
 # %%
 controls.round(2)
