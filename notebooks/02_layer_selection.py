@@ -33,19 +33,19 @@ from persona_lens.rollouts import ModelEngine, collect_rollouts
 
 pd.set_option("display.max_colwidth", 200)
 model = pl.load_model("smollm2-135m-instruct")
-trait = pl.load_trait("optimistic")
+trait = pl.load_trait("evil")
 
 # %% [markdown]
 # ## A direction for every layer, and a judge
 #
-# Answers to two questions under contrasting system prompts; to be quick, without the judge's choice of pairs that
+# Answers to four questions under contrasting system prompts; to be quick, without the judge's choice of pairs that
 # notebook 01 shows. The judge is calibrated on questions that nothing else uses.
 
 # %%
 rollouts = pl.sample_rollouts(
     model,
     trait,
-    questions=trait.extraction_questions[4:6],
+    questions=trait.extraction_questions[4:8],
     per_question=1,
     max_new_tokens=24,
     progress=False,
@@ -62,7 +62,7 @@ print(f"the judge's AUC on its calibration questions: {fitted.diagnostics['auc_w
 # %% [markdown]
 # ## The sweep
 #
-# Six layers at two coefficients and two questions. All cells are mixed in batched generation, and the unsteered
+# Six layers at two coefficients and three questions. All cells are mixed in batched generation, and the unsteered
 # answers are sampled once. A real sweep takes every layer and more questions; this one shows the shape.
 
 # %%
@@ -72,8 +72,8 @@ sweep = pl.select_layer(
     trait,
     judge=judge,
     layers=[4, 9, 14, 19, 24, 28],
-    coefficients=[2.0, 5.0],
-    questions=trait.extraction_questions[:2],
+    coefficients=[1.0, 2.0],
+    questions=trait.extraction_questions[:3],
     texts=FixedTexts(*sides),
     max_new_tokens=24,
     seed=0,
@@ -90,7 +90,8 @@ pl.plot_frontier(sweep)
 pl.plot_layer_sweep(sweep)
 
 # %% [markdown]
-# The paper's own rule, without coherence, for comparison; and what the two cells' answers sound like.
+# The paper's own rule, without coherence, for comparison: here it takes another layer, with more of the trait and
+# less sense. And what the answers sound like.
 
 # %%
 paper = sweep.best(min_coherence=None)
@@ -98,8 +99,8 @@ print(paper.reason)
 cells = {
     "unsteered": sweep.baseline,
     f"best: layer {best.layer} at {best.coefficient:g}": sweep.evaluations[best.layer, best.coefficient],
-    "late and strong: layer 28 at 5": sweep.evaluations[28, 5.0],
-    "early and strong: layer 4 at 5": sweep.evaluations[4, 5.0],
+    "late and strong: layer 28 at 2": sweep.evaluations[28, 2.0],
+    "early and strong: layer 4 at 2": sweep.evaluations[4, 2.0],
 }
 pd.DataFrame(
     [
@@ -133,7 +134,7 @@ screens.assign(**swept).astype(float).round(2)
 sweep.screen_correlations().round(2)
 
 # %% [markdown]
-# Six layers and two questions say little about a screen, and the winner of a sweep is optimistic, being the best of
+# Six layers and three questions say little about a screen, and the winner of a sweep is optimistic, being the best of
 # many. On ten layers and four questions (docs/experiments.md) screens found the right region at a middle dose and
 # failed at a large one. So: confirm the choice on other questions, against random directions, with
 # `pl.dose_response`, as notebook 00 does.
