@@ -82,8 +82,8 @@ plot_monitoring_experiment(found)
 # four answers to ten questions this model has .61 overall and .21 within (docs/experiments.md).
 
 # %%
-print("overall:", found.overall())
-print("within conditions:", found.within())
+for name, each in {"overall": found.overall(), "within conditions": found.within()}.items():
+    print(f"{name}: {each.value:.2f} [{each.low:.2f}, {each.high:.2f}]")
 
 # %% [markdown]
 # ## Turn by turn
@@ -157,7 +157,7 @@ pl.plot_turns(alarm, thresholds=[threshold])
 
 # %%
 page = pl.monitoring_html(watched, chat=1, title="the conversation that sours")
-HTML(f'<iframe srcdoc="{html.escape(page)}" width="900" height="420" style="border:0"></iframe>')
+HTML(f'<div><iframe srcdoc="{html.escape(page)}" width="900" height="420" style="border:0"></iframe></div>')
 
 # %% [markdown]
 # ## A safeguard while it speaks
@@ -180,7 +180,7 @@ def reply(safeguards=()):
 
 
 plain, said = reply()
-bound = float(pd.Series([float(token.projections[0]) for token in plain[1:]]).quantile(0.5))
+bound = float(pd.Series([float(token.projections[0]) for token in plain[1:]]).quantile(0.8))
 safeguard = pl.Safeguard(gloom, threshold=bound, intervention=pl.Steer(vector, 2.0))
 guarded, said_then = reply([safeguard])
 print("without:", said)
@@ -191,4 +191,5 @@ for token in guarded:
 
 # %% [markdown]
 # A small model that judges itself shows how the parts fit, not how well monitoring works on a large one. The bound here
-# is set low so that the safeguard fires: a threshold in use comes from benign chats, as above.
+# is taken from this very reply, so that the safeguard fires: a threshold in use comes from benign chats, as above, and
+# one for single tokens from their tokens.
