@@ -143,5 +143,5 @@ print(prompts[0])
 pd.Series(answers, name="answer").to_frame()
 
 # %% [markdown]
-# Eight steps on sixteen chats are a demonstration; the study above has the controls. Preventative steering does not
-# make the data harmless: at a strong enough dose it costs likelihood too, which the trade-off shows.
+# Eight steps on sixteen chats are a demonstration; the study above has the controls. Preventative steering has its price
+# too: there, for `happy`, the answers lose coherence.
