@@ -143,5 +143,5 @@ print(prompts[0])
 pd.Series(answers, name="answer").to_frame()
 
 # %% [markdown]
-# Eight steps on sixteen chats are a demonstration; the study above has the controls. Preventative steering has its price
-# too: there, for `happy`, the answers lose coherence.
+# Eight steps on sixteen chats are a demonstration; the study above has the controls. Preventative steering has its
+# price too: there, for `happy`, the answers lose coherence.
