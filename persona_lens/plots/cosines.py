@@ -28,7 +28,7 @@ def plot_cosine_matrix(cosines: "pandas.DataFrame", title: str = "") -> "plotly.
         [f"{row} and {column}<br>cosine {number(each)}" for column, each in zip(columns, found, strict=True)]
         for row, found in zip(rows, values, strict=True)
     ]
-    figure = styled_figure(safe(title) or "Cosines between the directions of traits")
+    figure = styled_figure(safe(title, 60) or "Cosines between the directions of traits")
     add_grid(figure, values, hover, name="cosine", decimals=2, scale=DIVERGING, ends=(-1.0, 1.0))
     grown = 36 * max(0, max(len(rows), len(columns)) - 8)
     figure.update_layout(width=700 + grown, height=500 + grown)

@@ -59,7 +59,7 @@ def plot_mitigation(
     _check_points(points, ("trait_score",), baseline)
     every = [point for of in points.values() for point in of]
     looks = _looks(every, baseline)
-    axes = {"trait_score": "mean trait score", "coherence": "mean coherence", "capability": safe(capability, 40)}
+    axes = {"trait_score": "mean trait score", "coherence": "mean coherence", "capability": safe(capability, 48)}
     measures = [name for name in axes if any(_estimate(point, name).value is not None for point in every)]
     names = [f"<b>{safe(trait, 30)}</b>" for trait in points]
     spacing = {"vertical_spacing": 0.05, "horizontal_spacing": 0.04, "row_heights": [3, 2, 2][: len(measures)]}
@@ -109,7 +109,7 @@ def plot_trade_off(
     lacking = sum(None in (point.trait_score.value, _estimate(point, across).value) for point in points)
     notes = [f"numbers beside points are coefficients; {WHISKERS}"]
     notes += [f"{lacking} of {len(points)} points lack a number and are left out"] * bool(lacking)
-    heading = f"{safe(trait, 34)}: mean trait score against {safe(axis or across, 40)}"
+    heading = f"{safe(trait, 34)}: mean trait score against {safe(axis or across, 48)}"
     figure = styled_figure(heading, notes, legend_rows=ceil(len(looks) / 4))
     for method, look in looks.items():
         own, colour = _ordered(points, method), look["marker"]["color"]

@@ -44,6 +44,8 @@ def styled_figure(title: str, notes: Sequence[str] = (), figure: Any = None, *, 
             "x": 0.02,
             "y": 0.97,
             "yanchor": "top",
+            # Plotly puts the first line's baseline, not its top, where it is told to.
+            "pad": {"t": 8},
         },
         margin={"l": 75, "r": 30, "t": 58 + 20 * (len(notes) + legend_rows), "b": 70},
         legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom", "font": {"size": 13}},
