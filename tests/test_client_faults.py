@@ -50,7 +50,8 @@ OVERCOME = {
 @pytest.mark.parametrize("fault", [fault for fault, _ in OVERCOME.values()], ids=OVERCOME)
 def test_a_passing_fault_is_overcome_by_one_more_try(fault):
     with FaultServer(lambda _: "fine", faults=first(fault)) as server:
-        client = client_of(server, timeout=0.5)
+        # Long enough for a busy machine, where the fault is not the waiting itself.
+        client = client_of(server, timeout=0.5 if fault.hang else 20)
         answer = client.complete(asked(top_logprobs=5))
     assert answer.text == "fine"
     assert answer.tokens

@@ -175,7 +175,7 @@ def test_both_model_classes_give_the_same_directions(embedded_directory, both_cl
     assert_cosines(extracted("TransformerBridge"), extracted("HookedTransformer"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_whole_real_responses_give_the_directions_of_one_row_at_a_time(
     embedded_bridge, embedded_hf_model, reference_data
 ):

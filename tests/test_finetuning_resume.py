@@ -221,7 +221,7 @@ def test_checkpoints_hold_no_more_than_two(bridge, tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-5"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_embedded_model_goes_on_where_it_stopped(embedded_bridge, tmp_path):
     settings = {"epochs": 1, "rank": 2, "batch_rows": 1, "checkpoint_every": 1, "dropout": 0.1}
     interrupt(embedded_bridge, 3, output=tmp_path, **settings)

@@ -256,7 +256,7 @@ def test_the_committed_records_say_what_the_documentation_says_of_the_prediction
     }
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_is_measured_on_the_embedded_model_and_again_from_its_files(embedded_bridge: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("lm_eval")

@@ -79,7 +79,7 @@ def scores(folder):
     return Counter(row["key"] for row in rows), {row["key"]: row for row in rows}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_thousand_calls_among_faults_and_two_kills_end_as_a_run_without_either(rollouts, tmp_path):
     undisturbed, disturbed = write_run(tmp_path / "one", rollouts), write_run(tmp_path / "two", rollouts)
     with FaultServer(judge_servers.whole_numbers) as server:

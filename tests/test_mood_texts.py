@@ -286,7 +286,7 @@ def test_runs_of_no_words_are_refused():
 # The real model
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_moods_direction_separates_its_held_out_responses_from_the_other_moods(split, embedded_bridge):
     from persona_lens.activations import stream_means
     from persona_lens.extraction import extract_from_responses

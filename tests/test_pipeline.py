@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytestmark = pytest.mark.end_to_end
+
 FILES = {
     "calibration.json",
     "calibration_rollouts.jsonl",
