@@ -36,12 +36,14 @@ suppress_warnings = ["myst.header"]  # a page that is included may begin below i
 
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has the types
 napoleon_use_rtype = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "inherited-members": False, "show-inheritance": False}
+# What a class inherits from one of ours is its own to a reader; what Python's classes bring along is not.
+autodoc_default_options = {"members": True, "inherited-members": "object, tuple, Protocol, Generic"}
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 add_module_names = False
@@ -55,6 +57,8 @@ generate.write_pages(HERE, HERE / "generated")
 def setup(app: Any) -> None:
     """Make what was written for other readers fit these pages."""
     app.connect("autodoc-process-docstring", _escape_docstring, priority=100)
+    app.connect("autodoc-process-docstring", _give_colons_back, priority=900)
+    app.connect("autodoc-process-signature", _readable_defaults)
     app.connect("source-read", _without_folder_links)
 
 
@@ -73,6 +77,23 @@ def _escape_docstring(app: Any, what: str, name: str, thing: Any, options: Any, 
         else:
             parts[place] = _SPECIAL.sub(r"\\\1", part)
     lines[:] = "".join(parts).split("\n")
+    if what == "property" and lines:
+        lines[0] = lines[0].replace(":", _COLON)
+
+
+# Napoleon takes what stands before a colon in a property's first line for its type.
+_COLON = "\ue000"
+
+
+def _give_colons_back(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [line.replace(_COLON, ":") for line in lines]
+
+
+def _readable_defaults(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """A default that is made anew for each instance stands as `...`, since `<factory>` is no Python."""
+    return signature and signature.replace("<factory>", "..."), returns
 
 
 def _joint(beside: str) -> str:

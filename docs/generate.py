@@ -13,64 +13,65 @@ from typing import Any
 import persona_lens
 
 # Every public name stands in exactly one group; the groups are the steps of the package's docstring.
-GROUPS: dict[str, tuple[str, list[str]]] = {
+GROUPS: dict[str, tuple[str, str]] = {
     "models": (
         "Models and chats: what runs, and which tokens count",
-        ["load_model", "from_paper_layer", "suspended", "generate", "Conversation", "ChatBatch", "chat_batch"]
-        + ["show_tokens", "Transcript", "read_transcripts"],
+        "load_model from_paper_layer suspended generate Conversation ChatBatch chat_batch show_tokens "
+        "Transcript read_transcripts",
     ),
     "traits": (
         "Traits: what is looked for, in words",
-        ["Trait", "InstructionPair", "bundled_traits", "load_trait", "generate_trait", "preview_trait"]
-        + ["template_rubric", "read_reference_trait", "write_reference_trait"],
+        "Trait InstructionPair bundled_traits load_trait generate_trait preview_trait template_rubric "
+        "read_reference_trait write_reference_trait",
     ),
     "rollouts": (
         "Rollouts: the model's own responses",
-        ["Rollout", "sample_rollouts", "read_rollouts", "OpenAIClient", "ServerEngine", "read_messages"]
-        + ["read_reference_csv"],
+        "Rollout sample_rollouts read_rollouts OpenAIClient ServerEngine read_messages read_reference_csv",
     ),
     "judges": (
         "Judges: scores, and which pairs are kept",
-        ["Judge", "LikelihoodRatioJudge", "LLMJudge", "ClassifierJudge", "TextClassifier", "SentimentJudge", "Score"]
-        + ["ScoredRollout", "score_rollouts", "keep_pairs", "judge_agreement"],
+        "Judge LikelihoodRatioJudge LLMJudge ClassifierJudge TextClassifier SentimentJudge Score "
+        "ScoredRollout score_rollouts keep_pairs judge_agreement",
     ),
     "extraction": (
         "Extraction: from responses to vectors",
-        ["extract_persona_vectors", "extract_from_responses", "mean_activations", "CapturedMeans"]
-        + ["difference_in_means"],
+        "extract_persona_vectors extract_from_responses mean_activations CapturedMeans difference_in_means",
     ),
     "vectors": (
         "Vectors: their algebra, projections and files",
-        ["PersonaVectors", "PersonaVector", "cosine_matrix"],
+        "PersonaVectors PersonaVector cosine_matrix",
     ),
     "interventions": (
         "Interventions: steer, ablate, cap",
-        ["Steer", "Ablate", "Cap", "When", "steer", "ablate", "cap", "intervene"],
+        "Steer Ablate Cap When steer ablate cap intervene",
     ),
     "layer_selection": (
         "Layer selection and evaluation",
-        ["select_layer", "LayerSweep", "dose_response", "DoseResponse", "evaluate", "Evaluation"]
-        + ["measure_capability", "Capability", "Question", "read_questions", "mmlu_sample", "lm_eval_accuracy"],
+        "select_layer LayerSweep dose_response DoseResponse evaluate Evaluation measure_capability Capability "
+        "Question read_questions mmlu_sample lm_eval_accuracy",
     ),
     "monitoring": (
         "Monitoring: before, while and after the model speaks",
-        ["monitor", "Monitoring", "stream_watched", "generate_watched", "WatchedReply", "Safeguard"]
-        + ["calibrate_threshold", "Threshold", "save_thresholds", "load_thresholds", "detection", "Detection"],
+        "monitor Monitoring stream_watched generate_watched WatchedReply Safeguard calibrate_threshold "
+        "Threshold save_thresholds load_thresholds detection Detection",
     ),
     "finetuning": (
         "Finetuning and its shift",
-        ["finetune", "Finetuning", "ProjectionPenalty", "Adapter", "adapted", "finetuning_shift", "FinetuningShift"],
+        "finetune Finetuning ProjectionPenalty Adapter adapted finetuning_shift FinetuningShift",
     ),
-    "screening": ("Screening training data", ["screen", "Screening", "read_screening"]),
+    "screening": (
+        "Screening training data",
+        "screen Screening read_screening",
+    ),
     "interop": (
         "Vectors of other tools",
-        ["read_vectors", "write_vectors", "read_reference_vectors", "write_reference_vectors", "read_control_vector"]
-        + ["write_control_vector", "read_sae", "decompose", "push_vectors", "pull_vectors", "persona_scorer"],
+        "read_vectors write_vectors read_reference_vectors write_reference_vectors read_control_vector "
+        "write_control_vector read_sae decompose push_vectors pull_vectors persona_scorer",
     ),
     "pictures": (
         "Pictures and pages",
-        ["write_report", "monitoring_html", "screening_html", "tokens_html"]
-        + sorted(name for name in persona_lens.__all__ if name.startswith("plot_")),
+        "write_report monitoring_html screening_html tokens_html "
+        + " ".join(name for name in persona_lens.__all__ if name.startswith("plot_")),
     ),
 }
 # The picture of the first page: which notebook, and which of its pictures.
@@ -107,21 +108,21 @@ def with_stills(notebook: Path) -> str:
 
 def reference_pages() -> dict[str, str]:
     """A page for each group of public names, and one that lists them; a name without a group is an error."""
-    grouped = [name for _, names in GROUPS.values() for name in names]
+    grouped = [name for _, names in GROUPS.values() for name in names.split()]
     if sorted(grouped) != sorted(persona_lens.__all__):
         wrong = sorted(set(grouped) ^ set(persona_lens.__all__)) or [n for n in grouped if grouped.count(n) > 1]
         raise ValueError(f"docs/generate.py: each public name stands in one group, which does not hold for {wrong}.")
     pages = {}
     for key, (title, names) in GROUPS.items():
         body = [f"# {title}\n"]
-        for name in names:
+        for name in names.split():
             kind = "autoclass" if isinstance(getattr(persona_lens, name), type) else "autofunction"
             body.append(f"```{{eval-rst}}\n.. {kind}:: persona_lens.{name}\n```\n")
         pages[f"reference/{key}.md"] = "\n".join(body)
     listing = "\n".join(f"reference/{key}" for key in GROUPS)
     pages["reference.md"] = (
         "# Reference\n\nEvery public name, from its docstring. All of them are imported from the package itself "
-        "(`import persona_lens as pl`).\nA shape stands in the signature: `Float[Tensor, \"batch pos d_model\"]` is a "
+        '(`import persona_lens as pl`).\nA shape stands in the signature: `Float[Tensor, "batch pos d_model"]` is a '
         f"floating-point tensor with those axes.\n\n```{{toctree}}\n:maxdepth: 1\n\n{listing}\n```\n"
     )
     return pages
