@@ -92,7 +92,9 @@ def _give_colons_back(app: Any, what: str, name: str, thing: Any, options: Any, 
 def _readable_defaults(
     app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """A default that is made anew for each instance stands as `...`, since `<factory>` is no Python."""
+    """A default that is made anew for each instance stands as `...`; a protocol, which is never made, has none."""
+    if signature == "(*args, **kwargs)":
+        return "", returns
     return signature and signature.replace("<factory>", "..."), returns
 
 
