@@ -5,8 +5,11 @@ kept. Knows nothing about Sphinx beyond the directives it writes.
 """
 
 import base64
+import inspect
 import json
 import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +122,48 @@ def reference_pages() -> dict[str, str]:
             kind = "autoclass" if isinstance(getattr(persona_lens, name), type) else "autofunction"
             body.append(f"```{{eval-rst}}\n.. {kind}:: persona_lens.{name}\n```\n")
         pages[f"reference/{key}.md"] = "\n".join(body)
-    listing = "\n".join(f"reference/{key}" for key in GROUPS)
+    body = ["# What they give and take", "Types that are seldom made by hand: results' parts, protocols and records."]
+    for each in types_of([getattr(persona_lens, name) for name in grouped]):
+        body.append(f"```{{eval-rst}}\n.. autoclass:: {each.__module__}.{each.__qualname__}\n```")
+    pages["reference/types.md"] = "\n\n".join(body) + "\n"
+    listing = "\n".join(f"reference/{key}" for key in [*GROUPS, "types"])
     pages["reference.md"] = (
         "# Reference\n\nEvery public name, from its docstring. All of them are imported from the package itself "
         '(`import persona_lens as pl`).\nA shape stands in the signature: `Float[Tensor, "batch pos d_model"]` is a '
         f"floating-point tensor with those axes.\n\n```{{toctree}}\n:maxdepth: 1\n\n{listing}\n```\n"
     )
     return pages
+
+
+def types_of(things: list[Any]) -> list[type]:
+    """The package's other types in the annotations of `things`, and in those of these types, by name."""
+    found: dict[str, type] = {}
+    waiting = list(things)
+    while waiting:
+        for annotation in _annotations(waiting.pop()):
+            for each in _ours(annotation):
+                if each not in things and each.__name__ not in found and not each.__name__.startswith("_"):
+                    found[each.__name__] = each
+                    waiting.append(each)
+    return [found[name] for name in sorted(found)]
+
+
+def _annotations(thing: Any) -> Iterator[Any]:
+    """Those of a function, or of a class's public fields, properties and methods."""
+    notes = getattr(inspect.unwrap(thing), "__annotations__", {})
+    yield from (note for name, note in notes.items() if not name.startswith("_"))
+    members = vars(thing).items() if isinstance(thing, type) else ()
+    for name, member in members:
+        function = getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member)
+        if not name.startswith("_") and inspect.isfunction(function):
+            yield from _annotations(function)
+
+
+def _ours(annotation: Any) -> Iterator[type]:
+    for part in typing.get_args(annotation):
+        yield from _ours(part)
+    if isinstance(annotation, type) and annotation.__module__.startswith("persona_lens"):
+        yield annotation
 
 
 def commands_page() -> str:
@@ -145,7 +183,7 @@ def commands_page() -> str:
         prose, _, example = command.help.partition("Example: ")
         parts.append(f"## {name}\n\n{_prose(prose)}\n")
         if example:
-            parts.append(f"```console\n{' '.join(example.split())}\n```\n")
+            parts.append(f"```bash\n{' '.join(example.split())}\n```\n")
         rows = [_option(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
         parts.append("\n\n".join(rows) + "\n")
     return "\n".join(parts)
