@@ -17,6 +17,8 @@ NAMES ?=
 # Further pytest arguments, such as PYTEST_ARGS='-k means'.
 PYTEST_ARGS ?=
 
+SPHINX := -W --keep-going -q -d docs/_build/doctrees
+
 VENV := .venv
 VENV_TL4 := .venv-tl4
 # Data packages: their own requirements are never imported, and the first one's need a C++ build.
@@ -33,7 +35,7 @@ ifneq ($(REFERENCE_DATA),)
 check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export PERSONA_LENS_REFERENCE_DATA ?= $(abspath $(REFERENCE_DATA))
 endif
 
-.PHONY: demo test test-tl4 check lint bench bench-peers notebooks notebook-outputs soak clean
+.PHONY: demo test test-tl4 check lint docs bench bench-peers notebooks notebook-outputs soak clean
 
 demo: $(VENV)/.installed ## the whole pipeline on the embedded model
 	$(VENV)/bin/persona-lens demo --output runs/demo
@@ -52,6 +54,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/lint-imports
+
+docs: $(VENV)/.installed ## the site, in docs/_build/html, and the examples in it; a warning is an error
+	$(VENV)/bin/python -m sphinx $(SPHINX) -b html docs docs/_build/html
+	$(VENV)/bin/python -m sphinx $(SPHINX) -b doctest docs docs/_build/doctest
 
 bench: $(VENV)/.installed ## the measurements of benchmarks/README.md
 	$(VENV)/bin/python -m benchmarks
@@ -90,5 +96,5 @@ $(VENV_TL4)/.installed: pyproject.toml constraints/tl4.txt
 	$(call install,$(VENV_TL4),constraints/tl4.txt)
 
 clean: ## removes environments and caches; keeps runs/
-	rm -rf $(VENV) $(VENV_TL4) benchmarks/.peers dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf $(VENV) $(VENV_TL4) benchmarks/.peers docs/_build docs/generated dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
