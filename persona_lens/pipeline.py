@@ -171,6 +171,8 @@ def calibrate(
     if not prompts or referee is None:
         return
     made_with = {"engine": engine.name, "seed": seed, "questions": list(dict.fromkeys(row.question for row in prompts))}
+    if referee.contrast_pairs is not None:  # a file without it was made with all pairs
+        made_with["contrast_pairs"] = referee.contrast_pairs
     file = _in(folder, "calibration.json")
     if file is not None and file.exists():
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -193,8 +195,9 @@ def calibrated_judge(
     Responses to be judged should be about as long as those it was calibrated on. Raises ValueError where the folder's
     calibration is damaged or of another trait.
     """
-    judge, file = LikelihoodRatioJudge(model), folder / "calibration.json"
+    file = folder / "calibration.json"
     if not file.exists():
+        judge = LikelihoodRatioJudge(model)
         calibrate(judge, trait, ModelEngine(model, max_new_tokens), folder=folder, seed=seed, progress=progress)
         return judge
     try:
@@ -203,6 +206,7 @@ def calibrated_judge(
         raise ValueError(f"{file} is not a judge's calibration ({error}): move it away to calibrate again.") from error
     if fitted.trait != trait.name:
         raise ValueError(f"{file} is for {fitted.trait!r}, not for {trait.name!r}: name another output.")
+    judge = LikelihoodRatioJudge(model, contrast_pairs=fitted.contrast_pairs)
     judge.calibrations[trait.name] = fitted
     return judge
 

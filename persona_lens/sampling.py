@@ -16,8 +16,8 @@ from torch import Tensor
 
 RUN = 256
 """Tokens that are summed together before a token is searched for."""
-CPU_VALUES = 2**19
-"""Logits that are drawn from at a time on a CPU: what stays in a core's cache."""
+CACHED_VALUES = 2**19
+"""Logits that are worked on at a time on a CPU: what stays in a core's cache."""
 
 
 def row_uniforms(seed: int, keys: Sequence[str], steps: int) -> Float[Tensor, "row step"]:
@@ -45,9 +45,14 @@ def sample(
         best = logits.max(dim=-1)
         _refuse_nan(best.values)
         return best.indices
-    at_once = max(1, CPU_VALUES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    at_once = rows_at_a_time(logits)
     pieces = zip(logits.split(at_once), uniforms.to(logits.device).split(at_once), strict=True)
     return torch.cat([_draw(rows, numbers, temperature, top_p) for rows, numbers in pieces])
+
+
+def rows_at_a_time(logits: Float[Tensor, "row d_vocab"]) -> int:
+    """Rows whose logits are worked on together: as many as stay in a CPU's cache, and all on an accelerator."""
+    return max(1, CACHED_VALUES // logits.shape[-1] if logits.device.type == "cpu" else len(logits))
 
 
 def _draw(

@@ -242,6 +242,13 @@ def test_temperature_zero_takes_the_best_whatever_the_number(generation):
     assert generation.sample(logits, uniforms, temperature=0.0).tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 8), ("meta", 2000)])  # meta stands for an accelerator
+def test_only_a_cpu_works_on_a_cacheful_at_a_time(device, rows):
+    from persona_lens.sampling import rows_at_a_time
+
+    assert rows_at_a_time(torch.empty(2000, 2**16, device=device)) == rows
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 @pytest.mark.parametrize("d_vocab", [3, 256, 1000])
 def test_a_wide_vocabulary_is_searched_as_by_one_sum_over_it(generation, d_vocab, top_p):

@@ -11,6 +11,7 @@ from persona_lens.chat import chat_messages, tokenize_chat
 from persona_lens.judges import Calibration, CoherenceScale, LikelihoodRatioJudge
 from persona_lens.judges.coherence import distinct_four_grams, loop_words, shuffle_words
 from persona_lens.models import resid_post_name
+from persona_lens.pipeline import calibrated_judge as judge_of_folder
 from persona_lens.rollouts import Rollout
 from persona_lens.traits import InstructionPair, Trait, load_trait
 from tests import naive
@@ -53,7 +54,7 @@ def make_calibration(trait=GRUMPY, **changes):
 def calibrated_judge(model, trait=GRUMPY, contrast_pairs=None, **changes):
     """A judge whose constants are given, since random weights have nothing to fit them to."""
     judge = LikelihoodRatioJudge(model, contrast_pairs=contrast_pairs)
-    judge.calibrations[trait.name] = make_calibration(trait, **changes)
+    judge.calibrations[trait.name] = make_calibration(trait, contrast_pairs=contrast_pairs, **changes)
     return judge
 
 
@@ -145,6 +146,23 @@ def test_a_neutral_question_is_judged_under_the_same_pairs_whatever_was_answered
         if judge.score(with_instruction(pair, "Suffer and lie."), [row]) != judge.score(GRUMPY, [row])
     }
     assert len(asked) == 1
+
+
+def test_constants_of_other_pairs_are_refused(tiny_model):
+    judge = LikelihoodRatioJudge(tiny_model)
+    judge.calibrations[GRUMPY.name] = make_calibration(contrast_pairs=1)
+    with pytest.raises(ValueError, match="has contrast_pairs=1 and this judge None: make the judge with the former"):
+        judge.score(GRUMPY, ANSWERS)
+
+
+@pytest.mark.parametrize("contrast_pairs", [None, 1])
+def test_a_folders_judge_asks_as_many_pairs_as_it_was_calibrated_with(tiny_model, tmp_path, contrast_pairs):
+    judge = calibrated_judge(tiny_model, contrast_pairs=contrast_pairs)
+    saved = {"made_with": {}, "calibration": judge.calibration(GRUMPY).to_dict()}
+    (tmp_path / "calibration.json").write_text(json.dumps(saved))
+    again = judge_of_folder(tiny_model, GRUMPY, tmp_path, max_new_tokens=4)
+    assert again.name(GRUMPY) == judge.name(GRUMPY)
+    assert again.score(GRUMPY, ANSWERS) == judge.score(GRUMPY, ANSWERS)
 
 
 def test_less_than_one_pair_is_refused(tiny_model):

@@ -60,6 +60,6 @@ def convert(
     )
     write_vectors(vectors, output, format=cast(Any, format and format.value), layers=layer)
     say(f"{vectors!r} is in {output}.")
-    for number, reason in vectors.missing.items():
-        if len(vectors.missing) <= 3:
+    if len(vectors.missing) <= 3:  # of a control vector it would be nearly all
+        for number, reason in vectors.missing.items():
             say(f"Layer {number} is missing: {reason}.")

@@ -15,11 +15,10 @@ from tqdm.auto import tqdm
 from persona_lens.chat import ChatTokens
 from persona_lens.models import Model, default_token_budget, suspended
 from persona_lens.prefix import pad, prefix_batches, unique_prompts
+from persona_lens.sampling import rows_at_a_time
 
 LOGIT_VALUES = 2**26
 """Logits held at a time (a quarter of a gigabyte in float32): vocabularies differ tenfold, memory does not."""
-NORMALISED_VALUES = 2**19
-"""Logits that are normalised at a time on a CPU: what stays in a core's cache."""
 
 
 def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens], *, progress: bool = False) -> Float[Tensor, " row"]:
@@ -66,7 +65,6 @@ def intervened_log_likelihoods(
 
 def _log_normalisers(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch pos"]:
     """What turns logits into log-probabilities, a few tokens at a time: exponentials of all of them fill no cache."""
-    at_once = max(1, NORMALISED_VALUES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     flat = rearrange(logits, "batch pos d_vocab -> (batch pos) d_vocab")
-    parts = torch.cat([part.float().logsumexp(dim=-1) for part in flat.split(at_once)])
+    parts = torch.cat([part.float().logsumexp(dim=-1) for part in flat.split(rows_at_a_time(flat))])
     return rearrange(parts, "(batch pos) -> batch pos", batch=len(logits))

@@ -33,7 +33,10 @@ MIN_COHERENCE = 50.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """The judge's fitted constants for one trait, and how good it was on the questions they were fitted on."""
+    """The judge's fitted constants for one trait, and how good it was on the questions they were fitted on.
+
+    They belong to ratios over `contrast_pairs` other pairs, and over all of them where that is None.
+    """
 
     trait: str
     slope: float
@@ -41,6 +44,7 @@ class Calibration:
     coherence: CoherenceScale
     questions: tuple[str, ...]
     diagnostics: Mapping[str, float | int | None]
+    contrast_pairs: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -54,7 +58,11 @@ class Calibration:
 
 
 class LikelihoodRatioJudge:
-    """Judges with the model itself, unsteered and unadapted; calibrate it once a trait before scoring."""
+    """Judges with the model itself, unsteered and unadapted; calibrate it once a trait before scoring.
+
+    `contrast_pairs` bounds how many other pairs a response is judged under (None: all), and with it the work; what
+    fewer cost in AUC is in docs/experiments.md. Raises ValueError where it is below 1.
+    """
 
     def __init__(
         self,
@@ -97,13 +105,19 @@ class LikelihoodRatioJudge:
         return plan_rollouts(trait, questions=questions, per_question=1) + neutral
 
     def calibration(self, trait: Trait) -> Calibration:
-        """The trait's calibration; raises ValueError where there is none yet."""
+        """The trait's calibration; raises ValueError where there is none yet, or it is for other `contrast_pairs`."""
         if trait.name not in self.calibrations:
             raise ValueError(
                 f"The judge is not calibrated for {trait.name!r}: sample `judge.plan_calibration(trait)` and "
                 "pass them to `judge.calibrate(trait, rollouts)`, or use `extract_persona_vectors`, which does both."
             )
-        return self.calibrations[trait.name]
+        fitted = self.calibrations[trait.name]
+        if fitted.contrast_pairs != self.contrast_pairs:
+            raise ValueError(
+                f"The calibration for {trait.name!r} has contrast_pairs={fitted.contrast_pairs} and this judge "
+                f"{self.contrast_pairs}: make the judge with the former, or calibrate it anew."
+            )
+        return fitted
 
     def used_questions(self, trait: Trait) -> tuple[str, ...]:
         """The questions of the trait's calibration, which are never scored."""
@@ -147,6 +161,7 @@ class LikelihoodRatioJudge:
             coherence=coherence,
             questions=tuple(dict.fromkeys(row.question for row in rollouts)),
             diagnostics=diagnostics,
+            contrast_pairs=self.contrast_pairs,
         )
         self.calibrations[trait.name] = fitted
         return fitted
