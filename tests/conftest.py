@@ -43,14 +43,21 @@ LONGEST = "test_readme.py"
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Whatever asks for an embedded model is marked `embedded`, so that no test can forget it, and its file runs early.
+    """Mark what asks for an embedded model `embedded`, and files that run any model `runs_model`; long files go first.
 
-    Workers share the tests out file by file: a long file that begins last keeps one of them busy alone.
+    So no test can forget its mark. Workers share the tests out file by file: a long one that begins last keeps one
+    worker busy alone.
     """
+    runs_model = {item.path for item in items if hasattr(getattr(item, "module", None), "tiny")}
     for item in items:
         names = getattr(item, "fixturenames", [])
         if "llama_server" in names or any(name.startswith("embedded_") for name in names):
             item.add_marker("embedded")
+        if any("model" in name or "bridge" in name for name in names):
+            runs_model.add(item.path)
+    for item in items:
+        if item.path in runs_model:
+            item.add_marker("runs_model")
     yield
     long = {item.path for item in items if item.get_closest_marker("embedded") or item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != LONGEST, item.path not in long))
