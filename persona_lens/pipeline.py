@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -23,15 +23,20 @@ from persona_lens.judges import (
     Judge,
     KeepReport,
     LikelihoodRatioJudge,
+    ScoredRollout,
     keep_pairs,
     pair_rollouts,
     score_rollouts,
 )
 from persona_lens.models import Model
+from persona_lens.monitoring import monitor
 from persona_lens.records import ensure_writable, write_json
 from persona_lens.rollouts import ModelEngine, Prompt, Rollout, RolloutEngine, collect_rollouts, plan_rollouts
 from persona_lens.traits import Trait, load_trait
+from persona_lens.transcripts import Transcript
 from persona_lens.vectors import PersonaVectors, Position
+
+Pair = TypeVar("Pair")
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ def extract_persona_vectors(
     )
     if folder is not None:
         vectors.save(folder / "vectors.safetensors")
+        read_examples(model, vectors, kept, folder / "example_tokens.jsonl")
         write_json(folder / "summary.json", summarize(vectors, plan, report, judge, trait, rollouts))
     return vectors
 
@@ -236,6 +242,23 @@ def summarize(
         summary["judge_calibration"] = fitted.calibration(trait).to_dict()
         summary["judge_tokens"] = fitted.token_count(trait, rollouts)._asdict()
     return summary
+
+
+def example_pairs(kept: Sequence[Pair], count: int = 3) -> Sequence[Pair]:
+    """A few of the kept pairs, spread over all of them, that stand for the rest where people read."""
+    return kept[:: max(1, len(kept) // count)][:count]
+
+
+def read_examples(
+    model: Model, vectors: PersonaVectors, kept: Sequence[tuple[ScoredRollout, ScoredRollout]], output: Path
+) -> None:
+    """Write every token's projection, at every layer, for the responses of `example_pairs`: a page colours them."""
+    rollouts = [side.rollout for pair in example_pairs(kept) for side in pair]
+    chats = [
+        Transcript([*row.prompt.messages, {"role": "assistant", "content": row.response}], row.key) for row in rollouts
+    ]
+    directions = [vectors.at(layer) for layer in vectors.known_layers]
+    monitor(model, chats, directions, tokens=True, output=output, progress=False)
 
 
 def best_layer(vectors: PersonaVectors) -> int | None:

@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from persona_lens.judges import ScoredRollout, keep_pairs, pair_rollouts
 from persona_lens.layer_selection import DoseResponse
+from persona_lens.monitoring.result import (
+    ChatProjections,
+    MonitoredVector,
+    Monitoring,
+    TokenProjections,
+    TurnProjections,
+)
 from persona_lens.pipeline import ExtractionPlan, summarize
 from persona_lens.records import JsonLines, write_json
 from persona_lens.rollouts import Rollout
@@ -48,7 +56,27 @@ def make_run(folder, *, trait=TRAIT.name, said="so it is", judge="made up", syst
     summary = summarize(vectors, plan, report, LetterJudge(), TRAIT, rollouts) | {"judge": judge}
     write_json(folder / "summary.json", summary)
     _keep_sweep(folder, trait, said, judge)
+    make_examples(vectors, scored[:2]).save(folder / "example_tokens.jsonl")
     return folder
+
+
+def make_examples(vectors, scored):
+    """The responses word by word: at layer l the n-th word of the first one projects to 10 l + n, of others to less."""
+    measured = tuple(
+        MonitoredVector(vectors.trait, layer, vectors.at(layer).fingerprint) for layer in vectors.known_layers
+    )
+
+    def chat(place, row):
+        words = re.findall(r"\s*\S+", row.rollout.response)
+        values = torch.tensor(
+            [[10.0 * each.layer + n - 20 * place for each in measured] for n in range(len(words) + 1)]
+        )
+        tokens = TokenProjections(("asked", *words), 1, values)
+        means = tuple(values[1:].mean(dim=0).tolist())
+        turn = TurnProjections(2, tuple(values[0].tolist()), means, len(words), tokens=tokens)
+        return ChatProjections(row.rollout.key, (turn,))
+
+    return Monitoring(measured, tuple(chat(place, row) for place, row in enumerate(scored)))
 
 
 def make_pairs(trait, said, system):

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.end_to_end
 FILES = {
     "calibration.json",
     "calibration_rollouts.jsonl",
+    "example_tokens.jsonl",
     "response_means.npy",
     "rollouts.jsonl",
     "row_means.npy",

@@ -103,6 +103,23 @@ def test_a_kept_pair_and_one_of_each_reason_are_shown(page):
     ]
 
 
+def test_tokens_of_a_kept_pair_have_the_colour_of_their_projection_at_the_recommended_layer(page):
+    tokens = re.findall(r'style="--c0:#(\w{6})\w\w" title="(layer 0: [^"]*)">\s*(\w+)<', page)
+    assert [text for *_, text in tokens[:2]] == ["positive", "0"]
+    assert [text for *_, text in tokens if text in ("positive", "negative")] == ["positive", "negative"]
+    above, below = ({colour for colour, said, _ in tokens if (" -" in said) is negative} for negative in (False, True))
+    assert len(above) == len(below) == 1
+    assert above != below
+    assert "coloured by their projection on the direction of layer 0" in words(page)
+
+
+def test_without_their_projections_kept_responses_are_plain_text(folder):
+    (folder / "example_tokens.jsonl").unlink()
+    page = write(folder)
+    assert "coloured" not in words(page)
+    assert "positive 0 so it is" in words(page)
+
+
 def test_the_keep_rule_is_the_runs_own(folder):
     summary = json.loads((folder / "summary.json").read_text())
     summary["pairs"] |= {"threshold": 85.0, "kept": 2, "dropped": {}}
@@ -169,6 +186,7 @@ def test_what_is_no_run_is_refused_with_what_makes_one(tmp_path, file):
 @pytest.mark.parametrize(
     "file",
     [
+        "example_tokens.jsonl",
         "trait.json",
         "summary.json",
         "calibration.json",

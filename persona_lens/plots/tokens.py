@@ -135,6 +135,18 @@ def monitoring_html(
     )
 
 
+def coloured_tokens(pieces: Sequence[str], values: Sequence[float], *, name: str, neutral: float, reach: float) -> str:
+    """Tokens as elements of a page that has their style: full colour is `reach` away from `neutral`."""
+    scale = _Scale(name, neutral, reach, None)
+    return "".join(_token(piece, np.array([value]), [scale]) for piece, value in zip(pieces, values, strict=True))
+
+
+def colour_scale(values: Sequence[float]) -> tuple[float, float]:
+    """The median, which has no colour, and how far from it full colour is, for texts that share a scale."""
+    neutral = float(np.median(values))
+    return neutral, _reach(np.asarray(values) - neutral)
+
+
 def _matrix(projections: Any) -> np.ndarray:
     if isinstance(projections, Tensor):
         projections = projections.detach().cpu().float().numpy()

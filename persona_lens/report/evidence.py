@@ -8,17 +8,18 @@ from collections.abc import Iterator, Mapping
 from math import isnan
 from typing import Any
 
-from persona_lens.pipeline import best_layer
+from persona_lens.pipeline import best_layer, example_pairs
 from persona_lens.plots.curves import plot_layer_statistics
 from persona_lens.plots.page import escaped, visible
 from persona_lens.plots.page_parts import cut_text, facts_html
 from persona_lens.plots.style import number
+from persona_lens.report.examples import coloured_texts
 from persona_lens.report.findings import MAKERS, choice_of, judge_name, missing
 from persona_lens.report.run import FILES, JudgedPair, Run
 from persona_lens.report.sections import Section, absent, boxed_table, figure, note
 from persona_lens.report.steering import answer_html
 
-N_KEPT, LONGEST_PROMPT = 3, 400
+LONGEST_PROMPT = 400
 DIAGNOSTICS = {
     "auc_without_own_pair": ("AUC, own pair left out", "near 1"),
     "auc_with_own_pair": ("AUC with the own pair", "not much above"),
@@ -82,7 +83,7 @@ def _layer_row(layer: Any, row: Mapping[Any, float], marks: Mapping[Any, str]) -
     ]
 
 
-def responses_section(run: Run) -> Section:
+def responses_section(run: Run, min_coherence: float) -> Section:
     """What was kept and dropped, and samples of both."""
     heading, report = "The responses behind the vectors", run.report
     counted = "" if report is None else note(f"{report}.")
@@ -97,14 +98,15 @@ def responses_section(run: Run) -> Section:
             "what the vectors were made of, and no sample is shown."
         )
         return Section(heading, counted + note(said))
-    step = max(1, len(kept) // N_KEPT)
     of_reasons = {pair.dropped: pair for pair in reversed(run.pairs) if pair.dropped is not None}
-    cards = [_pair(pair) for pair in (*kept[::step][:N_KEPT], *of_reasons.values())]
-    about = f"{min(N_KEPT, len(kept))} of the kept pairs, and the first of those that each reason dropped."
+    texts, colours = coloured_texts(run, min_coherence)
+    examples = example_pairs(kept)
+    cards = [_pair(pair, texts) for pair in (*examples, *of_reasons.values())]
+    about = f"{len(examples)} of the kept pairs, and the first of those that each reason dropped. {colours}"
     return Section(heading, counted + note(about) + "".join(cards))
 
 
-def _pair(pair: JudgedPair) -> str:
+def _pair(pair: JudgedPair, texts: Mapping[str, str]) -> str:
     """A pair side by side, under its question."""
     sides = [side for side in (pair.positive, pair.negative) if side is not None]
     mark = (
@@ -112,7 +114,8 @@ def _pair(pair: JudgedPair) -> str:
     )
     answers = "".join(
         f"<div><header><strong>{escaped(side.rollout.polarity)}</strong>"
-        f"<span>{cut_text(side.rollout.system_prompt, LONGEST_PROMPT)}</span></header>{answer_html(side)}</div>"
+        f"<span>{cut_text(side.rollout.system_prompt, LONGEST_PROMPT)}</span></header>"
+        f"{answer_html(side, texts.get(side.rollout.key))}</div>"
         for side in sides
     )
     question = cut_text(sides[0].rollout.question, LONGEST_PROMPT)

@@ -48,6 +48,8 @@ details .note { margin: .4rem 0; }
 .sample .both { gap: .9rem 1.6rem; }
 .sample .text { font-size: 14px; }
 .text { unicode-bidi: plaintext; }
+.t { background: var(--c0); border-radius: 3px; padding: .12em 0; unicode-bidi: isolate; }
+.t:hover { outline: 1.5px solid var(--ink); }
 .meter { display: block; height: 5px; border-radius: 3px; background: var(--line); overflow: hidden; }
 .meter i { display: block; height: 100%; background: #0072b2; }
 .scores { color: var(--grey); font-size: .8rem; font-variant-numeric: tabular-nums; margin: .2rem 0 .3rem; }

@@ -41,7 +41,7 @@ def report_html(run: Run, *, min_coherence: float = 75.0) -> str:
         confirmation_section(run),
         texts_section(run, min_coherence),
         layers_section(run, min_coherence),
-        responses_section(run),
+        responses_section(run, min_coherence),
         judge_section(run),
         origin_section(run),
     ]

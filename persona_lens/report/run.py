@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from persona_lens.judges import Calibration, KeepReport, ScoredRollout, keep_pairs, pair_rollouts, read_scores
 from persona_lens.layer_selection import DoseResponse, LayerSweep
+from persona_lens.monitoring import Monitoring
 from persona_lens.rollouts import read_rollouts
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors
@@ -32,6 +33,7 @@ FILES = {
     "dose_scores.jsonl": "the judge’s scores of those",
     "response_means.npy": "mean activations, read while sampling",
     "row_means.npy": "mean activations of the kept responses",
+    "example_tokens.jsonl": "every token’s projection, for a few of the kept responses",
 }
 """The files of a run, and what they hold."""
 
@@ -65,6 +67,7 @@ class Run:
         scored: The judged rollouts.
         sweep: Layers and coefficients.
         confirmed: The choice on other questions.
+        examples: A few kept responses token by token, each chat under its rollout's key.
         files: Name and bytes of each file.
     """
 
@@ -77,6 +80,7 @@ class Run:
     scored: tuple[ScoredRollout, ...] = ()
     sweep: LayerSweep | None = None
     confirmed: DoseResponse | None = None
+    examples: Monitoring | None = None
     files: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -142,6 +146,7 @@ def read_run(folder: str | Path) -> Run:
         _read(here.get("rollouts.jsonl") and here.get("scores.jsonl"), _scored) or (),
         _read(here.get("layer_sweep.json"), lambda path: LayerSweep.load(path.parent)),
         _read(here.get("dose_response.json"), lambda path: DoseResponse.load(path.parent)),
+        _read(here.get("example_tokens.jsonl"), Monitoring.load),
         # An older page is no part of the run.
         tuple(
             sorted(

@@ -129,13 +129,16 @@ def _answer(head: str, row: ScoredRollout | None) -> str:
     return f"<div><header>{head}</header>{answer_html(row)}</div>"
 
 
-def answer_html(row: ScoredRollout) -> str:
-    """An answer under its scores; the bar is as long as the trait score, and missing where that is."""
+def answer_html(row: ScoredRollout, shown: str | None = None) -> str:
+    """An answer under its scores; the bar is as long as the trait score, and missing where that is.
+
+    `shown` is the answer as HTML, where it is more than its text.
+    """
     bar = ""
     if row.trait_score is not None:
         bar = f'<span class=meter aria-hidden=true><i style="width:{row.trait_score:.0f}%"></i></span>'
     scores = f"trait {number(row.trait_score, 0)} · coherence {number(row.coherence, 0)}"
-    text = _long(row.rollout.response) if not row.is_empty else "<span class=cut>no text</span>"
+    text = "<span class=cut>no text</span>" if row.is_empty else shown or _long(row.rollout.response)
     return f"{bar}<p class=scores>{scores}</p><div class=text>{text}</div>"
 
 
