@@ -1,0 +1,95 @@
+"""Draws the README's picture from a run's folder, with a headless Chromium.
+
+python docs/picture.py runs/demo    # writes docs/images/readme.png
+"""
+
+import argparse
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import plotly.io
+
+from persona_lens import plot_frontier, plot_layer_statistics
+from persona_lens.judges import ScoredRollout
+from persona_lens.plots.page import escaped
+from persona_lens.report import read_run
+from persona_lens.report.examples import coloured_texts
+from persona_lens.report.look import REPORT_STYLE
+from persona_lens.report.run import Run
+
+OUTPUT = Path(__file__).parent / "images" / "readme.png"
+WIDTH, HEIGHT = 1280, 660
+MIN_COHERENCE = 75.0
+STYLE = """
+:root { --ink: #1d1d1f; --grey: #6b6b70; --line: #d9d9de; --ground: #fff; --card: #fff; }
+body { margin: 0; padding: 22px 30px; color: var(--ink); background: #fff;
+  font: 15px/1.5 "Liberation Sans", Arial, sans-serif; }
+.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 24px; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 24px; margin-top: 6px; }
+h1 { font-size: 22px; margin: 0 0 12px; letter-spacing: 0; }
+h2 { font-size: 16px; margin: 0; }
+p { margin: 0 0 4px; color: var(--grey); }
+"""
+
+
+def main() -> None:
+    """Read the run that is named, and draw it."""
+    parser = argparse.ArgumentParser(description="Draws the README's picture from a run's folder.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
+    chosen = parser.parse_args()
+    OUTPUT.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "page.html"
+        page.write_text(page_of(read_run(chosen.run)), encoding="utf-8")
+        flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=10000"]
+        size = [f"--window-size={WIDTH},{HEIGHT}", "--force-device-scale-factor=1.5", f"--screenshot={OUTPUT}"]
+        subprocess.run([chosen.chromium, *flags, *size, page.as_uri()], check=True, capture_output=True)
+    print(OUTPUT)
+
+
+def page_of(run: Run) -> str:
+    """Layers and frontier side by side over a kept pair, token by token."""
+    if run.trait is None or run.vectors is None or run.sweep is None or run.examples is None:
+        raise SystemExit(
+            f"{run.folder} lacks a trait, vectors, a sweep or example tokens: make it with `persona-lens demo`."
+        )
+    figures = [plot_layer_statistics(run.vectors), plot_frontier(run.sweep, min_coherence=MIN_COHERENCE)]
+    drawn = [
+        plotly.io.to_html(
+            figure.update_layout(
+                title=None, width=598, height=370, font_size=12, margin={"t": 50, "l": 56, "r": 12, "b": 44}
+            ).update_annotations(font_size=12),
+            full_html=False,
+            include_plotlyjs=place == 0,
+            config={"staticPlot": True},
+        )
+        for place, figure in enumerate(figures)
+    ]
+    texts, _ = coloured_texts(run, MIN_COHERENCE)
+    kept = next(pair for pair in run.pairs if pair.dropped is None and pair.positive.rollout.key in texts)
+    told = (run.trait.positive_adjective, kept.positive), (run.trait.negative_adjective, kept.negative)
+    sides = "".join(_side(adjective, side, texts) for adjective, side in told if side is not None)
+    best = run.sweep.best(MIN_COHERENCE)
+    return (
+        f"<!doctype html><meta charset=utf-8><style>{REPORT_STYLE}{STYLE}</style>"
+        f"<h1>{escaped(run.name)}, a persona vector of {escaped(run.vectors.provenance.model.name)}</h1>"
+        "<div class=plots><div><h2>How good is each layer's direction?</h2><p>On questions it was not made of.</p>"
+        f"{drawn[0]}</div><div><h2>What does steering with it do, and cost?</h2>"
+        f"<p>Each mark is a layer at a coefficient; layer {best.layer} at {best.coefficient:g} is recommended.</p>{drawn[1]}</div></div>"
+        f"<h2>{escaped(kept.positive.rollout.question)}</h2>"
+        f"<p>Two of the model's answers, each token in the colour of its projection on layer {best.layer}.</p>"
+        f"<div class=pair>{sides}</div>"
+    )
+
+
+def _side(adjective: str, side: ScoredRollout, texts: Mapping[str, str]) -> str:
+    score = "no score" if side.trait_score is None else f"trait score {side.trait_score:.0f}"
+    return f"<div><b>told to be {escaped(adjective)}</b> · {score}<div class=text>{texts[side.rollout.key]}</div></div>"
+
+
+if __name__ == "__main__":
+    main()
