@@ -70,19 +70,25 @@ def page_of(run: Run) -> str:
         for place, figure in enumerate(figures)
     ]
     texts, _ = coloured_texts(run, MIN_COHERENCE)
-    kept = next(pair for pair in run.pairs if pair.dropped is None and pair.positive.rollout.key in texts)
-    told = (run.trait.positive_adjective, kept.positive), (run.trait.negative_adjective, kept.negative)
-    sides = "".join(_side(adjective, side, texts) for adjective, side in told if side is not None)
+    sides = [
+        side
+        for pair in run.pairs
+        for side in (pair.positive, pair.negative)
+        if side is not None and side.rollout.key in texts
+    ]
+    adjectives = {"positive": run.trait.positive_adjective, "negative": run.trait.negative_adjective}
+    answers = "".join(_side(adjectives[side.rollout.polarity], side, texts) for side in sides[:2])
     best = run.sweep.best(MIN_COHERENCE)
+    of = "" if run.vectors.provenance is None else f" of {run.vectors.provenance.model.name}"
     return (
         f"<!doctype html><meta charset=utf-8><style>{REPORT_STYLE}{STYLE}</style>"
-        f"<h1>{escaped(run.name)}, a persona vector of {escaped(run.vectors.provenance.model.name)}</h1>"
+        f"<h1>{escaped(run.name)}, a persona vector{escaped(of)}</h1>"
         "<div class=plots><div><h2>How good is each layer's direction?</h2><p>On questions it was not made of.</p>"
-        f"{drawn[0]}</div><div><h2>What does steering with it do, and cost?</h2>"
-        f"<p>Each mark is a layer at a coefficient; layer {best.layer} at {best.coefficient:g} is recommended.</p>{drawn[1]}</div></div>"
-        f"<h2>{escaped(kept.positive.rollout.question)}</h2>"
+        f"{drawn[0]}</div><div><h2>What does steering with it do, and cost?</h2><p>Each mark is a layer at a "
+        f"coefficient; layer {best.layer} at {best.coefficient:g} is recommended.</p>{drawn[1]}</div></div>"
+        f"<h2>{escaped(sides[0].rollout.question)}</h2>"
         f"<p>Two of the model's answers, each token in the colour of its projection on layer {best.layer}.</p>"
-        f"<div class=pair>{sides}</div>"
+        f"<div class=pair>{answers}</div>"
     )
 
 
