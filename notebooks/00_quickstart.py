@@ -43,10 +43,11 @@ print(trait.system_prompt("negative", 0))
 #
 # One call samples answers under contrasting system prompts, judges them, keeps the pairs that show the contrast, and
 # takes the difference in means of the residual stream at every layer. The judge is the model itself: how much likelier
-# is an answer under the trait's positive system prompts than under its negative ones?
+# is an answer under the trait's positive system prompts than under its negative ones? To be quick, it asks two of the
+# other pairs' prompts; all of them are the default.
 
 # %%
-judge = pl.LikelihoodRatioJudge(model, calibration_questions=2)
+judge = pl.LikelihoodRatioJudge(model, calibration_questions=2, contrast_pairs=2)
 vectors = pl.extract_persona_vectors(
     model,
     trait,

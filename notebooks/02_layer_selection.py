@@ -39,7 +39,7 @@ trait = pl.load_trait("evil")
 # ## A direction for every layer, and a judge
 #
 # Answers to four questions under contrasting system prompts; to be quick, without the judge's choice of pairs that
-# notebook 01 shows. The judge is calibrated on questions that nothing else uses.
+# notebook 01 shows. The judge is calibrated on questions that nothing else uses, and asks two other pairs a response.
 
 # %%
 rollouts = pl.sample_rollouts(
@@ -54,7 +54,7 @@ sides = [[row for row in rollouts if row.polarity == side] for side in ("positiv
 vectors = pl.extract_from_responses(
     model, *([row.conversation() for row in side] for side in sides), trait=trait.name, progress=False
 )
-judge = pl.LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3)
+judge = pl.LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3, contrast_pairs=2)
 engine = ModelEngine(model, max_new_tokens=24)
 fitted = judge.calibrate(trait, collect_rollouts(engine, judge.plan_calibration(trait), progress=False))
 print(f"the judge's AUC on its calibration questions: {fitted.diagnostics['auc_without_own_pair']:.2f}")
