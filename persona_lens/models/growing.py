@@ -34,9 +34,9 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[..., : length + 1, :] for room in self._room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the given rows, in tensors of their own."""
-        super().batch_select_indices(indices)
+        super().reorder_cache(beam_idx)
         self._room = None
 
 
