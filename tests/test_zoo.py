@@ -214,7 +214,7 @@ def test_a_long_reply_is_predicted_as_by_whole_passes_while_rows_leave_its_batch
     mask = torch.ones_like(prompts).bool()
     mask[1, :5] = False
     _, past = models.forward(case.model, prompts, mask, keep_past=True)
-    rows = torch.arange(3)
+    rows, logits = torch.arange(3), torch.zeros(0)
     for step in range(replies.shape[1]):
         if step == 5:
             past, rows = past.select(torch.tensor([2, 1])), rows[[2, 1]]

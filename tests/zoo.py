@@ -101,13 +101,10 @@ class Architecture:
     def hooked_by_hand(self, hf_model: Any, tokenizer: Any) -> Any:
         """A `HookedTransformer` of a size that TransformerLens's list of names has not."""
         from transformer_lens import HookedTransformer, HookedTransformerConfig
-        from transformer_lens.pretrained import weight_conversions
+        from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
+        from transformer_lens.pretrained.weight_conversions.olmo2 import convert_olmo2_weights
 
-        convert = {
-            "Gemma2ForCausalLM": weight_conversions.convert_gemma_weights,
-            "Gemma3ForCausalLM": weight_conversions.convert_gemma_weights,
-            "Olmo2ForCausalLM": weight_conversions.convert_olmo2_weights,
-        }[self.model]
+        convert = convert_olmo2_weights if self.model == "Olmo2ForCausalLM" else convert_gemma_weights
         config = HookedTransformerConfig(
             **self.by_hand,
             d_vocab=len(tokenizer),

@@ -137,7 +137,7 @@ def _forward_bridge(
 
 def _finite_masks(
     config: Any, tokens: Int[Tensor, "batch pos"], seen: Bool[Tensor, "batch seen"], cache: Any
-) -> Tensor | dict[str, Tensor | None]:
+) -> Tensor | dict[str, Tensor | None] | None:
     """The model's own masks, one for each kind of its layers, in float32 for a float64 model.
 
     The lowest float64 is minus infinity to the float32 softmax of Hugging Face's attention, so padding that may attend

@@ -5,7 +5,7 @@ single token takes room for those that follow, and each of them is written into 
 Knows nothing about models beyond the cache that they are given.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the given rows, in tensors of their own."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(Any, beam_idx))
         self._room = None
 
 

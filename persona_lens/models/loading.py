@@ -102,7 +102,8 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
         except (NotImplementedError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"HookedTransformer does not know the architecture {type(hf_model).__name__} ({error}). "
-                "Load it with model_class='TransformerBridge'."
+                "Load it with model_class='TransformerBridge', or, where TransformerLens lists its name, by "
+                "HookedTransformer.from_pretrained_no_processing."
             ) from error
     config.model_name = hf_model.config._name_or_path or type(hf_model).__name__
     model = HookedTransformer(config, tokenizer)

@@ -197,8 +197,8 @@ def token_projections(
             read = found.read()
             bad = ~read.isfinite() & mask[..., None]
             if bool(bad.any()):
-                row, _, vector = min(bad.nonzero().tolist(), key=lambda place: vectors[place[2]].layer)
-                raise NotFinite(batch[row], vectors[vector].layer)
+                layer, row = min((vectors[vector].layer, batch[row]) for row, _, vector in bad.nonzero().tolist())
+                raise NotFinite(row, layer)
             for place, values in zip(batch, read, strict=True):
                 yield place, values[: len(rows[place])]
 
