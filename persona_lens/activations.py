@@ -124,7 +124,25 @@ def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iter
         yield found
 
 
-def _stack(sums: Sequence[tuple[Tensor, Tensor]]) -> PooledResiduals:
+class NotFinite(ValueError):
+    """Activations that hold NaN or infinity, by the row of what was given and the layer (-1: the embedding)."""
+
+    def __init__(self, row: int, layer: int):
+        where = "the embedding" if layer < 0 else f"layer {layer}"
+        remedy = "Load it with a wider dtype (float32), or check its weights."
+        super().__init__(f"The model's activations are not finite at {where}, in row {row}. {remedy}")
+        self.row, self.layer = row, layer
+
+
+def refuse_not_finite(means: Float[Tensor, "batch stream d_model"], rows: Sequence[int]) -> None:
+    """Raise `NotFinite`, by the names `rows`, for the lowest layer that is not finite: those above only hand it on."""
+    finite = reduce(means.isfinite(), "batch stream d_model -> stream batch", "all")
+    if not bool(finite.all()):
+        stream = int((~finite).nonzero()[0, 0])
+        raise NotFinite(min(rows[row] for row in (~finite[stream]).nonzero()[:, 0].tolist()), stream - 1)
+
+
+def _stack(sums: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int]) -> PooledResiduals:
     # Stacked where they are, so that a batch is one copy from an accelerator, and a wait for it, instead of sixty.
     device = sums[-1][0].device
     means = torch.stack([total.to(device) for total, _ in sums]).cpu()
@@ -133,10 +151,8 @@ def _stack(sums: Sequence[tuple[Tensor, Tensor]]) -> PooledResiduals:
         means=rearrange(means, "stream pool batch d_model -> pool batch stream d_model"),
         norms=rearrange(norms, "stream pool batch -> pool batch stream"),
     )
-    if not bool(pooled.means.isfinite().all()):
-        row = int((~pooled.means.isfinite()).any(dim=-1).nonzero()[0][-1]) - 1
-        where = "the embedding" if row < 0 else f"layer {row}"
-        raise ValueError(f"The model's activations are not finite at {where}. Load it with a wider dtype (float32).")
+    for means in pooled.means:
+        refuse_not_finite(means, rows)
     return pooled
 
 
@@ -174,7 +190,7 @@ def mean_activations(
         raise ValueError(f"position is one of {get_args(Position)}, got {position!r}.")
     with pooled_residuals(model, pool_weights(batch, [position])) as sums:
         forward(model, batch.tokens, batch.attention_mask, known=_known(batch))
-    return _stack(sums).means[0, :, 1:]
+    return _stack(sums, range(len(batch.tokens))).means[0, :, 1:]
 
 
 def _known(batch: ChatBatch) -> KnownPass | None:
@@ -257,7 +273,7 @@ def _whole_means(
         known = replace(known, rows=torch.tensor([owners[index][0] for index in chunk]) if serves_one else None)
         with pooled_residuals(model, pool_weights(batch, [position])) as sums:
             forward(model, batch.tokens, batch.attention_mask, known=known)
-        pooled = _stack(sums)
+        pooled = _stack(sums, [owners[index][0] for index in chunk])
         places = torch.tensor([place for place, index in enumerate(chunk) for _ in owners[index]])
         yield RowMeans(
             [row for index in chunk for row in owners[index]], pooled.means[0, places], pooled.norms[0, places]
@@ -279,5 +295,5 @@ def _continued_means(
         weights = weights / reduce(weights, "batch pos -> batch 1", "sum")
         with pooled_residuals(model, rearrange(weights, "batch pos -> 1 batch pos")) as sums:
             batch.run()
-        pooled = _stack(sums)
+        pooled = _stack(sums, batch.rows)
         yield RowMeans(batch.rows, pooled.means[0], pooled.norms[0])

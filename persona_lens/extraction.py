@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from persona_lens.activations import stream_means
+from persona_lens.activations import NotFinite, refuse_not_finite, stream_means
 from persona_lens.captured import CapturedMeans
 from persona_lens.chat import ChatTokens, Conversation, UnclosedBlock, fit_context, template_hash
 from persona_lens.direction_statistics import METRICS, Design, direction_metrics
@@ -135,17 +135,20 @@ def _spool_means(
             left.append(index)
         else:
             found = captured.read(place)
+            refuse_not_finite(found.mean[None], [index])
             rows[index] = found.mean.numpy()
             norms += found.norm.double().numpy() / len(tokens)
     with tqdm(
         total=len(tokens), initial=len(tokens) - len(left), desc="extract", unit="row", disable=not progress
     ) as bar:
-        for batch in stream_means(
-            model, [tokens[index] for index in left], position=position, token_budget=token_budget
-        ):
-            rows[[left[place] for place in batch.rows]] = batch.means.numpy()
-            norms += batch.norms.double().sum(dim=0).numpy() / len(tokens)
-            bar.update(len(batch.rows))
+        chosen = [tokens[index] for index in left]
+        try:
+            for batch in stream_means(model, chosen, position=position, token_budget=token_budget):
+                rows[[left[place] for place in batch.rows]] = batch.means.numpy()
+                norms += batch.norms.double().sum(dim=0).numpy() / len(tokens)
+                bar.update(len(batch.rows))
+        except NotFinite as error:
+            raise NotFinite(left[error.row], error.layer) from error
     rows.flush()
     return rows, norms
 

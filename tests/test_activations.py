@@ -256,7 +256,7 @@ def test_activations_that_are_not_finite_name_the_layer(activations, fresh_tiny_
 
     with torch.no_grad():
         next(p for p in fresh_tiny_model.blocks[layer].mlp.parameters() if p.ndim > 1).fill_(float("nan"))
-    with pytest.raises(ValueError, match=f"not finite at {where}. Load it with a wider dtype"):
+    with pytest.raises(ValueError, match=f"not finite at {where}, in row 0. Load it with a wider dtype"):
         activations.mean_activations(fresh_tiny_model, collate(as_rows(texts)))
     with pytest.raises(ValueError, match=f"not finite at {where}"):
         gathered(activations, fresh_tiny_model, as_rows(texts))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import zoo
+
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("reliability/*.md")])
 CODE = re.compile(r"```\w+\n(.*?)```|`([^`\n]+)`", re.DOTALL)
 
 
@@ -50,6 +52,10 @@ def test_the_calls_of_the_page_on_other_tools_are_found():
         call.func.attr for call in calls((DOCS / "coming_from.md").read_text()) if isinstance(call.func, ast.Attribute)
     }
     assert {"evaluate", "steer", "read_vectors", "finetune"} <= names
+
+
+def test_the_page_on_architectures_has_those_that_are_tested():
+    assert zoo.table() in (DOCS / "reliability" / "architectures.md").read_text()
 
 
 def test_the_reference_has_every_public_name_once_and_the_commands_page_every_command():

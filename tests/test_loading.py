@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import naive, tiny
+from tests import naive, tiny, zoo
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,82 @@ def test_an_architecture_that_hooked_transformer_does_not_know_is_refused(both_c
     config = XGLMConfig(vocab_size=320, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2)
     with pytest.raises(ValueError, match=r"does not know the architecture XGLMForCausalLM .*TransformerBridge"):
         models.hooked_from_transformers(XGLMForCausalLM(config), tiny_tokenizer)
+
+
+def other_kind(kind):
+    """A tiny model that is no decoder with attention."""
+    import transformers
+
+    small = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2}
+    return {
+        "T5": lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+        ),
+        "BERT": lambda: transformers.BertForMaskedLM(
+            transformers.BertConfig(**small, num_attention_heads=2, intermediate_size=16)
+        ),
+        "Mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**small)),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("T5", "T5ForConditionalGeneration is an encoder with a decoder"),
+        ("BERT", "BertForMaskedLM is an encoder, or a decoder without its unembedding"),
+        ("Mamba", "MambaForCausalLM is a state-space model, which keeps no keys and values"),
+    ],
+)
+def test_what_is_no_decoder_with_attention_is_refused_in_one_sentence(models, kind, words, model_class, tiny_tokenizer):
+    make = getattr(models, f"{'bridge' if model_class == 'TransformerBridge' else 'hooked'}_from_transformers")
+    with pytest.raises(ValueError, match=rf"{words}: .* decoders with attention, such as Llama.*\. Load one of those"):
+        make(other_kind(kind), tiny_tokenizer)
+
+
+def test_a_bridge_of_an_encoder_that_a_user_made_is_refused_where_it_is_read(models, tiny_tokenizer, shapes_unchecked):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers("t5", hf_model=other_kind("T5"), tokenizer=tiny_tokenizer)
+    with pytest.raises(ValueError, match="is an encoder with a decoder"):
+        models.residual_points(bridge)
+
+
+def test_an_architecture_that_the_bridge_does_not_know_is_refused_in_one_sentence(models, tiny_tokenizer):
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    config = CTRLConfig(vocab_size=320, n_embd=16, n_layer=1, n_head=2, dff=16)
+    with pytest.raises(ValueError, match=r"^TransformerBridge does not know the architecture CTRLLMHeadModel\.$"):
+        models.bridge_from_transformers(CTRLLMHeadModel(config), tiny_tokenizer)
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_a_bridge_that_computes_something_else_than_hugging_face_is_refused(models, tiny_tokenizer, alibi):
+    """TransformerLens knows Falcon, and leaves out the positions of those Falcons that have ALiBi."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=alibi)
+    hf_model = FalconForCausalLM(config)
+    for parameter in hf_model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.3)
+    if not alibi:
+        assert models.is_bridge(models.bridge_from_transformers(hf_model, tiny_tokenizer))
+        return
+    with pytest.raises(ValueError, match=r"computes FalconForCausalLM wrongly .* \d+% off those of Hugging Face"):
+        models.bridge_from_transformers(hf_model, tiny_tokenizer)
+
+
+def test_a_model_whose_config_does_not_name_its_architecture_loads(models, tiny_tokenizer):
+    gemma = zoo.BY_NAME["Gemma 3"].build(tiny_tokenizer)
+    assert gemma.config.architectures is None
+    assert models.is_bridge(models.bridge_from_transformers(gemma, tiny_tokenizer))
+
+
+def test_every_weight_is_in_the_models_dtype(models, model_class, tiny_tokenizer):
+    """Also those of a router to experts, which TransformerLens makes in float32."""
+    make = getattr(models, f"{'bridge' if model_class == 'TransformerBridge' else 'hooked'}_from_transformers")
+    model = make(zoo.BY_NAME["Mixtral"].build(tiny_tokenizer, dtype=torch.bfloat16), tiny_tokenizer)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
 def test_transformer_lens_4_refuses_hooked_transformer_with_the_remedy(models, tiny_tokenizer):

@@ -202,7 +202,7 @@ def test_activations_that_are_not_finite_are_an_error(fresh_tiny_model):
     vectors = some_vectors(fresh_tiny_model)
     with torch.no_grad():
         next(iter(fresh_tiny_model.blocks[1].parameters())).fill_(math.nan)
-    with pytest.raises(ValueError, match="not finite at layer 1"):
+    with pytest.raises(ValueError, match="not finite at layer 1, in row 0"):
         monitor(fresh_tiny_model, CHATS, [vectors.at(0), vectors.at(1)], **QUIET)
 
 

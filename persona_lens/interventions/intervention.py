@@ -175,7 +175,15 @@ class Intervention:
         if key not in self._placed:
             # Made under inference mode, where some models generate, a constant could not be trained through later.
             with torch.inference_mode(False):
-                self._placed[key] = self._constant(name, layer).to(like).clone()
+                constant = self._constant(name, layer)
+                placed = constant.to(like).clone()
+            # A bound that a cap has not is infinite from the start.
+            if bool((placed.isinf() & constant.isfinite().to(placed.device)).any()):
+                raise ValueError(
+                    f"{self.traits}: at layer {layer} the intervention is too large for the model's {like.dtype}: "
+                    "take a smaller coefficient, or load the model with a wider dtype (float32)."
+                )
+            self._placed[key] = placed
         return self._placed[key]
 
     def check(self, model: Model, *, allow_other_model: bool = False) -> tuple[Relation, ...]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -33,15 +32,24 @@ class Past:
         rows = rows.to(self.mask.device)
         # Selecting replaces a layer's tensors, so copies of the containers are enough: the originals stay untouched.
         chosen = copy.copy(self.cache)
-        if hasattr(chosen, "batch_select_indices"):
-            chosen.layers = [copy.copy(layer) for layer in chosen.layers]
-            chosen.batch_select_indices(rows)
+        if hasattr(chosen, "layers"):
+            chosen.layers = [_copied(layer) for layer in chosen.layers]
+            for layer in chosen.layers:
+                # Not `batch_select_indices`, which leaves the states of linear attention as they were.
+                layer.reorder_cache(rows)
         else:
             chosen.entries = [copy.copy(entry) for entry in chosen.entries]
             for entry in chosen.entries:
                 entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
             chosen.previous_attention_mask = chosen.previous_attention_mask[rows]
         return Past(chosen, self.mask[rows])
+
+
+def _copied(layer: Any) -> Any:
+    """A layer of a Hugging Face cache with containers of its own, and the same tensors in them."""
+    copied = copy.copy(layer)
+    vars(copied).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+    return copied
 
 
 @torch.no_grad()
@@ -105,20 +113,19 @@ def _forward_bridge(
     model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None
 ) -> tuple[Tensor | None, Any]:
     hf_model = model.original_model
-    starts_in_padding = cache is None and not bool(mask[:, 0].all())
     if cache is None and keep:
         from persona_lens.models.growing import growing_cache
 
         cache = growing_cache(hf_model.config)
     target = hf_model.get_decoder() if last == 0 else hf_model
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": seen.long(), "use_cache": cache is not None}
-    if starts_in_padding and hf_model.dtype == torch.float64:
-        inputs["attention_mask"] = _finite_causal_mask(mask)
     accepted = inspect.signature(target.forward).parameters
     if "position_ids" in accepted:
         inputs["position_ids"] = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     if cache is not None:
         inputs["past_key_values"] = cache
+    if hf_model.dtype == torch.float64 and not bool(seen.all()):
+        inputs["attention_mask"] = _finite_masks(hf_model.config, tokens, seen, cache)
     if last == 0:
         target(**inputs)
         return None, cache
@@ -128,14 +135,18 @@ def _forward_bridge(
     return logits if last is None else logits[:, -last:], cache
 
 
-def _finite_causal_mask(mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch 1 pos pos"]:
-    """A causal mask whose padding attends to itself, for float64 models, which are small ones under test.
+def _finite_masks(
+    config: Any, tokens: Int[Tensor, "batch pos"], seen: Bool[Tensor, "batch seen"], cache: Any
+) -> Tensor | dict[str, Tensor | None] | None:
+    """The model's own masks, one for each kind of its layers, in float32 for a float64 model.
 
-    Their own mask is minus infinity to the float32 softmax of Hugging Face's attention, so a row of padding is NaN.
+    The lowest float64 is minus infinity to the float32 softmax of Hugging Face's attention, so padding that may attend
+    to nothing, as at the left or past a sliding window, would be NaN.
     """
-    own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    visible = torch.ones_like(own).tril() & rearrange(mask, "batch pos -> batch 1 1 pos") | own
-    return torch.where(visible, 0.0, -1e30).double()
+    from transformers.masking_utils import create_masks_for_generate
+
+    like = torch.empty(*tokens.shape, 0, device=tokens.device)  # only its shape and dtype are read
+    return create_masks_for_generate(config, like, seen.long(), cache)
 
 
 def _forward_hooked(

@@ -5,7 +5,7 @@ single token takes room for those that follow, and each of them is written into 
 Knows nothing about models beyond the cache that they are given.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -34,9 +34,9 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[..., : length + 1, :] for room in self._room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the given rows, in tensors of their own."""
-        super().batch_select_indices(indices)
+        super().reorder_cache(cast(Any, beam_idx))
         self._room = None
 
 

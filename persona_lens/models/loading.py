@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from persona_lens.models.embedded import EMBEDDED_MODEL, HUB_NAME, INSTALL_COMMAND, embedded_model_directory
-from persona_lens.models.structure import Model
+from persona_lens.models.structure import Model, refuse_other_kinds
 
 ModelClass = Literal["TransformerBridge", "HookedTransformer"]
 
@@ -42,25 +44,38 @@ def load_model(
 
 
 def bridge_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
-    """A `TransformerBridge` around a loaded Hugging Face model, whose modules it wraps in place."""
+    """A `TransformerBridge` around a loaded Hugging Face model, whose modules it wraps in place.
+
+    Raises ValueError for an architecture that TransformerLens does not know, or does not compute as Hugging Face does.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
+    refuse_other_kinds(hf_model)
     parameter = next(hf_model.parameters())
-    bridge = TransformerBridge.boot_transformers(
-        hf_model.config._name_or_path or type(hf_model).__name__,
-        hf_model=hf_model,
-        tokenizer=tokenizer,
-        device=parameter.device,
-        dtype=parameter.dtype,
-    )
-    return cast(Model, bridge.eval())
+    # A model that was made in memory does not name its architecture, which not every kind can be told without.
+    hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]
+    expected = _probe_logits(hf_model.eval(), hf_model)
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            hf_model.config._name_or_path or type(hf_model).__name__,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            device=parameter.device,
+            dtype=parameter.dtype,
+        )
+    except ValueError as error:
+        if "supported architecture" not in str(error):
+            raise
+        raise ValueError(f"TransformerBridge does not know the architecture {type(hf_model).__name__}.") from error
+    _refuse_unlike(bridge.eval(), hf_model, expected)
+    return cast(Model, bridge)
 
 
 def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
     """A `HookedTransformer` with a copy of a loaded Hugging Face model's weights, neither folded nor centred.
 
     Unprocessed weights keep the residual stream that the Hugging Face model has, so vectors pass between both classes.
-    Raises ImportError on transformer-lens 4, which has no such class.
+    Raises ImportError on transformer-lens 4, which has no such class; ValueError as `bridge_from_transformers` does.
     """
     try:
         from transformer_lens import HookedTransformer
@@ -70,6 +85,7 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
             "HookedTransformer is not part of transformer-lens 4. Load with model_class='TransformerBridge', "
             'or run: pip install "transformer-lens<4"'
         ) from error
+    refuse_other_kinds(hf_model)
     parameter = next(hf_model.parameters())
     # TransformerLens refuses names that are not on its list, but reads any local folder whose architecture it knows;
     # the folder's own name is neutral because it guesses the architecture from words such as "llama" in the path.
@@ -83,16 +99,48 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
                 folder, hf_cfg=hf_model.config.to_dict(), device=parameter.device, dtype=parameter.dtype
             )
             state = loading.get_pretrained_state_dict(folder, config, hf_model, dtype=parameter.dtype)
-        except (NotImplementedError, KeyError, ValueError) as error:
+        except (NotImplementedError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"HookedTransformer does not know the architecture {type(hf_model).__name__} ({error}). "
-                "Load it with model_class='TransformerBridge'."
+                "Load it with model_class='TransformerBridge', or, where TransformerLens lists its name, by "
+                "HookedTransformer.from_pretrained_no_processing."
             ) from error
     config.model_name = hf_model.config._name_or_path or type(hf_model).__name__
     model = HookedTransformer(config, tokenizer)
     # Not `load_and_process_state_dict`: it passes every weight through float32, which rounds float64 weights.
     model.load_state_dict(model.fill_missing_keys(state), strict=False)
-    return cast(Model, model.eval())
+    for weight in model.parameters():
+        weight.data = weight.data.to(parameter.dtype)  # a router to experts is float32 whatever the model is to be
+    _refuse_unlike(model.eval(), hf_model, _probe_logits(hf_model.eval(), hf_model))
+    return cast(Model, model)
+
+
+PROBE_TOKENS = 32
+"""Long enough for positions to show, and short enough to cost a large model little."""
+
+
+def _probe_logits(model: Any, hf_model: Any) -> Float[Tensor, "1 pos d_vocab"]:
+    """The logits of a text of ids from all over the vocabulary."""
+    length = min(PROBE_TOKENS, getattr(hf_model.config, "max_position_embeddings", PROBE_TOKENS))
+    ids = torch.linspace(3, hf_model.config.vocab_size - 1, length).long()
+    with torch.no_grad():
+        found = model(ids[None].to(next(hf_model.parameters()).device))
+    return (found if isinstance(found, Tensor) else found.logits).double()
+
+
+def _refuse_unlike(model: Any, hf_model: Any, expected: Float[Tensor, "1 pos d_vocab"]) -> None:
+    """Raise ValueError where TransformerLens computes something else than the Hugging Face model that it was made from.
+
+    So it does, without a word, where it knows an architecture and not one of its settings. In half precision two right
+    ways differ too, where experts are chosen most of all, so only what is grossly wrong is refused there.
+    """
+    found = _probe_logits(model, hf_model)
+    unlike = float((found - expected).norm() / expected.norm())
+    if unlike > (1e-2 if torch.finfo(hf_model.dtype).bits >= 32 else 0.5):
+        raise ValueError(
+            f"{type(model).__name__} computes {type(hf_model).__name__} wrongly with these settings (its logits are "
+            f"{unlike:.0%} off those of Hugging Face): try the other class, or another version of transformer-lens."
+        )
 
 
 def _resolve(name_or_path: str | Path) -> str:

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -70,6 +71,25 @@ def from_paper_layer(layer: int) -> int:
     return layer - 1
 
 
+def refuse_other_kinds(hf_model: Any) -> None:
+    """Raise ValueError for a Hugging Face model that is no decoder with attention: its stream means another thing.
+
+    TransformerLens bridges encoders and state-space models too.
+    """
+    if getattr(hf_model.config, "is_encoder_decoder", False):
+        kind = "an encoder with a decoder"
+    elif not hf_model.can_generate():
+        kind = "an encoder, or a decoder without its unembedding"
+    elif "past_key_values" not in signature(hf_model.get_decoder().forward).parameters:
+        kind = "a state-space model, which keeps no keys and values"
+    else:
+        return
+    raise ValueError(
+        f"{type(hf_model).__name__} is {kind}: persona_lens reads and steers decoders with attention, such as Llama, "
+        "Qwen, Gemma or GPT-2. Load one of those, as a ...ForCausalLM."
+    )
+
+
 def resid_post_name(layer: int) -> str:
     """TransformerLens's name of the hook point at the output of block `layer`."""
     return f"blocks.{layer}.hook_resid_post"
@@ -78,8 +98,11 @@ def resid_post_name(layer: int) -> str:
 def residual_points(model: Model) -> list[nn.Module]:
     """The hook points of the residual stream: what enters block 0, then the output of every block.
 
-    Row 0 is the embedding (Hugging Face's `hidden_states[0]`), row `l + 1` is layer `l`.
+    Row 0 is the embedding (Hugging Face's `hidden_states[0]`), row `l + 1` is layer `l`. Raises ValueError for a model
+    that is no decoder (`refuse_other_kinds`).
     """
+    if is_bridge(model):
+        refuse_other_kinds(cast(Any, model).original_model)
     entry = model.blocks[0].hook_in if is_bridge(model) else model.blocks[0].hook_resid_pre
     exits = [block.hook_out if is_bridge(model) else block.hook_resid_post for block in model.blocks]
     return [entry, *exits]

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from persona_lens.activations import attached_projections, check_vectors
+from persona_lens.activations import NotFinite, attached_projections, check_vectors
 from persona_lens.chat import Message, length_sorted_batches
 from persona_lens.interventions import attachments
 from persona_lens.models import KnownPass, Model, forward
@@ -195,11 +195,10 @@ def token_projections(
             ids, mask = pad([rows[place] for place in batch], left=False)
             forward(model, ids, mask, stop_after=highest, known=known(batch, mask))
             read = found.read()
-            if not bool(read[mask].isfinite().all()):
-                layer = vectors[int((~read[mask].isfinite()).any(dim=0).nonzero()[0])].layer
-                raise ValueError(
-                    f"The model's activations are not finite at layer {layer}. Load it with a wider dtype (float32)."
-                )
+            bad = ~read.isfinite() & mask[..., None]
+            if bool(bad.any()):
+                layer, row = min((vectors[vector].layer, batch[row]) for row, _, vector in bad.nonzero().tolist())
+                raise NotFinite(row, layer)
             for place, values in zip(batch, read, strict=True):
                 yield place, values[: len(rows[place])]
 
