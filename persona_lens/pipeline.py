@@ -27,6 +27,7 @@ from persona_lens.judges import (
     pair_rollouts,
     score_rollouts,
 )
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable, write_json
 from persona_lens.rollouts import ModelEngine, Prompt, Rollout, RolloutEngine, collect_rollouts, plan_rollouts
@@ -54,6 +55,7 @@ class ExtractionPlan:
         )
 
 
+@writes_output
 def extract_persona_vectors(
     model: Model,
     trait: Trait | str,

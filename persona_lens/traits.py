@@ -15,6 +15,8 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Literal, TypeVar
 
+from persona_lens.records import write_whole
+
 Polarity = Literal["positive", "negative", "neutral"]
 
 _FileForm = TypeVar("_FileForm")
@@ -123,7 +125,7 @@ class Trait:
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to `path`, replacing what is there; the folder must exist."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_whole(Path(path), self.to_json().encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +237,7 @@ def write_reference_trait(trait: Trait, directory: str | Path) -> None:
         path = Path(directory) / f"trait_data_{folder}" / f"{trait.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"instruction": instruction, "questions": questions, "eval_prompt": trait.rubric}
-        path.write_text(json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=4, ensure_ascii=False).encode())
 
 
 def _article(word: str) -> str:

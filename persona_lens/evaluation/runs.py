@@ -11,6 +11,7 @@ from persona_lens.evaluation.engines import Cell, CellEngine, IntervenedEngine
 from persona_lens.evaluation.result import Evaluation
 from persona_lens.interventions import Intervention, NamedPositions
 from persona_lens.judges import Judge, ScoredRollout, read_scores, scorable_questions, score_rollouts
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable, write_json
 from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts, read_rollouts
@@ -19,6 +20,7 @@ from persona_lens.traits import Trait, load_trait
 RECORD_VERSION = 1
 
 
+@writes_output
 def evaluate(
     model: Model,
     trait: Trait | str,

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from tqdm.auto import tqdm
 
 from persona_lens.generation import plan_batches
+from persona_lens.locks import writes_file
 from persona_lens.records import JsonLines, ensure_writable
 from persona_lens.rollouts import Rollout
 from persona_lens.traits import Trait
@@ -110,22 +111,24 @@ def score_rollouts(
     """Judge rollouts, taking from `output` what is scored there already and appending the rest batch by batch.
 
     An interrupted batch is judged again whole, so a resumed run has the scores that an uninterrupted one has.
-    Raises ValueError where `output` holds scores of these rollouts by another judge.
+    Raises ValueError where `output` holds scores of these rollouts by another judge, OSError where another process
+    writes it.
     """
     file = None if output is None else JsonLines(output)
     if file is not None:
         ensure_writable(file.path)
-    name = judge.name(trait)
-    done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name)
-    with (
-        tqdm(total=len(rollouts), initial=len(done), desc="judge", unit="row", disable=not progress) as bar,
-        closing(_fresh(judge, trait, rollouts, done, progress)) as fresh,
-    ):
-        for scores in fresh:
-            if file is not None:
-                file.append(_row(key, score, name) for key, score in scores.items())
-            done |= scores
-            bar.update(len(scores))
+    with writes_file(None if file is None else file.path):
+        name = judge.name(trait)
+        done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name)
+        with (
+            tqdm(total=len(rollouts), initial=len(done), desc="judge", unit="row", disable=not progress) as bar,
+            closing(_fresh(judge, trait, rollouts, done, progress)) as fresh,
+        ):
+            for scores in fresh:
+                if file is not None:
+                    file.append(_row(key, score, name) for key, score in scores.items())
+                done |= scores
+                bar.update(len(scores))
     return [_scored(rollout, done[rollout.key]) for rollout in rollouts]
 
 

@@ -17,6 +17,7 @@ import torch
 from persona_lens.evaluation import Cell, Evaluation, evaluate_cells, read_cells
 from persona_lens.interventions import NamedPositions, Steer
 from persona_lens.judges import Judge, ScoredRollout, scorable_questions, score_rollouts
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable, write_json
 from persona_lens.statistics import Estimate, slopes, spearman
@@ -192,6 +193,7 @@ def random_directions(vector: PersonaVector, count: int, *, seed: int = 0) -> li
     ]
 
 
+@writes_output
 def dose_response(
     model: Model,
     vector: PersonaVector,
