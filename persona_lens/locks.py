@@ -42,6 +42,9 @@ def writes_folder(folder: Path | None) -> Iterator[None]:
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         with _holding(folder / ".lock", folder):
+            # Of a process that was killed while it wrote a file whole.
+            for left in folder.glob(".*.*.unfinished"):
+                left.unlink(missing_ok=True)
             yield
     finally:
         # A run that was refused before it wrote anything leaves no empty folder.
@@ -154,9 +157,7 @@ def _locked(descriptor: int, lock: Path, what: Path) -> bool:
     except BlockingIOError:
         holder = _holder(descriptor)
         os.close(descriptor)
-        raise OSError(
-            f"{what} is being written by {holder}: wait until it ends, or name another output."
-        ) from None
+        raise OSError(f"{what} is being written by {holder}: wait until it ends, or name another output.") from None
     except OSError as error:  # some network file systems
         warnings.warn(f"{lock} cannot be locked ({error.strerror}): let no other process write there.", stacklevel=2)
         return False

@@ -111,7 +111,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be read ({error}): take it from a copy, or move it away.") from error
+        raise ValueError(
+            f"{path} is not JSON that can be read ({error}): take it from a copy, or move it away."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -137,7 +139,7 @@ def write_whole(path: Path, contents: bytes) -> None:
             unfinished.unlink()
 
 
-def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     """A `.npy` file of zeros, mapped into memory, that is there whole or not at all and has its room on the disk.
 
     Raises OSError in one sentence where it has not: a mapped file that finds no room later ends the process.
