@@ -7,6 +7,7 @@ Knows nothing about what the rows mean.
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What may go wrong in taking a file apart that someone else has written: a reader makes one sentence of it."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -114,6 +118,16 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path} is not JSON that can be read ({error}): take it from a copy, or move it away."
         ) from error
+
+
+def checked(value: Any, *kinds: type, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A value out of a file, where it is of one of the kinds (a float may be whole) and no number out of its range."""
+    allowed = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r:.60}")
+    if isinstance(value, int | float) and not low <= value <= high:
+        raise ValueError(f"expected a number from {low:g} to {high:g}, got {value!r:.60}")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -23,6 +23,9 @@ _FileForm = TypeVar("_FileForm")
 _STRICT = {"strict": True, "extra": "forbid"}  # pydantic looks for it as `__pydantic_config__`
 
 
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class InstructionPair:
     """One aspect of a trait as two system instructions: `positive` orders it, `negative` orders the opposite.
@@ -70,6 +73,11 @@ class Trait:
         if not re.fullmatch(r"[\w .-]*\w[\w .-]*", self.name):
             raise ValueError(
                 f"name should be letters, digits, spaces and '_-.', since it names files; got {self.name!r}"
+            )
+        if len(self.name) > 100 or self.name[0] in "-." or self.name[-1] == "." or _RESERVED.fullmatch(self.name):
+            raise ValueError(
+                "name should be of 100 characters at most, begin with neither '-' nor '.', not end in '.', and be no "
+                f"device of Windows, since it names files; got {shortened(self.name)}"
             )
         _require_distinct("instructions", self.instructions, InstructionPair, at_least=1)
         for index, pair in enumerate(self.instructions):

@@ -48,12 +48,12 @@ def full_disk(limit: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def small_memory(forward: Callable[..., Any], most_rows: int, sizes: list[int], error: type[BaseException]) -> Any:
+def small_memory(forward: Callable[..., Any], most_rows: int, sizes: list[int]) -> Any:
     """A forward pass for which memory suffices for so many rows; notes the rows of each pass that it ran."""
 
     def run(model: Any, tokens: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         if len(tokens) > most_rows:
-            raise error("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         sizes.append(len(tokens))
         return forward(model, tokens, *arguments, **options)
 

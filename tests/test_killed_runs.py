@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments end with the files of a run that nothing disturbed: none lost, none doubled."""
+"""Runs that are killed at random moments end with the files of one that nothing disturbed: none lost, none doubled."""
 
 import json
 import subprocess

@@ -206,9 +206,11 @@ def test_a_finished_run_is_read_and_not_made_again(tiny_model, vectors, tmp_path
 
 
 def test_two_processes_at_one_shard_are_told_apart(tiny_model, vectors, tmp_path):
-    with another_process(tmp_path / ".scored.jsonl.lock") as holder:
-        with pytest.raises(OSError, match=rf"scored\.jsonl is being written by process {holder}: wait until it ends"):
-            screen(tiny_model, rows(4), vectors, output=tmp_path, base="proxy", **QUIET)
+    with (
+        another_process(tmp_path / ".scored.jsonl.lock") as holder,
+        pytest.raises(OSError, match=rf"scored\.jsonl is being written by process {holder}: wait until it ends"),
+    ):
+        screen(tiny_model, rows(4), vectors, output=tmp_path, base="proxy", **QUIET)
 
 
 def test_steering_acts_and_is_a_setting_of_the_run(tiny_model, vectors, tmp_path):

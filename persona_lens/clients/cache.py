@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.clients.requests import ChatCompletion
-from persona_lens.records import ensure_writable
+from persona_lens.records import DAMAGE, ensure_writable
 
 FORMAT_VERSION = 1
 TIMEOUT = 60.0
@@ -80,7 +80,7 @@ class CallCache:
         row = self._one("SELECT answer FROM answers WHERE key = ?", key)
         try:
             return None if row is None else ChatCompletion.from_json(row[0])
-        except (TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{self.path} has a damaged answer at {key}: move it away, or name another.") from error
 
     def put(self, key: str, completion: ChatCompletion) -> None:

@@ -25,6 +25,7 @@ from persona_lens.interventions.records import (
     encode_vectors,
 )
 from persona_lens.models import CurrentPass, KnownPass, Model, ModelIdentity, announced, identify, resid_post_name
+from persona_lens.records import DAMAGE
 from persona_lens.vectors import PersonaVector, PersonaVectors, Relation, check_model, refuse_absent_layer, units_of
 
 Residual = Float[Tensor, "batch pos d_model"]
@@ -248,7 +249,7 @@ class Intervention:
             when = record["when"]
             condition = when and When(decode_vectors(when), above=when["above"], below=when["below"])
             return kind(decode_vectors(record), **own, when=condition)
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        except DAMAGE as error:
             raise ValueError(f"The record of an intervention is damaged: {error}") from error
 
     def _suffix(self) -> str:

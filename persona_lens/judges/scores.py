@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.generation import plan_batches
 from persona_lens.locks import writes_file
-from persona_lens.records import JsonLines, ensure_writable
+from persona_lens.records import DAMAGE, JsonLines, ensure_writable
 from persona_lens.rollouts import Rollout
 from persona_lens.traits import Trait
 
@@ -27,6 +27,8 @@ class Score:
     evidence: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not all(type(value) in (int, float) for value in self.evidence.values()):
+            raise TypeError(f"evidence is numbers by name, got {self.evidence!r:.80}.")
         for name, value in (("trait_score", self.trait_score), ("coherence", self.coherence)):
             if value is not None and not 0 <= value <= 100:
                 raise ValueError(f"{name} is from 0 to 100, or None where the judge gave no number; got {value}.")
@@ -134,7 +136,7 @@ def score_rollouts(
 
 def unscored(rollouts: Sequence[Rollout], output: str | Path) -> list[Rollout]:
     """The rollouts that have no line in a file of scores yet, whoever the judge was; touches nothing."""
-    scored = {row.get("key") for row in JsonLines(output).whole()}
+    scored = {str(row.get("key")) for row in JsonLines(output).whole()}
     return [rollout for rollout in rollouts if rollout.key not in scored]
 
 
@@ -162,7 +164,7 @@ def _row(key: str, score: Score, judge: str) -> dict[str, Any]:
 def _resume(file: JsonLines, keys: set[str], judge: str) -> dict[str, Score]:
     done: dict[str, Score] = {}
     for number, row in enumerate(file.resume(), start=1):
-        if row.get("key") not in keys:
+        if not isinstance(row.get("key"), str) or row["key"] not in keys:
             continue
         if row.get("judge") != judge:
             raise ValueError(
@@ -176,7 +178,7 @@ def _resume(file: JsonLines, keys: set[str], judge: str) -> dict[str, Score]:
 def _score(row: Mapping[str, Any], path: Path, number: int) -> Score:
     try:
         return Score(row["trait_score"], row["coherence"], row.get("evidence", {}))
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}, line {number}: not a score ({error}).") from error
 
 
@@ -188,7 +190,8 @@ def read_scores(path: str | Path, rollouts: Sequence[Rollout]) -> list[ScoredRol
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No scores at {path}: make them with `persona-lens judge`.")
-    lines = {row.get("key"): (row, number) for number, row in enumerate(JsonLines(path).read(), start=1)}
+    rows = enumerate(JsonLines(path).read(), start=1)
+    lines = {row["key"]: (row, number) for number, row in rows if isinstance(row.get("key"), str)}
     missing = [rollout.key for rollout in rollouts if rollout.key not in lines]
     if missing:
         raise ValueError(f"{path} has no line for {len(missing)} of {len(rollouts)} rollouts, such as {missing[0]!r}.")
