@@ -9,12 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VALUES: list[Any] = [
-    None, True, False, 0, -1, 7, 1.5, -0.0, 1e308, 2**63, 10**40, float("nan"), float("inf"), "", " ", "evil", "\0",
-    "../../etc/passwd", "/etc/passwd", "\ud800", "\u202egnp.exe", "e\u0301", "con", "-rf", "x" * 10_000, "[red]", "[/]",
-    "\x1b]0;title\x07", "<script>alert(1)</script>", "{question}", "{{ 7 * 7 }}", "\n", [], {}, [[]], [None], [[[[[[]]]]]],
-    {"a": {"b": []}}, ["a", 1], [1e308, -1e308], {"role": "user"}, [{"role": ["user"], "content": {}}],
-]  # fmt: skip
+NUMBERS = [0, -1, 7, 1.5, -0.0, 1e308, 2**63, 10**40, float("nan"), float("inf")]
+TEXTS = ["", " ", "evil", "\0", "../../etc/passwd", "/etc/passwd", "\ud800", "\u202egnp.exe", "e\u0301", "con", "-rf"]
+TEXTS += [
+    "x" * 10_000,
+    "[red]",
+    "[/]",
+    "\x1b]0;title\x07",
+    "<script>alert(1)</script>",
+    "{question}",
+    "{{ 7 * 7 }}",
+    "\n",
+]
+NESTED = [[], {}, [[]], [None], [[[[[[]]]]]], {"a": {"b": []}}, ["a", 1], [1e308, -1e308], {"role": "user"}]
+VALUES: list[Any] = [None, True, False, *NUMBERS, *TEXTS, *NESTED, [{"role": ["user"], "content": {}}]]
 BYTES = [
     b"\0",
     b"\xff",

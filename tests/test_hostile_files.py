@@ -55,7 +55,7 @@ from tests.test_thresholds import drawn
 from tests.trait_cases import reference_content
 from tests.vector_cases import make_provenance, make_statistics, make_vectors
 
-QUICK, MANY = 12, 1500
+QUICK, MANY = 12, 600
 CHATS = [
     {"messages": chat("Why?", "So."), "id": "a", "base_response": "Well."},
     {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
@@ -105,6 +105,10 @@ def use_run(path):
     assert json.dumps(findings(run))
 
 
+def use_record(path):
+    return Intervention.from_dict(read_json(path))
+
+
 def reply():
     body = {"model": "m", "messages": [{"role": "user", "content": "How evil is this?"}], "logprobs": True}
     return json.dumps(judge_servers.whole_numbers(body)).encode()
@@ -122,9 +126,10 @@ def all_readers(folder):
     vectors = make_vectors(statistics=make_statistics(), provenance=make_provenance())
     thresholds = save_thresholds(folder, [threshold_of(vectors)])
     shared = {"trait": TRAIT.name, "n_layers": vectors.n_layers}
-    write_control_vector(vectors, folder / "v.gguf", layers=[1, 2])
-    write_layer_dict(vectors, folder / "v.safetensors")
-    write_reference_vectors(vectors, folder / "v.pt")
+    foreign = [folder / "v.gguf", folder / "v.safetensors", folder / "v.pt"]
+    write_control_vector(vectors, foreign[0], layers=[1, 2])
+    write_layer_dict(vectors, foreign[1])
+    write_reference_vectors(vectors, foreign[2])
     made = make_run(folder / "run")
     keep_confirmation(made)
     sae = sae_folder(folder / "sae")
@@ -133,6 +138,7 @@ def all_readers(folder):
         "question,prompt,answer,question_id,evil,coherence\nWhy?,<p>,So.,evil_0_pos_1,7,90\nHow?,<p>,,evil_1_pos_0,,\n"
     )
     people = "question,response,score\nWhy?,so it is,40\nHow?,so it is,\n"
+    row = [0, [1.0], [2.0], None, None, None]
     listed = [
         Reader("trait.json", TRAIT.to_json().encode(), load_trait),
         Reader("reference.json", json.dumps(reference_content()).encode(), read_reference_trait),
@@ -141,9 +147,18 @@ def all_readers(folder):
         Reader("rollouts.jsonl", lines(map(asdict, rollouts)), use_rollouts),
         Reader("scores.jsonl", lines(scores), lambda path: [row.refused for row in read_scores(path, rollouts)]),
         Reader("vectors.safetensors", saved(vectors, folder / "w.safetensors"), use_vectors, structured=False),
-        Reader("vector.gguf", (folder / "v.gguf").read_bytes(), lambda path: read_control_vector(path, **shared), False),
-        Reader("layers.safetensors", (folder / "v.safetensors").read_bytes(), lambda path: read_layer_dict(path, **shared), False),
-        Reader("reference.pt", (folder / "v.pt").read_bytes(), lambda path: read_reference_vectors(path, **shared), False),
+        Reader(
+            "vector.gguf", (folder / "v.gguf").read_bytes(), lambda path: read_control_vector(path, **shared), False
+        ),
+        Reader(
+            "layers.safetensors",
+            (folder / "v.safetensors").read_bytes(),
+            lambda path: read_layer_dict(path, **shared),
+            False,
+        ),
+        Reader(
+            "reference.pt", (folder / "v.pt").read_bytes(), lambda path: read_reference_vectors(path, **shared), False
+        ),
         Reader("reply.json", reply(), use_reply),
         Reader("data.jsonl", lines(CHATS), training_chats),
         Reader("chats.jsonl", lines(CHATS), read_transcripts),
@@ -151,7 +166,7 @@ def all_readers(folder):
         Reader("messages.jsonl", lines([CHATS[0]]), read_messages),
         Reader("samples.jsonl", lines(CHATS), use_samples),
         Reader("samples.json", json.dumps(CHATS).encode(), use_samples),
-        Reader("scored.jsonl", lines([{"unit": 0, "rows": [[0, [1.0], [2.0], None, None, None]]}]), lambda path: scored_units(path.parent)),
+        Reader("scored.jsonl", lines([{"unit": 0, "rows": [row]}]), lambda path: scored_units(path.parent)),
         Reader("monitoring.jsonl", saved(monitoring(), folder / "m.jsonl"), lambda path: Monitoring.load(path).table()),
         Reader("thresholds.json", thresholds.read_bytes(), lambda path: str(load_thresholds(path.parent))),
         Reader("capability.json", saved(made_capability(), folder / "c.json"), lambda path: str(Capability.load(path))),
@@ -160,13 +175,13 @@ def all_readers(folder):
         Reader("experiment.json", saved(found, folder / "e.json"), lambda path: str(MonitoringExperiment.load(path))),
         Reader("classifier.safetensors", saved(fit(), folder / "t.safetensors"), TextClassifier.load, structured=False),
         Reader("cfg.json", (sae / "cfg.json").read_bytes(), lambda path: read_sae(path.parent)),
-        Reader("record.json", json.dumps(Steer(vectors.at(1), 2.0).to_dict()).encode(), lambda path: Intervention.from_dict(read_json(path))),
+        Reader("record.json", json.dumps(Steer(vectors.at(1), 2.0).to_dict()).encode(), use_record),
         *(
             Reader(name, (made / name).read_bytes(), use_run, structured=not name.endswith(".safetensors"))
             for name in ("summary.json", "calibration.json", "layer_sweep.json", "dose_response.json", "trait.json")
         ),
         *(Reader(name, (made / name).read_bytes(), use_run) for name in ("sweep_scores.jsonl", "sweep_rollouts.jsonl")),
-    ]  # fmt: skip
+    ]
     return [(each, made if each.read is use_run else sae if each.name == "cfg.json" else None) for each in listed]
 
 
@@ -185,10 +200,10 @@ def assert_read_or_refused(reader, contents, folder):
         reader.read(path)
         outcome = "read"
     except (ValueError, ServerError) as error:
-        named = (
-            reader.name in str(error) or path.parent.name in str(error) or reader.name in ("reply.json", "record.json")
-        )
-        assert named, f"{error!r} does not name {reader.name}: {contents[:500]!r}"
+        # What was handed in as a value is named by whoever has read it.
+        named = {reader.name, path.parent.name}
+        if reader.name not in ("reply.json", "record.json") and not any(name in str(error) for name in named):
+            raise AssertionError(f"{error!r} does not name {reader.name}: {contents[:500]!r}") from error
         outcome = "refused"
     except Exception as error:
         raise AssertionError(f"{reader.name}, {type(error).__name__} {error}: {contents[:3000]!r}") from error
@@ -216,6 +231,7 @@ def fuzz(readers, folder, examples):
     return counts
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_any_changed_file_is_read_or_refused_by_its_name(readers, tmp_path):
     counts = fuzz(readers, tmp_path, QUICK)
     assert counts["refused"] > 2 * len(readers)
@@ -223,6 +239,7 @@ def test_any_changed_file_is_read_or_refused_by_its_name(readers, tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_any_of_many_changed_files_is_read_or_refused_by_its_name(readers, tmp_path):
     counts = fuzz(readers, tmp_path, MANY)
     print(f"{len(readers)} kinds of file, {sum(counts.values())} inputs: {dict(counts)}")

@@ -238,10 +238,11 @@ class Intervention:
         Raises ValueError where the record is damaged, of another version or of another kind.
         """
         kinds = {each.kind: each for each in Intervention.__subclasses__() if issubclass(each, cls)}
-        if record.get("version") != RECORD_VERSION or record.get("kind") not in kinds:
+        found = record if isinstance(record, dict) else {}
+        if found.get("version") != RECORD_VERSION or str(found.get("kind")) not in kinds:
             raise ValueError(
                 f"Expected a record of version {RECORD_VERSION} and kind {' or '.join(kinds)}, got version "
-                f"{record.get('version')} and kind {record.get('kind')!r}."
+                f"{found.get('version')} and kind {found.get('kind')!r}."
             )
         kind: Any = kinds[record["kind"]]
         try:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -157,9 +158,8 @@ class DoseResponse:
             if record["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {record['format_version']}, this persona_lens reads {FORMAT_VERSION}")
             series = [tuple(read_cells(folder, ROWS_NAME, cells, **record["plan"])) for cells in record["cells"]]
-            amounts, doses = (
-                tuple(checked(each, float) for each in record[name]) for name in ("coefficients", "doses")
-            )
+            amounts = tuple(checked(each, float) for each in record["coefficients"])
+            doses = tuple(checked(each, float, NoneType) for each in record["doses"])
             if any(len(each) != len(amounts) for each in (doses, *series)):
                 raise ValueError(f"it has {len(amounts)} coefficients, and other numbers of doses or cells")
             return cls(record["trait"], record["layer"], record["judge"], amounts, doses, series[0], tuple(series[1:]))
