@@ -19,11 +19,10 @@ from persona_lens.chat import ChatBatch, ChatTokens, collate, fit_context, lengt
 from persona_lens.models import (
     KnownPass,
     Model,
+    backing_off,
     default_token_budget,
     forward,
-    is_out_of_memory,
     model_device,
-    release_memory,
     residual_points,
 )
 from persona_lens.prefix import prefix_batches
@@ -224,23 +223,18 @@ def stream_means(
     Every row comes out exactly once, unless its averaged tokens are none (an empty response), which never comes out.
     `stream` row 0 is the embedding. `token_budget` is how many padded tokens run at a time, by default what suits the
     model's device; where memory does not suffice for it, the rows that are left run with half of it. Rows longer than
-    the context are an error (`chat.fit_context` cuts them).
+    the context are an error (`chat.fit_context` cuts them), and so is one that does not fit the memory alone.
     """
     rows, _ = fit_context(rows, int(model.cfg.n_ctx))
     budget = default_token_budget(model) if token_budget is None else token_budget
     waiting = {index for index, row in enumerate(rows) if position != "response_mean" or row.n_averaged > 0}
-    while waiting:
-        try:
-            for found in _means_of(model, rows, sorted(waiting), position, budget):
-                waiting.difference_update(found.rows)
-                yield found
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or budget <= 1:  # then a batch is one row
-                raise
-            budget //= 2
-        else:
-            return
-        release_memory(model)
+
+    def attempt(left: list[int], budget: int) -> Iterator[RowMeans]:
+        for found in _means_of(model, rows, left, position, budget):
+            waiting.difference_update(found.rows)
+            yield found
+
+    yield from backing_off(model, waiting, [len(row) for row in rows], budget, attempt)
 
 
 def _means_of(

@@ -57,7 +57,7 @@ class Adapter:
         try:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, RecursionError, ValueError) as error:
             raise ValueError(f"{folder} holds a damaged adapter ({error}): copy it or train it again.") from error
         kind = config.get("peft_type") if isinstance(config, dict) else None
         if kind != "LORA":

@@ -21,7 +21,7 @@ from persona_lens.chat import ChatTokens
 from persona_lens.generation import ReplyPass
 from persona_lens.interventions import attachments
 from persona_lens.models import Model, announced, identify, model_device, residual_points
-from persona_lens.records import ensure_writable
+from persona_lens.records import ensure_writable, zeros_on_disk
 
 
 class CapturedMean(NamedTuple):
@@ -142,9 +142,7 @@ class CapturedMeans:
         if path is None:
             return np.zeros(n_rows, self._dtype)
         ensure_writable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Zeros that were never written take no room on disk.
-        return np.lib.format.open_memmap(path, mode="w+", dtype=self._dtype, shape=(n_rows,))
+        return zeros_on_disk(path, self._dtype, (n_rows,))
 
     def _opened(self) -> np.ndarray:
         assert self._path is not None

@@ -131,9 +131,9 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> RenderedPrompt
     return RenderedPrompt(_apply_template(tokenizer, _fold_system(plain)), system_folded=True)
 
 
-def _apply_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def _apply_template(tokenizer: Any, messages: list[dict[str, str]], *, speaks: bool = True) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=speaks)
     except Exception as error:
         raise ValueError(f"The chat template refuses these messages: {error}") from error
 
@@ -258,7 +258,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.eos_token_id
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    after = encode(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2])
+    after = encode(tokenizer, _apply_template(tokenizer, turns, speaks=False).rpartition("answer")[2])
     return after[0] if after and after[0] in set(tokenizer.all_special_ids) else tokenizer.eos_token_id
 
 

@@ -19,7 +19,7 @@ from persona_lens.captured import CapturedMeans
 from persona_lens.chat import ChatTokens, Conversation, UnclosedBlock, fit_context, template_hash
 from persona_lens.direction_statistics import METRICS, Design, direction_metrics
 from persona_lens.models import Model
-from persona_lens.records import ensure_writable
+from persona_lens.records import ensure_writable, zeros_on_disk
 from persona_lens.vectors import LayerStatistics, PersonaVectors, Position, Provenance
 
 
@@ -125,9 +125,8 @@ def _spool_means(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row means [row stream d_model] in a memory-mapped file, and the mean residual norm [stream]."""
     ensure_writable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(tokens), int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    rows = zeros_on_disk(path, np.float32, shape)
     norms = np.zeros(shape[1])
     left: list[int] = []
     for index, place in enumerate([None] * len(tokens) if captured is None else captured.places(tokens)):

@@ -20,7 +20,16 @@ from tqdm.auto import tqdm
 
 from persona_lens.chat import stop_tokens
 from persona_lens.interventions import attachments
-from persona_lens.models import KnownPass, Model, Past, forward, is_out_of_memory, model_device, release_memory
+from persona_lens.models import (
+    KnownPass,
+    Model,
+    Past,
+    does_not_fit,
+    forward,
+    is_out_of_memory,
+    model_device,
+    release_memory,
+)
 from persona_lens.prefix import pad
 from persona_lens.sampling import row_uniforms, sample
 
@@ -84,7 +93,8 @@ def generate(
     matrix is prompt r, and rows that differ only in their coefficients may have one key. `read_up_to` is the highest
     layer at which hooks read the replies: the token that is sampled last, which nothing follows, runs up to it as well.
     Where memory does not suffice for a batch, it is begun anew in two halves, unless `back_off` is False.
-    Raises ValueError for an empty prompt, repeated keys, or a prompt that leaves no room in the context.
+    Raises ValueError for an empty prompt, repeated keys, or a prompt that leaves no room in the context,
+    DoesNotFit for a row that memory does not suffice for alone.
     """
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     check_sampling(model, prompts, keys, max_new_tokens, temperature, top_p)
@@ -106,7 +116,7 @@ def generate(
                 sharing,
                 read_up_to,
             )
-            if decoder.run(bar, may_fail=back_off and len(batch) > 1):
+            if decoder.run(bar, may_fail=back_off):
                 completions.extend(decoder.completions())
             else:
                 middle = len(batch) // 2
@@ -172,12 +182,16 @@ class Decoder:
         self.running: tuple[Tensor | None, Tensor] = (None, rows)  # one tensor for as long as the same rows run
 
     def run(self, bar: tqdm, *, may_fail: bool) -> bool:
-        """Run the batch to its end; False where memory does not suffice, which is an error unless it `may_fail`."""
+        """Run the batch to its end; False where memory does not suffice: an error for one row or if it may not fail."""
         try:
             for _ in self.steps():
                 bar.update(len(self.prompts))
         except (RuntimeError, MemoryError) as error:
-            if not may_fail or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
+                raise
+            if len(self.prompts) == 1:
+                raise does_not_fit(self.model, len(self.prompts[0]) + self.uniforms.shape[1]) from error
+            if not may_fail:
                 raise
         else:
             return True

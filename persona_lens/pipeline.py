@@ -28,9 +28,10 @@ from persona_lens.judges import (
     pair_rollouts,
     score_rollouts,
 )
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.monitoring import monitor
-from persona_lens.records import ensure_writable, write_json
+from persona_lens.records import DAMAGE, ensure_writable, read_json, write_json
 from persona_lens.rollouts import ModelEngine, Prompt, Rollout, RolloutEngine, collect_rollouts, plan_rollouts
 from persona_lens.traits import Trait, load_trait
 from persona_lens.transcripts import Transcript
@@ -59,6 +60,7 @@ class ExtractionPlan:
         )
 
 
+@writes_output
 def extract_persona_vectors(
     model: Model,
     trait: Trait | str,
@@ -181,10 +183,13 @@ def calibrate(
         made_with["contrast_pairs"] = referee.contrast_pairs
     file = _in(folder, "calibration.json")
     if file is not None and file.exists():
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        if saved["made_with"] != made_with:
+        saved = read_json(file)
+        if not isinstance(saved, dict) or saved.get("made_with") != made_with:
             raise ValueError(f"{file} was made with other settings. Choose another output, or move that file away.")
-        referee.calibrations[trait.name] = Calibration.from_dict(saved["calibration"])
+        try:
+            referee.calibrations[trait.name] = Calibration.from_dict(saved["calibration"])
+        except DAMAGE as error:
+            raise _not_a_calibration(file, error) from error
         return
     output = _in(folder, "calibration_rollouts.jsonl")
     rollouts = collect_rollouts(engine, prompts, seed=seed, output=output, progress=progress)
@@ -208,13 +213,17 @@ def calibrated_judge(
         return judge
     try:
         fitted = Calibration.from_dict(json.loads(file.read_text(encoding="utf-8"))["calibration"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a judge's calibration ({error}): move it away to calibrate again.") from error
+    except DAMAGE as error:
+        raise _not_a_calibration(file, error) from error
     if fitted.trait != trait.name:
         raise ValueError(f"{file} is for {fitted.trait!r}, not for {trait.name!r}: name another output.")
     judge = LikelihoodRatioJudge(model, contrast_pairs=fitted.contrast_pairs)
     judge.calibrations[trait.name] = fitted
     return judge
+
+
+def _not_a_calibration(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is not a judge's calibration ({error}): move it away to calibrate again.")
 
 
 def summarize(
@@ -273,7 +282,7 @@ def _keep_trait(path: Path, trait: Trait) -> None:
     wanted = json.loads(trait.to_json())
     if not path.exists():
         write_json(path, wanted)
-    elif json.loads(path.read_text(encoding="utf-8")) != wanted:
+    elif read_json(path) != wanted:
         raise ValueError(f"{path} is another trait than this run's {trait.name!r}: choose another output.")
 
 

@@ -1,15 +1,25 @@
-"""Files that survive: JSON-lines that only grow and resume by key, files written whole or not at all, and locks.
+"""Files that survive: JSON-lines that only grow and resume by key, and files written whole or not at all.
 
-A line that a killed process left unfinished is cut off on the next opening, so every line that is read was whole.
+A line that a killed process left unfinished is cut off on the next opening, so every line that is read was whole; a
+write that fails leaves the file as it was.
 Knows nothing about what the rows mean.
 """
 
+import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What may go wrong in taking a file apart that someone else has written: a reader makes one sentence of it."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class JsonLines:
@@ -70,20 +80,54 @@ class JsonLines:
     def _row(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {line[:60]!r}.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {type(row).__name__}.")
         return row
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add rows and put them on the disk before returning."""
+        """Add rows and put them on the disk before returning; where that fails, the file is as it was.
+
+        Raises OSError in one sentence where it cannot be written to.
+        """
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: what a buffer could not write it would try to write again on closing.
+            with self.path.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    left = memoryview(text.encode())
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+                except BaseException:  # also an interrupt
+                    with suppress(OSError):
+                        file.truncate(before)
+                    raise
+        except OSError as error:
+            raise _unwritable(self.path, error, "see that the folder can be written to, and run again") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises ValueError that names the file where it is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON that can be read ({error}): take it from a copy, or move it away."
+        ) from error
+
+
+def checked(value: Any, *kinds: type, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A value out of a file, where it is of one of the kinds (a float may be whole) and no number out of its range."""
+    allowed = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r:.60}")
+    if isinstance(value, int | float) and not low <= value <= high:
+        raise ValueError(f"expected a number from {low:g} to {high:g}, got {value!r:.60}")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -103,11 +147,37 @@ def write_whole(path: Path, contents: bytes) -> None:
         unfinished.write_bytes(contents)
         os.replace(unfinished, path)
     except OSError as error:
-        remedy = "name a file in an existing folder that you may write to"
-        raise OSError(f"Cannot write {path} ({error.strerror}): {remedy}.") from error
+        raise _unwritable(path, error, "name a file in an existing folder that you may write to") from error
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """A `.npy` file of zeros, mapped into memory, that is there whole or not at all and has its room on the disk.
+
+    Raises OSError in one sentence where it has not: a mapped file that finds no room later ends the process.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with unfinished.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, unfinished.stat().st_size))
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise _unwritable(path, error, "name another output") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+    return np.lib.format.open_memmap(path, mode="r+")
+
+
+def _unwritable(path: Path, error: OSError, remedy: str) -> OSError:
+    if error.errno in _NO_ROOM:
+        remedy = "free disk space and run again, which goes on from what is there"
+    return OSError(f"Cannot write {path} ({error.strerror or error}): {remedy}.")
 
 
 def ensure_writable(path: Path) -> None:
@@ -119,29 +189,3 @@ def ensure_writable(path: Path) -> None:
         raise OSError(f"Cannot write {path}: the file is read-only.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OSError(f"Cannot write {path}: {folder} is not a folder that can be written to.")
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock, and hold it."""
-    import fcntl  # not on every system, and nothing else here needs it
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def taken(path: Path) -> Iterator[bool]:
-    """Whether the lock was free; the system frees it when its process ends, however it does."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persona_lens.chat import Conversation
-from persona_lens.records import JsonLines
+from persona_lens.records import DAMAGE, JsonLines
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def read_messages(path: str | Path) -> list[Conversation]:
     for number, row in enumerate(JsonLines(path).read(), start=1):
         try:
             conversations.append(Conversation.from_messages(row["messages"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except DAMAGE as error:
             raise ValueError(
                 f"{path}, line {number}: expected {{'messages': [{{'role', 'content'}}, ...]}} ending with the "
                 f"assistant's turn ({error})."

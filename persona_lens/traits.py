@@ -15,10 +15,15 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Literal, TypeVar
 
+from persona_lens.records import write_whole
+
 Polarity = Literal["positive", "negative", "neutral"]
 
 _FileForm = TypeVar("_FileForm")
 _STRICT = {"strict": True, "extra": "forbid"}  # pydantic looks for it as `__pydantic_config__`
+
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,11 @@ class Trait:
         if not re.fullmatch(r"[\w .-]*\w[\w .-]*", self.name):
             raise ValueError(
                 f"name should be letters, digits, spaces and '_-.', since it names files; got {self.name!r}"
+            )
+        if len(self.name) > 100 or self.name[0] in "-." or self.name[-1] == "." or _RESERVED.fullmatch(self.name):
+            raise ValueError(
+                "name should be of 100 characters at most, begin with neither '-' nor '.', not end in '.', and be no "
+                f"device of Windows, since it names files; got {shortened(self.name)}"
             )
         _require_distinct("instructions", self.instructions, InstructionPair, at_least=1)
         for index, pair in enumerate(self.instructions):
@@ -123,7 +133,7 @@ class Trait:
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to `path`, replacing what is there; the folder must exist."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_whole(Path(path), self.to_json().encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +245,7 @@ def write_reference_trait(trait: Trait, directory: str | Path) -> None:
         path = Path(directory) / f"trait_data_{folder}" / f"{trait.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"instruction": instruction, "questions": questions, "eval_prompt": trait.rubric}
-        path.write_text(json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=4, ensure_ascii=False).encode())
 
 
 def _article(word: str) -> str:

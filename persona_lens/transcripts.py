@@ -56,10 +56,12 @@ def _checked(index: int, message: Any) -> dict[str, str]:
     if not isinstance(message, Mapping):
         raise ValueError(f"{place} is {type(message).__name__}, expected an object with 'role' and 'content'.")
     role, content = message.get("role"), message.get("content")
-    if role in TOOL_ROLES:
+    if isinstance(role, str) and role in TOOL_ROLES:
         raise ValueError(f"{place} is a tool message: drop such messages, or fold them into the text of others.")
     for key in BESIDE_THE_TEXT:
-        if message.get(key) is not None and len(message[key]):
+        beside = message.get(key)
+        # Parquet's empty lists are arrays.
+        if beside is not None and not (hasattr(beside, "__len__") and len(beside) == 0):
             raise ValueError(f"{place} has {key}, which templates treat apart: drop it, or fold it into the text.")
     if role not in ROLES:
         raise ValueError(f"{place} has role {role!r}, expected one of {', '.join(ROLES)}.")
@@ -92,7 +94,7 @@ def _rows_of(path: Path) -> Sequence[Any]:
     if path.suffix == ".json":
         try:
             found = json.loads(path.read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON that can be read: {error}.") from error
         return found if isinstance(found, list) else [found]
     if path.suffix == ".parquet":
@@ -146,7 +148,8 @@ def name_of(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
 def _from_sharegpt(message: Any) -> Any:
     if not isinstance(message, Mapping) or "from" not in message or "role" in message:
         return message
-    return {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+    role = message["from"]
+    return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": message.get("value")}
 
 
 class Turn(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona_lens.models import DoesNotFit
 from tests import naive, tiny
 
 POSITIONS = ["response_mean", "prompt_mean", "prompt_last"]
@@ -176,7 +177,7 @@ def test_memory_that_fails_for_a_single_row_is_an_error(activations, tiny_model,
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(activations, "forward", no_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(DoesNotFit, match="does not fit into the memory of cpu by itself"):
         gathered(activations, tiny_model, as_rows(texts[:1]))
 
 

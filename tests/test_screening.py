@@ -8,6 +8,7 @@ import pytest
 from persona_lens.interventions import steer
 from persona_lens.screening import ModelScorer, Scorer, ShardsMissing, finish, screen
 from persona_lens.screening.plan import read_plan
+from tests.fault_cases import another_process
 from tests.screening_cases import (
     QUIET,
     StubScorer,
@@ -205,9 +206,10 @@ def test_a_finished_run_is_read_and_not_made_again(tiny_model, vectors, tmp_path
 
 
 def test_two_processes_at_one_shard_are_told_apart(tiny_model, vectors, tmp_path):
-    from persona_lens.records import taken
-
-    with taken(tmp_path / ".scored.jsonl.lock"), pytest.raises(OSError, match="Another process is screening"):
+    with (
+        another_process(tmp_path / ".scored.jsonl.lock") as holder,
+        pytest.raises(OSError, match=rf"scored\.jsonl is being written by process {holder}: wait until it ends"),
+    ):
         screen(tiny_model, rows(4), vectors, output=tmp_path, base="proxy", **QUIET)
 
 

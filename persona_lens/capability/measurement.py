@@ -30,7 +30,7 @@ from persona_lens.chat import (
 )
 from persona_lens.interventions import Intervention, NamedPositions, attachments, intervene
 from persona_lens.judges.likelihood import intervened_log_likelihoods
-from persona_lens.models import Model
+from persona_lens.models import Model, backing_off
 from persona_lens.prefix import prompt_batch
 
 Text = Conversation | tuple[str, str]
@@ -140,14 +140,20 @@ def _first_token_log_probs(
 ) -> list[tuple[float, ...]]:
     """Of letters of one token each: the prompts alone are run, and only their last token is unembedded."""
     found: list[tuple[float, ...]] = [()] * len(questions)
-    with tqdm(total=len(questions), desc="questions", unit="row", leave=False, disable=not progress) as bar:
-        for chunk in length_sorted_batches([len(prompt) for prompt in prompts], token_budget):
+    lengths, waiting = [len(prompt) for prompt in prompts], set(range(len(prompts)))
+
+    def attempt(left: list[int], budget: int) -> Iterator[tuple[int, Tensor]]:
+        for order in length_sorted_batches([lengths[index] for index in left], budget):
+            chunk = [left[place] for place in order]
             logits = prompt_batch(model, [prompts[index] for index in chunk], chunk).run(last_logits=1)
             assert logits is not None
-            log_probs = _log_softmax(logits[:, -1])
-            for index, row in zip(chunk, log_probs, strict=True):
-                found[index] = tuple(row[[letters[letter][0] for letter in questions[index].letters]].tolist())
-            bar.update(len(chunk))
+            waiting.difference_update(chunk)
+            yield from zip(chunk, _log_softmax(logits[:, -1]), strict=True)
+
+    with tqdm(total=len(questions), desc="questions", unit="row", leave=False, disable=not progress) as bar:
+        for index, row in backing_off(model, waiting, lengths, token_budget, attempt):
+            found[index] = tuple(row[[letters[letter][0] for letter in questions[index].letters]].tolist())
+            bar.update()
     return found
 
 

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import exp, fsum
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from persona_lens.capability.questions import Question
-from persona_lens.records import write_json
+from persona_lens.records import DAMAGE, checked, write_json
 from persona_lens.statistics import Estimate, mean_estimate
 
 FORMAT_VERSION = 1
@@ -219,7 +220,7 @@ class Capability:
             saved = json.loads(path.read_text(encoding="utf-8"))
             if (version := saved["format_version"]) == FORMAT_VERSION:
                 return cls._from_record(saved)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} does not hold a capability ({error}): measure it again.") from error
         raise ValueError(
             f"{path} has format version {version}, and this persona_lens reads {FORMAT_VERSION}: install the "
@@ -231,12 +232,12 @@ class Capability:
         made = saved["summary"]
         return cls(
             tuple(_answer(row) for row in saved["answers"]),
-            tuple(TextLikelihood(**row) for row in saved["texts"]),
-            made["model"],
-            tuple(made["interventions"]),
-            made["adapter"],
-            made["system_prompt"],
-            saved["seed"],
+            tuple(_likelihood(**row) for row in saved["texts"]),
+            checked(made["model"], str),
+            tuple(checked(each, str) for each in made["interventions"]),
+            checked(made["adapter"], str, NoneType),
+            checked(made["system_prompt"], str),
+            checked(saved["seed"], int, low=0),
         )
 
     def __str__(self) -> str:
@@ -257,8 +258,16 @@ def _identity(text: TextLikelihood) -> tuple[str, int]:
 
 
 def _answer(row: Mapping[str, Any]) -> AnsweredQuestion:
-    question = Question(row["question"], tuple(row["choices"]), row["answer"], row["subject"])
-    return AnsweredQuestion(question, tuple(row["log_probs"]))
+    asked, subject = (checked(row[name], str) for name in ("question", "subject"))
+    choices = tuple(checked(choice, str) for choice in row["choices"])
+    question = Question(asked, choices, checked(row["answer"], int), subject)
+    # Rounding may leave a hair above 0.
+    return AnsweredQuestion(question, tuple(checked(each, float, high=0.01) for each in row["log_probs"]))
+
+
+def _likelihood(log_likelihood: Any, n_tokens: Any, question: Any = "") -> TextLikelihood:
+    value = checked(log_likelihood, float, NoneType, high=0.01)
+    return TextLikelihood(value, checked(n_tokens, int, low=0), checked(question, str))
 
 
 def _text(estimate: Estimate) -> str:

@@ -1,7 +1,7 @@
 """`persona-lens`: the library's functions from the command line.
 
 Results go to standard output (a table, or JSON with `--json`), progress to standard error. Exit code 0 is success, 1 is
-bad input with one sentence that says what to do, 2 is bad usage, 3 is a threshold that was passed.
+bad input with one sentence that says what to do, 2 is bad usage, 3 is a threshold that was passed, 130 an interrupt.
 """
 
 import sys
@@ -19,6 +19,7 @@ from persona_lens.cli import (  # noqa: F401 (each adds its commands)
     steering,
     traits,
 )
+from persona_lens.cli.ending import claims, interrupts
 from persona_lens.cli.options import app
 from persona_lens.cli.output import say
 
@@ -29,9 +30,16 @@ app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.ca
 
 
 def main() -> None:
-    """Run the command line; bad input becomes one sentence and exit code 1."""
-    try:
-        app()
-    except (ValueError, OSError, ImportError) as error:
-        say(f"persona-lens: {' '.join(str(error).split())}")
-        sys.exit(1)
+    """Run the command line; bad input becomes one sentence and exit code 1, an interrupt one line and exit code 130."""
+    with interrupts() as interrupted:
+        try:
+            with claims():
+                app()
+        except BaseException as error:
+            if interrupted():
+                say("persona-lens: interrupted. What was written is kept, and the same command goes on from it.")
+                sys.exit(130)
+            if isinstance(error, ValueError | OSError | ImportError | MemoryError):
+                say(f"persona-lens: {' '.join(str(error).split()) or type(error).__name__}")
+                sys.exit(1)
+            raise

@@ -1,11 +1,11 @@
 """The commands that make vectors and show them, each a few lines over one of the library's functions."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from persona_lens.cli.ending import claim
 from persona_lens.cli.inputs import KeepChoices, ModelClass, checked_position, load, load_vectors, read_sides
 from persona_lens.cli.judging import judge_of
 from persona_lens.cli.options import (
@@ -31,6 +31,8 @@ from persona_lens.cli.output import (
     show_doses,
     show_vectors,
     sweep_as_json,
+    tell,
+    tell_json,
     vectors_as_json,
 )
 from persona_lens.cli.servers import connect
@@ -53,6 +55,7 @@ def demo(
     from persona_lens.pipeline import extract_persona_vectors
     from persona_lens.traits import load_trait
 
+    claim(output)
     trait = load_trait("optimistic")
     model = load(DEFAULT_MODEL, model_class, threads)
     # Two other pairs instead of four halve the judging, for .02 of its AUC (docs/experiments.md).
@@ -74,10 +77,10 @@ def demo(
         seed=seed,
     )
     if as_json:
-        print(json.dumps({"vectors": vectors_as_json(vectors), "sweep": sweep_as_json(sweep)}))
+        tell_json({"vectors": vectors_as_json(vectors), "sweep": sweep_as_json(sweep)})
     else:
         show_vectors(vectors, as_json=False)
-        print(judge_findings(output))
+        tell(judge_findings(output))
         show_doses(sweep, trait, min_coherence=75.0)
     say(f"Everything is in {output}: rollouts, scores, vectors.safetensors, layer_sweep.json.")
     try:
@@ -135,6 +138,8 @@ def extract(
         )
     if server_model and not server:
         raise typer.BadParameter("--server-model is a name on a --server, and none is given")
+    if sides is None:
+        claim(output)
     client = server and connect(server, server_model or model, output, concurrency=concurrency, timeout=timeout)
     chosen = judge_of(judge, output, concurrency=concurrency, timeout=timeout)
     ready = load(model, model_class, threads)

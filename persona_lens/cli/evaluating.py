@@ -1,6 +1,5 @@
 """The command that evaluates: a model's trait, coherence and diversity, and what it still can, one row a condition."""
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from persona_lens.cli.ending import claim
 from persona_lens.cli.finetuning import refuse_without_adapters
 from persona_lens.cli.inputs import ModelClass, load, load_run, selected_layer
 from persona_lens.cli.judging import judge_of
@@ -24,7 +24,7 @@ from persona_lens.cli.options import (
     TimeoutOption,
     app,
 )
-from persona_lens.cli.output import print_table, say
+from persona_lens.cli.output import print_table, say, tell, tell_json
 
 if TYPE_CHECKING:
     from persona_lens.capability import Capability
@@ -114,6 +114,8 @@ def evaluate(
     folder = _folder(subject, output, fail_above, capability=capability)
     if adapter is not None:
         refuse_without_adapters(model_class)
+    if output is not None:
+        claim(output)
     worn = None if adapter is None else Adapter.load(adapter)
     chosen = None if folder is None else judge_of(judge, folder, concurrency=concurrency, timeout=timeout)
     ready = load(model, model_class, threads)
@@ -249,10 +251,10 @@ def _show(rows: list[Row], adapter: Path | None, *, as_json: bool) -> None:
             }
             for row in rows
         ]
-        print(json.dumps(shown, ensure_ascii=False))
+        tell_json(shown)
         return
     if adapter is not None:
-        print(f"With the adapter of {adapter}:")
+        tell(f"With the adapter of {adapter}:")
     scored = [(row, row.evaluation) for row in rows if row.evaluation is not None]
     if scored:
         head = ["condition", "dose", f"{scored[0][1].trait} [95 %]", "coherence [95 %]", "diversity", "scored"]

@@ -3,7 +3,6 @@
 Knows nothing about how chats are monitored.
 """
 
-import json
 from collections.abc import Callable
 from enum import StrEnum
 from math import isnan
@@ -14,7 +13,7 @@ import typer
 
 from persona_lens.cli.inputs import load_run, selected_layer
 from persona_lens.cli.judging import judge_of
-from persona_lens.cli.output import print_table, say
+from persona_lens.cli.output import print_table, say, tell, tell_json
 
 if TYPE_CHECKING:
     from persona_lens.experiments import MonitoringExperiment
@@ -103,7 +102,7 @@ def _show(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> Non
     from persona_lens.records import write_whole
 
     if as_json:
-        print(json.dumps(result.summary()))
+        tell_json(result.summary())
     else:
         head = ["condition", "projection", f"{result.trait}", "scored"]
         rows = [
@@ -116,7 +115,7 @@ def _show(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> Non
             for name, row in result.table().to_dict("index").items()
         ]
         print_table(head, rows)
-        print(f"{result}.")
+        tell(f"{result}.")
     try:
         for name, figure in (("experiment", plot_monitoring_experiment), ("layers", plot_experiment_layers)):
             write_whole(folder / f"{name}.html", figure(result).to_html(include_plotlyjs=True).encode())

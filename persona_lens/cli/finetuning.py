@@ -1,6 +1,5 @@
 """The commands that finetune: an adapter trained with what holds a trait down, and how far it moved the model."""
 
-import json
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from persona_lens.cli.options import (
     ThreadsOption,
     app,
 )
-from persona_lens.cli.output import print_table, records, say
+from persona_lens.cli.output import print_table, records, say, tell, tell_json
 
 if TYPE_CHECKING:
     from persona_lens.finetuning import Finetuning, ProjectionPenalty
@@ -195,14 +194,14 @@ def _show_finetuning(found: "Finetuning", output: Path, *, as_json: bool) -> Non
             "settings": found.settings,
             "seconds": found.seconds,
         }
-        print(json.dumps(shown, ensure_ascii=False))
+        tell_json(shown)
         return
     penalised = f", {found.settings['penalty'][0]}" if found.settings["penalty"] else ""
-    print(f"{found}{penalised}.")
+    tell(f"{found}{penalised}.")
     cut, dropped = found.rows["cut"], found.rows["dropped"]
-    print(f"{cut} rows were cut to the length limit, {dropped} dropped, whose prompts fill it.")
+    tell(f"{cut} rows were cut to the length limit, {dropped} dropped, whose prompts fill it.")
     if asked:
-        print(f"Evaluation loss after each epoch: {', '.join(f'{loss:.2f}' for loss in asked)}.")
+        tell(f"Evaluation loss after each epoch: {', '.join(f'{loss:.2f}' for loss in asked)}.")
 
 
 def _draw_losses(found: "Finetuning", output: Path) -> None:
@@ -265,7 +264,7 @@ def shift(
     ready = load(model, model_class, threads)
     found = finetuning_shift(ready, adapter, prompts, chosen, output=output, seed=seed)
     if as_json:
-        print(json.dumps(found.summary(), ensure_ascii=False))
+        tell_json(found.summary())
     else:
         _show_shift(found)
 
@@ -291,6 +290,6 @@ def _show_shift(found: "FinetuningShift") -> None:
         cells = (number(row[name]) for name in ("relative", "random_spread"))
         rows.append([row["trait"], str(row["layer"]), f"{number(row['shift'])}{interval}", *cells])
     print_table(["trait", "layer", "shift [95 %]", "shift / residual norm", "along random directions, ±"], rows)
-    print(
+    tell(
         f"Mean over {len(found.questions)} prompts; a random direction's shift has mean 0 and the spread on the right."
     )

@@ -3,7 +3,6 @@
 Knows nothing about what is done with them.
 """
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -121,8 +120,21 @@ def load_run(path: Path, trait: str | None, max_new_tokens: int | None) -> Run:
     if trait is None and not own.exists():
         raise typer.BadParameter(f"--trait is needed: {path} is not a folder with the trait.json of a run")
     if max_new_tokens is None and (summary := path / "summary.json").exists():
-        max_new_tokens = json.loads(summary.read_text(encoding="utf-8"))["plan"]["max_new_tokens"]
+        max_new_tokens = _own_limit(summary)
     return Run(vectors, load_trait(trait or str(own)), path if path.is_dir() else None, max_new_tokens or 1000)
+
+
+def _own_limit(summary: Path) -> int | None:
+    """The length limit of the run that a summary is of."""
+    from persona_lens.records import DAMAGE, read_json
+
+    try:
+        found = read_json(summary)["plan"]["max_new_tokens"]
+        if found is not None and not (isinstance(found, int) and found > 0):
+            raise ValueError(f"its limit is {found!r}")
+    except DAMAGE as error:
+        raise ValueError(f"{summary} is not a run's summary ({error}): pass --max-new-tokens.") from error
+    return found
 
 
 def selected_layer(path: Path, vectors: "PersonaVectors") -> int:

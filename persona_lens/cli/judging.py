@@ -1,6 +1,5 @@
 """The commands that judge: scores of rollouts by any judge, and how far two judges agree."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +21,7 @@ from persona_lens.cli.options import (
     TraitOption,
     app,
 )
-from persona_lens.cli.output import say
+from persona_lens.cli.output import say, tell, tell_json
 from persona_lens.cli.servers import client_of
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def judge(
     if dry_run or write_batch or read_batch:
         llm = llm_judge(by, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run)
         if dry_run:
-            print(_told(llm, loaded, rows, output))
+            tell(_told(llm, loaded, rows, output))
             return
         _exchange_batches(llm, loaded, rows, write_batch, read_batch or [])
         if write_batch:
@@ -198,7 +197,7 @@ def agreement(
     if names[0] == names[1]:  # such as the scores.jsonl of two folders
         names = (str(scores), str(against) if column is None else f"{column} ({against})")
     found = judge_agreement(first, second, names=names, of="coherence" if coherence else "trait_score")
-    print(json.dumps(found.summary()) if as_json else found)
+    tell_json(found.summary()) if as_json else tell(found)
     if output is not None:
         from persona_lens.plots import plot_agreement
 

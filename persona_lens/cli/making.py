@@ -22,7 +22,7 @@ from persona_lens.cli.options import (
     TraitOption,
     app,
 )
-from persona_lens.cli.output import say
+from persona_lens.cli.output import say, tell
 from persona_lens.cli.servers import connect
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def rollouts(
         engine = ServerEngine(client, max_new_tokens, temperature, top_p)
         if dry_run:
             missing = unanswered(engine, prompts, seed=seed, output=output)
-            print(f"{len(prompts) - len(missing)} of {len(prompts)} rollouts are in {output}.")
-            print(f"The others: {engine.estimate(missing, seed=seed)}.\nRollouts by {engine.name}.")
+            tell(f"{len(prompts) - len(missing)} of {len(prompts)} rollouts are in {output}.")
+            tell(f"The others: {engine.estimate(missing, seed=seed)}.\nRollouts by {engine.name}.")
             return
     rows = collect_rollouts(engine, prompts, seed=seed, output=output)
     say(f"{len(rows)} rollouts in {output} ({sum(row.is_empty for row in rows)} empty).")

@@ -1,6 +1,5 @@
 """The command that monitors: chats projected on persona vectors turn by turn, or the paper's experiments with them."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from persona_lens.cli.options import (
     ThreadsOption,
     app,
 )
-from persona_lens.cli.output import print_table, say
+from persona_lens.cli.output import print_table, say, tell, tell_json
 
 if TYPE_CHECKING:
     from persona_lens.monitoring import Monitoring
@@ -100,7 +99,7 @@ def monitor(
         output=output,
     )
     if as_json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False))
+        tell_json(found.to_dict())
     else:
         _show(found)
     if calibrate is not None:
@@ -153,16 +152,14 @@ def _show(found: "Monitoring") -> None:
     shortened = [turn for chat in found.chats for turn in chat.turns if turn.dropped_messages]
     if shortened:
         most = max(turn.dropped_messages for turn in shortened)
-        print(f"{len(shortened)} turns were read without their oldest messages, up to {most} of them (--window).")
+        tell(f"{len(shortened)} turns were read without their oldest messages, up to {most} of them (--window).")
     if found.unclosed:
-        print(f"{found.unclosed} responses never say {found.after!r}, and so have no response projection.")
+        tell(f"{found.unclosed} responses never say {found.after!r}, and so have no response projection.")
 
 
 def _cell(value: str | int | float) -> str:
-    from rich.markup import escape
-
     if not isinstance(value, float):
-        return escape(str(value))  # a chat's name is no markup
+        return str(value)
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 

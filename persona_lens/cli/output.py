@@ -5,12 +5,16 @@ Knows nothing about how results are made.
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
+
+# What steers a terminal, turns text around, or is no text: a model's words may hold any of it.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -26,7 +30,7 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
     from persona_lens.pipeline import best_layer
 
     if as_json:
-        print(json.dumps(vectors_as_json(vectors)))
+        tell_json(vectors_as_json(vectors))
         return
     table = vectors.table()
     best = best_layer(vectors)
@@ -42,10 +46,10 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
 
     head = ["layer", "norm", "norm / residual"]
     head += ["split-half cosine", "placebo AUC 95 %", "held-out AUC [95 %]"] * has_statistics
-    print(repr(vectors))
+    tell(repr(vectors))
     print_table(head, [cells(layer, row) for layer, row in table.iterrows()])
     if best is not None:
-        print(f"* layer {best} separates held-out questions best (layers count from 0: the paper's layer {best + 1}).")
+        tell(f"* layer {best} separates held-out questions best (layers count from 0: the paper's layer {best + 1}).")
 
 
 def vectors_as_json(vectors: "PersonaVectors") -> dict[str, Any]:
@@ -96,9 +100,9 @@ def show_doses(sweep: "LayerSweep", trait: "Trait", *, min_coherence: float) -> 
         example = found.scored[0].rollout.response
         rows.append([*cells, str(found.coherence), shorten(example, 40, placeholder="...")])
     head = ["coefficient", "dose", f"{sweep.trait} [95 %]", "sentiment lexicon", "coherence", "first answer"]
-    print(f"\nSteering layer {best.layer}, with intervals over {len(sweep.baseline.questions)} questions:")
+    tell(f"\nSteering layer {best.layer}, with intervals over {len(sweep.baseline.questions)} questions:")
     print_table(head, rows)
-    print(f"{best.reason[0].upper()}{best.reason[1:]}.")
+    tell(f"{best.reason[0].upper()}{best.reason[1:]}.")
 
 
 def show_sweep(sweep: "LayerSweep", best: "LayerChoice") -> None:
@@ -133,9 +137,9 @@ def show_confirmation(response: "DoseResponse") -> None:
         others = f"{row['random_mean']:.1f} ({row['random_low']:.1f} to {row['random_high']:.1f})" if known else "-"
         rows.append([f"{row['coefficient']:g}", dose, str(found.trait_score), str(found.coherence), others])
     n_questions = len(response.evaluations[0].questions)
-    print(f"\nConfirmed at layer {response.layer} on {n_questions} evaluation questions:")
+    tell(f"\nConfirmed at layer {response.layer} on {n_questions} evaluation questions:")
     print_table(head, rows)
-    print(f"{response}.")
+    tell(f"{response}.")
 
 
 def show_screens(sweep: "LayerSweep") -> None:
@@ -163,8 +167,10 @@ def print_columns(texts: Mapping[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*texts, show_lines=True, expand=True)
-    table.add_row(*(Text(text) for text in texts.values()))  # a model's text is no markup
+    table = Table(show_lines=True, expand=True)
+    for name in texts:
+        table.add_column(Text(plain(name)))
+    table.add_row(*(Text(plain(text)) for text in texts.values()))  # a model's text is no markup
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -192,16 +198,35 @@ def judge_findings(folder: Path) -> str:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a plain table."""
+    """Print a plain table; no cell is markup, whatever brackets stand in it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*head, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in head:
+        table.add_column(Text(plain(name)))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(plain(cell)) for cell in row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def plain(text: str) -> str:
+    r"""The text with whatever would steer a terminal written out, as `\x1b` for an escape."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def tell(text: object) -> None:
+    """Print a result to standard output."""
+    print(plain(str(text)))
+
+
+def tell_json(value: Any) -> None:
+    """Print a result as one line of JSON to standard output."""
+    text = json.dumps(value, ensure_ascii=False)
+    print(_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def say(text: str) -> None:
     """Print to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text), file=sys.stderr, flush=True)

@@ -1,13 +1,12 @@
 """The command that makes a page of a run's folder."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from persona_lens.cli.options import JsonOption, app
-from persona_lens.cli.output import say
+from persona_lens.cli.output import say, tell_json
 
 
 @app.command()
@@ -30,6 +29,6 @@ def report(
     page = write_report(run, output, min_coherence=min_coherence)
     if as_json:
         found = findings(read_run(run), min_coherence=min_coherence)
-        print(json.dumps({"page": str(page), "bytes": page.stat().st_size, **found}))
+        tell_json({"page": str(page), "bytes": page.stat().st_size, **found})
         return
     say(f"The page is {page}.")

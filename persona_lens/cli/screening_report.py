@@ -1,13 +1,12 @@
 """What `persona-lens screen` says of a finished screening: tables, pages, splits, and a threshold that was passed."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from persona_lens.cli.output import print_table, records, say
+from persona_lens.cli.output import print_table, records, say, tell, tell_json
 
 if TYPE_CHECKING:
     from persona_lens.screening import By, Screening
@@ -46,7 +45,7 @@ def report(found: "Screening", asked: Asked, judge: Judging | None) -> None:
 
         flagged = records(count_flagged(found, thresholds, judged=judge(found, top), by=asked.by).set_index("dataset"))
     if asked.as_json:
-        print(json.dumps({"counts": found.counts, "by": asked.by or found.by, "sets": rows, "flagged": flagged}))
+        tell_json({"counts": found.counts, "by": asked.by or found.by, "sets": rows, "flagged": flagged})
     else:
         _show(found, asked, rows, flagged)
     _write(found, asked, thresholds)
@@ -109,26 +108,24 @@ def _top(found: "Screening", asked: Asked, n: int) -> list[int]:
 
 
 def _show(found: "Screening", asked: Asked, rows: list[dict[str, Any]], flagged: list[dict[str, Any]] | None) -> None:
-    from rich.markup import escape
-
     head = ["set", "vector", "n", "without a score", f"{asked.by or found.by} [95 %]"]
     head += ["above the benign threshold"] * (asked.benign is not None) + ["Spearman with length", "repeats"]
     table = []
     for row in rows:
         interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-        cells = [escape(row["dataset"]), escape(row["vector"]), str(row["n"]), str(row["missing"])]
+        cells = [row["dataset"], row["vector"], str(row["n"]), str(row["missing"])]
         cells.append("-" if row["score"] is None else f"{row['score']:.2f}{interval}")
         cells += ["-" if row["above"] is None else f"{row['above']:.1%}"] if "above" in row else []
         table.append([*cells, _decimals(row["spearman_length"]), f"{row['repeated']:.1%}"])
     print_table(head, table)
     if flagged:
         names = ("n", "unscored", "projection", "judge", "union", "both")
-        print_table(["set", *names], [[escape(row["dataset"]), *(str(row[name]) for name in names)] for row in flagged])
+        print_table(["set", *names], [[row["dataset"], *(str(row[name]) for name in names)] for row in flagged])
     counts = found.counts
-    print(f"Of {counts['read']} rows {counts['planned']} were screened, {counts['cut']} of them cut.")
+    tell(f"Of {counts['read']} rows {counts['planned']} were screened, {counts['cut']} of them cut.")
     lost = [f"{count} {what}" for what, count in (*counts["rejected"].items(), *counts["left_out"].items())]
     if lost:
-        print(f"Not screened: {', '.join(lost)}; what was rejected is listed in {found.folder / 'rejects.jsonl'}.")
+        tell(f"Not screened: {', '.join(lost)}; what was rejected is listed in {found.folder / 'rejects.jsonl'}.")
 
 
 def _decimals(value: float | None) -> str:

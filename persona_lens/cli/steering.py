@@ -1,11 +1,11 @@
 """The commands that steer: which layer to take, and what a prompt's answer becomes under interventions."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from persona_lens.cli.ending import claim
 from persona_lens.cli.inputs import ModelClass, load, load_run, load_vectors, selected_layer
 from persona_lens.cli.judging import judge_of
 from persona_lens.cli.options import (
@@ -27,6 +27,7 @@ from persona_lens.cli.output import (
     show_screens,
     show_sweep,
     sweep_as_json,
+    tell_json,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def select_layer(
     folder = found.folder if output is None else output
     if folder is None:
         raise typer.BadParameter("--output is needed where the vectors are given as a file")
+    claim(folder)
     amounts = tuple(coefficient or (1.0, 2.0, 4.0))
     chosen = judge_of(judge, folder, concurrency=concurrency, timeout=timeout)
     ready = load(model, model_class, threads)
@@ -109,7 +111,7 @@ def select_layer(
         confirmed = dose_response(ready, vector, found.trait, coefficients=doses, random=random, **shared)
     if as_json:
         shown = {**sweep_as_json(sweep, min_coherence), "confirmed": None if confirmed is None else confirmed.summary()}
-        print(json.dumps(shown))
+        tell_json(shown)
         return
     show_sweep(sweep, best)
     show_screens(sweep)
@@ -161,7 +163,7 @@ def steer(
         with intervene(ready, intervention, at=at):
             texts[str(intervention)] = answer()
     if as_json:
-        print(json.dumps([{"intervention": name, "text": text} for name, text in texts.items()], ensure_ascii=False))
+        tell_json([{"intervention": name, "text": text} for name, text in texts.items()])
     else:
         print_columns(texts)
 

@@ -1,13 +1,12 @@
 """The commands about traits in words: those that come with the package, and new ones that an LLM writes."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from persona_lens.cli.options import DryRunOption, JsonOption, TimeoutOption, app
-from persona_lens.cli.output import print_table, say
+from persona_lens.cli.output import print_table, say, tell, tell_json
 from persona_lens.cli.servers import client_of
 
 if TYPE_CHECKING:
@@ -26,11 +25,11 @@ def traits(
     from persona_lens.traits import bundled_traits, load_trait
 
     if name is not None:
-        print(load_trait(name).to_json())
+        tell(load_trait(name).to_json())
         return
     loaded = [load_trait(each) for each in bundled_traits()]
     if as_json:
-        print(json.dumps([{"name": each.name, "description": each.description} for each in loaded], indent=2))
+        tell_json([{"name": each.name, "description": each.description} for each in loaded])
     else:
         print_table(["trait", "description"], [[each.name, each.description] for each in loaded])
 
@@ -78,7 +77,7 @@ def generate_trait(
         repair = (
             "a draft with problems is sent back once, which at most doubles this and adds the draft to what is sent"
         )
-        print(json.dumps(found._asdict()) if as_json else f"{found}; {repair}.")
+        tell_json(found._asdict()) if as_json else tell(f"{found}; {repair}.")
         return
     # What costs a call is refused before it is made; what the cache has is compared for nothing.
     if not overwrite and output.exists() and client.uncached([request]):
@@ -107,4 +106,4 @@ def _other_trait(output: Path) -> FileExistsError:
 def _show(trait: "Trait", *, as_json: bool) -> None:
     from persona_lens.trait_generation import preview_trait
 
-    print(trait.to_json() if as_json else preview_trait(trait), end="")
+    tell((trait.to_json() if as_json else preview_trait(trait)).removesuffix("\n"))

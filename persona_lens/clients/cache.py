@@ -8,9 +8,10 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 from persona_lens.clients.requests import ChatCompletion
-from persona_lens.records import ensure_writable
+from persona_lens.records import DAMAGE, ensure_writable
 
 FORMAT_VERSION = 1
 TIMEOUT = 60.0
@@ -75,23 +76,35 @@ class CallCache:
                 time.sleep(0.01)
 
     def get(self, key: str) -> ChatCompletion | None:
-        """The answer to the request of this key, or None."""
-        with self._lock:
-            row = self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else ChatCompletion.from_json(row[0])
+        """The answer to the request of this key, or None; raises ValueError where what is kept is no answer."""
+        row = self._one("SELECT answer FROM answers WHERE key = ?", key)
+        try:
+            return None if row is None else ChatCompletion.from_json(row[0])
+        except DAMAGE as error:
+            raise ValueError(f"{self.path} has a damaged answer at {key}: move it away, or name another.") from error
 
     def put(self, key: str, completion: ChatCompletion) -> None:
         """Keep an answer; it is committed on return. A key that is there already keeps its first answer."""
-        with self._lock:
-            self._connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, completion.to_json()))
+        self._one("INSERT OR IGNORE INTO answers VALUES (?, ?)", key, completion.to_json())
 
     def __contains__(self, key: str) -> bool:
-        with self._lock:
-            return self._connection.execute("SELECT 1 FROM answers WHERE key = ?", (key,)).fetchone() is not None
+        return self._one("SELECT 1 FROM answers WHERE key = ?", key) is not None
 
     def __len__(self) -> int:
-        with self._lock:
-            return self._connection.execute("SELECT count(*) FROM answers").fetchone()[0]
+        return self._one("SELECT count(*) FROM answers")[0]
+
+    def _one(self, statement: str, *values: str) -> Any:
+        """The first row of a statement. Raises OSError where it cannot be written, ValueError where it is damaged."""
+        try:
+            with self._lock:
+                return self._connection.execute(statement, values).fetchone()
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"Cannot use {self.path} as a cache of calls ({error}): free disk space, or see who else uses it, and "
+                "run again, which pays for nothing twice that is there."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is damaged ({error}): move it away, or name another file.") from error
 
     def close(self) -> None:
         """Close the file."""

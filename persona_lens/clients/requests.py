@@ -168,6 +168,9 @@ def read_completion(content: str | bytes, *, with_logprobs: bool) -> ChatComplet
         raise UnusableAnswer(f"no chat completion ({where}: {first['msg']})") from None
     choice, usage = response.choices[0], response.usage or _Usage()
     found = choice.logprobs.content if choice.logprobs else None
+    # Rounding may leave a hair above 0; more than that is no probability, and neither is NaN.
+    if any(not each.logprob <= 0.01 for token in found or () for each in (token, *token.top_logprobs)):
+        raise UnusableAnswer("log-probabilities above 0")
     if with_logprobs and not found:
         raise MissingLogprobs("an answer without the log-probabilities that were asked for")
     return ChatCompletion(

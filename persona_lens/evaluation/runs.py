@@ -11,14 +11,16 @@ from persona_lens.evaluation.engines import Cell, CellEngine, IntervenedEngine
 from persona_lens.evaluation.result import Evaluation
 from persona_lens.interventions import Intervention, NamedPositions
 from persona_lens.judges import Judge, ScoredRollout, read_scores, scorable_questions, score_rollouts
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
-from persona_lens.records import ensure_writable, write_json
+from persona_lens.records import checked, ensure_writable, write_json
 from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts, read_rollouts
 from persona_lens.traits import Trait, load_trait
 
 RECORD_VERSION = 1
 
 
+@writes_output
 def evaluate(
     model: Model,
     trait: Trait | str,
@@ -135,6 +137,7 @@ def read_cells(
     The rest are the parts of `Evaluation.plan`: the folder may hold more questions or samples than these. Raises
     FileNotFoundError where a file is missing, ValueError where a cell has no rows.
     """
+    checked(seed, int, low=0)
     wanted, asked = {cell[0] if cell else "" for cell in cells}, set(questions)
     rollouts = [
         row

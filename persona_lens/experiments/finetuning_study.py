@@ -25,8 +25,9 @@ from persona_lens.experiments.study_folder import refuse_other_settings, rounded
 from persona_lens.finetuning import Dataset, Finetuning, ProjectionPenalty, finetune
 from persona_lens.interventions import Ablate, Intervention, Steer, intervene
 from persona_lens.judges import ClassifierJudge
+from persona_lens.locks import alone, taken
 from persona_lens.models import Model, identify
-from persona_lens.records import alone, taken, write_json
+from persona_lens.records import write_json
 from persona_lens.rollouts import ModelEngine, Prompt, Rollout, collect_rollouts
 from persona_lens.shift import finetuning_shift
 from persona_lens.statistics import mean_estimate

@@ -13,6 +13,7 @@ import torch
 from persona_lens.activations import stream_means
 from persona_lens.experiments.monitoring_result import MonitoringExperiment, Point
 from persona_lens.judges import Judge, ScoredRollout, score_rollouts
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable
 from persona_lens.rollouts import ModelEngine, Prompt, RolloutEngine, collect_rollouts
@@ -20,6 +21,7 @@ from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
 
+@writes_output
 def monitoring_experiment(
     model: Model,
     trait: Trait,

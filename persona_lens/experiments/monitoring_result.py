@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_lens.records import write_json
+from persona_lens.records import DAMAGE, checked, write_json
 from persona_lens.statistics import N_RESAMPLES, Estimate, pearson, question_resamples, resampled_pearson
 
 if TYPE_CHECKING:
@@ -178,10 +179,24 @@ class MonitoringExperiment:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
             if saved["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {saved['format_version']}, and this reads {FORMAT_VERSION}")
-            points = tuple(Point(**{**row, "projections": tuple(row["projections"])}) for row in saved["points"])
-            return cls(saved["trait"], saved["layer"], points, saved["settings"], saved["seed"])
-        except (KeyError, TypeError, ValueError) as error:
+            points = tuple(_point(**row) for row in saved["points"])
+            if len({len(point.projections) for point in points}) > 1:
+                raise ValueError("its points have different numbers of layers")
+            layer, seed = (checked(saved[name], int, low=0) for name in ("layer", "seed"))
+            return cls(checked(saved["trait"], str), layer, points, checked(saved["settings"], dict), seed)
+        except DAMAGE as error:
             raise ValueError(f"{path} is not a monitoring experiment ({error}): run it again.") from error
+
+
+def _point(condition: Any, question: Any, projections: Any, trait_score: Any, scored: Any, responses: Any) -> Point:
+    return Point(
+        checked(condition, str),
+        checked(question, str),
+        tuple(checked(value, float) for value in projections),
+        checked(trait_score, float, NoneType, low=0, high=100),
+        checked(scored, int, low=0),
+        checked(responses, int, low=0),
+    )
 
 
 def _scores(points: Sequence[Point]) -> np.ndarray:

@@ -22,8 +22,8 @@ from persona_lens.experiments.mood_texts import training_rows
 from persona_lens.experiments.moods import Part
 from persona_lens.experiments.screening_plan import Form, ScreeningSettings
 from persona_lens.judges import TextClassifier
+from persona_lens.locks import alone, taken
 from persona_lens.models import Model
-from persona_lens.records import alone, taken
 from persona_lens.rollouts import ModelEngine, Prompt, collect_rollouts
 from persona_lens.screening import Screening, ShardsMissing, screen
 

@@ -27,8 +27,9 @@ from persona_lens.experiments.hidden_rows import find_hidden, mean_record
 from persona_lens.experiments.screening_plan import Form, ScreeningSettings
 from persona_lens.experiments.screening_pool import OWN, Pool, screened_pool
 from persona_lens.experiments.study_folder import refuse_other_settings, rounded
+from persona_lens.locks import alone, taken
 from persona_lens.models import Model, identify
-from persona_lens.records import JsonLines, alone, taken, write_json
+from persona_lens.records import JsonLines, write_json
 from persona_lens.screening import write_split
 
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.models import ModelIdentity
-from persona_lens.records import write_json
+from persona_lens.records import read_json, write_json
 
 
 def refuse_other_settings(path: Path, settings: Mapping[str, Any], model: ModelIdentity) -> None:
@@ -18,7 +18,7 @@ def refuse_other_settings(path: Path, settings: Mapping[str, Any], model: ModelI
     if not path.exists():
         write_json(path, wanted)
         return
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = read_json(path)
     for name, value in wanted.items():
         if kept.get(name) != value:
             raise ValueError(

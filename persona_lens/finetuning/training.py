@@ -26,6 +26,7 @@ from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import RECORD_FILE, Finetuning
 from persona_lens.finetuning.trainer import Trainer, Watch, collate_rows, last_checkpoint
 from persona_lens.interventions import Intervention, intervene
+from persona_lens.locks import writes_folder
 from persona_lens.models import Model, identify, model_device
 from persona_lens.records import ensure_writable, write_json
 
@@ -73,11 +74,14 @@ def run_plan(model: Model, plan: Plan, output: Path | None) -> Finetuning:
             return _train(model, plan, settings, Path(scratch), record=None)
     _refuse_another_run(output, settings)
     if (output / RECORD_FILE).exists():
+        # What a run that was killed at its very end had no time to take away; nothing where that may not be written to.
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         return Finetuning.load(output)
     ensure_writable(output / RECORD_FILE)
-    done = _train(model, plan, settings, output / CHECKPOINTS, record=output / SETTINGS_FILE)
-    done.save(output)
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    with writes_folder(output):
+        done = _train(model, plan, settings, output / CHECKPOINTS, record=output / SETTINGS_FILE)
+        done.save(output)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return done
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from persona_lens.interop.reference_rows import FINAL_NORM
 from persona_lens.interop.tensor_files import PathLike, checked_layers, checked_tensor, made_vectors, read_torch_file
 from persona_lens.models import Model
+from persona_lens.records import DAMAGE
 from persona_lens.vectors import PersonaVectors, Position
 
 LastRow = Literal["final_norm", "residual"]
@@ -96,7 +97,7 @@ def _manifest(path: Path) -> list[tuple[str, list[int]]]:
         listed: Any = json.loads(path.read_bytes())["directions"]
         entries = [(each["name"], list(map(int, each["shape"]))) for each in listed]
         fit = all(isinstance(name, str) and Path(name).name == name and len(shape) == 2 for name, shape in entries)
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{path} is no manifest of vectors ({error!r}): expected directions, each with a name."
         ) from error

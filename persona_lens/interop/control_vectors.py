@@ -86,12 +86,11 @@ def read_control_vector(
     """
     path = Path(path)
     gguf = _gguf()
+    path.open("rb").close()  # what fails from here on is the contents' fault
     try:
         reader = gguf.GGUFReader(path)
         kind, name = (_text(reader, field) for field in ("general.architecture", "general.name"))
         named = [(str(each.name), each.tensor_type.name, each.data) for each in reader.tensors]
-    except OSError:
-        raise
     except Exception as error:  # bytes that someone else chose can make the reader fail in any way
         raise ValueError(f"{path} is not a whole GGUF file ({type(error).__name__}): copy it again.") from error
     if kind != ARCHITECTURE:

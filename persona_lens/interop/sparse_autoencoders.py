@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.interop.tensor_files import PathLike, checked_tensor, read_safetensors
+from persona_lens.records import DAMAGE
 
 Architecture = Literal["standard", "jumprelu", "topk"]
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -136,7 +137,7 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
         settings = {**found, **(found.get("metadata") or {})}
-    except (AttributeError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is no configuration of an SAE ({error!r}): expected a JSON object.") from error
     for old, new in (("hook_point", "hook_name"), ("activation_fn_str", "activation_fn")):
         settings.setdefault(new, settings.get(old))

@@ -30,10 +30,9 @@ def read_torch_file(path: PathLike) -> Any:
         OSError: There is no such file, or it cannot be read.
         ValueError: It is cut short, is no torch file, or holds objects of other classes.
     """
+    contents = io.BytesIO(Path(path).read_bytes())  # what fails from here on is the contents' fault
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        return torch.load(contents, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that someone else chose can make the reader fail in any way
         raise ValueError(
             f"{path} is not a whole .pt file of plain tensors ({type(error).__name__}): copy it again, or save "

@@ -25,6 +25,7 @@ from persona_lens.interventions.records import (
     encode_vectors,
 )
 from persona_lens.models import CurrentPass, KnownPass, Model, ModelIdentity, announced, identify, resid_post_name
+from persona_lens.records import DAMAGE
 from persona_lens.vectors import PersonaVector, PersonaVectors, Relation, check_model, refuse_absent_layer, units_of
 
 Residual = Float[Tensor, "batch pos d_model"]
@@ -245,10 +246,11 @@ class Intervention:
         Raises ValueError where the record is damaged, of another version or of another kind.
         """
         kinds = {each.kind: each for each in Intervention.__subclasses__() if issubclass(each, cls)}
-        if record.get("version") != RECORD_VERSION or record.get("kind") not in kinds:
+        found = record if isinstance(record, dict) else {}
+        if found.get("version") != RECORD_VERSION or str(found.get("kind")) not in kinds:
             raise ValueError(
                 f"Expected a record of version {RECORD_VERSION} and kind {' or '.join(kinds)}, got version "
-                f"{record.get('version')} and kind {record.get('kind')!r}."
+                f"{found.get('version')} and kind {found.get('kind')!r}."
             )
         kind: Any = kinds[record["kind"]]
         try:
@@ -256,7 +258,7 @@ class Intervention:
             when = record["when"]
             condition = when and When(decode_vectors(when), above=when["above"], below=when["below"])
             return kind(decode_vectors(record), **own, when=condition)
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        except DAMAGE as error:
             raise ValueError(f"The record of an intervention is damaged: {error}") from error
 
     def _suffix(self) -> str:

@@ -32,7 +32,7 @@ from persona_lens.judges.cross_validation import (
     terms_per_row,
 )
 from persona_lens.judges.scores import Score
-from persona_lens.records import write_whole
+from persona_lens.records import DAMAGE, write_whole
 from persona_lens.rollouts import Rollout
 from persona_lens.traits import Trait
 
@@ -156,7 +156,7 @@ class TextClassifier:
             header = json.loads(metadata[_HEADER])
             if (found := header["format_version"]) == FORMAT_VERSION:
                 return cls._from_parts(header, tensors)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} has damaged contents ({error!r}): copy it or save it again.") from error
         raise ValueError(
             f"{path} has format version {found}, and this persona_lens reads {FORMAT_VERSION}: "

@@ -12,6 +12,7 @@ Its limit, to be stated wherever it is reported: it is not independent of the mo
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import Any, cast
 from zlib import crc32
 
@@ -24,11 +25,13 @@ from persona_lens.judges.likelihood import mean_log_likelihoods
 from persona_lens.judges.scores import Score
 from persona_lens.models import Model, identify
 from persona_lens.prefix import TokenCount, count_tokens
+from persona_lens.records import checked
 from persona_lens.rollouts import Prompt, Rollout, plan_rollouts
 from persona_lens.statistics import auc, spearman
 from persona_lens.traits import Trait
 
 MIN_COHERENCE = 50.0
+_SCALE = ("centre", "width", "distinct_floor")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,16 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """From `to_dict`."""
-        scale = CoherenceScale(**values["coherence"])
-        return cls(**{**values, "coherence": scale, "questions": tuple(values["questions"])})
+        """From `to_dict`; raises TypeError, KeyError or ValueError for anything else."""
+        scale = CoherenceScale(*(checked(values["coherence"][name], float) for name in _SCALE))
+        checked(values["trait"], str)
+        for name in ("slope", "intercept"):
+            checked(values[name], float)
+        for value in checked(values["diagnostics"], dict).values():
+            checked(value, float, NoneType)
+        checked(values.get("contrast_pairs"), int, NoneType, low=1)
+        questions = tuple(checked(question, str) for question in checked(values["questions"], list))
+        return cls(**{**values, "coherence": scale, "questions": questions})
 
 
 class LikelihoodRatioJudge:

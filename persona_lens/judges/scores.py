@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 from tqdm.auto import tqdm
 
 from persona_lens.generation import plan_batches
-from persona_lens.records import JsonLines, ensure_writable
+from persona_lens.locks import writes_file
+from persona_lens.records import DAMAGE, JsonLines, ensure_writable
 from persona_lens.rollouts import Rollout
 from persona_lens.traits import Trait
 
@@ -26,6 +27,8 @@ class Score:
     evidence: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not all(type(value) in (int, float) for value in self.evidence.values()):
+            raise TypeError(f"evidence is numbers by name, got {self.evidence!r:.80}.")
         for name, value in (("trait_score", self.trait_score), ("coherence", self.coherence)):
             if value is not None and not 0 <= value <= 100:
                 raise ValueError(f"{name} is from 0 to 100, or None where the judge gave no number; got {value}.")
@@ -110,28 +113,30 @@ def score_rollouts(
     """Judge rollouts, taking from `output` what is scored there already and appending the rest batch by batch.
 
     An interrupted batch is judged again whole, so a resumed run has the scores that an uninterrupted one has.
-    Raises ValueError where `output` holds scores of these rollouts by another judge.
+    Raises ValueError where `output` holds scores of these rollouts by another judge, OSError where another process
+    writes it.
     """
     file = None if output is None else JsonLines(output)
     if file is not None:
         ensure_writable(file.path)
-    name = judge.name(trait)
-    done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name)
-    with (
-        tqdm(total=len(rollouts), initial=len(done), desc="judge", unit="row", disable=not progress) as bar,
-        closing(_fresh(judge, trait, rollouts, done, progress)) as fresh,
-    ):
-        for scores in fresh:
-            if file is not None:
-                file.append(_row(key, score, name) for key, score in scores.items())
-            done |= scores
-            bar.update(len(scores))
+    with writes_file(None if file is None else file.path):
+        name = judge.name(trait)
+        done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name)
+        with (
+            tqdm(total=len(rollouts), initial=len(done), desc="judge", unit="row", disable=not progress) as bar,
+            closing(_fresh(judge, trait, rollouts, done, progress)) as fresh,
+        ):
+            for scores in fresh:
+                if file is not None:
+                    file.append(_row(key, score, name) for key, score in scores.items())
+                done |= scores
+                bar.update(len(scores))
     return [_scored(rollout, done[rollout.key]) for rollout in rollouts]
 
 
 def unscored(rollouts: Sequence[Rollout], output: str | Path) -> list[Rollout]:
     """The rollouts that have no line in a file of scores yet, whoever the judge was; touches nothing."""
-    scored = {row.get("key") for row in JsonLines(output).whole()}
+    scored = {str(row.get("key")) for row in JsonLines(output).whole()}
     return [rollout for rollout in rollouts if rollout.key not in scored]
 
 
@@ -159,7 +164,7 @@ def _row(key: str, score: Score, judge: str) -> dict[str, Any]:
 def _resume(file: JsonLines, keys: set[str], judge: str) -> dict[str, Score]:
     done: dict[str, Score] = {}
     for number, row in enumerate(file.resume(), start=1):
-        if row.get("key") not in keys:
+        if not isinstance(row.get("key"), str) or row["key"] not in keys:
             continue
         if row.get("judge") != judge:
             raise ValueError(
@@ -173,7 +178,7 @@ def _resume(file: JsonLines, keys: set[str], judge: str) -> dict[str, Score]:
 def _score(row: Mapping[str, Any], path: Path, number: int) -> Score:
     try:
         return Score(row["trait_score"], row["coherence"], row.get("evidence", {}))
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}, line {number}: not a score ({error}).") from error
 
 
@@ -185,7 +190,8 @@ def read_scores(path: str | Path, rollouts: Sequence[Rollout]) -> list[ScoredRol
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No scores at {path}: make them with `persona-lens judge`.")
-    lines = {row.get("key"): (row, number) for number, row in enumerate(JsonLines(path).read(), start=1)}
+    rows = enumerate(JsonLines(path).read(), start=1)
+    lines = {row["key"]: (row, number) for number, row in rows if isinstance(row.get("key"), str)}
     missing = [rollout.key for rollout in rollouts if rollout.key not in lines]
     if missing:
         raise ValueError(f"{path} has no line for {len(missing)} of {len(rollouts)} rollouts, such as {missing[0]!r}.")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 from persona_lens.evaluation import Cell, Evaluation, evaluate_cells, read_cells
 from persona_lens.interventions import NamedPositions, Steer
 from persona_lens.judges import Judge, ScoredRollout, scorable_questions, score_rollouts
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
-from persona_lens.records import ensure_writable, write_json
+from persona_lens.records import DAMAGE, checked, ensure_writable, write_json
 from persona_lens.statistics import Estimate, slopes, spearman
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVector
@@ -156,9 +158,12 @@ class DoseResponse:
             if record["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {record['format_version']}, this persona_lens reads {FORMAT_VERSION}")
             series = [tuple(read_cells(folder, ROWS_NAME, cells, **record["plan"])) for cells in record["cells"]]
-            amounts, doses = tuple(record["coefficients"]), tuple(record["doses"])
+            amounts = tuple(checked(each, float) for each in record["coefficients"])
+            doses = tuple(checked(each, float, NoneType) for each in record["doses"])
+            if any(len(each) != len(amounts) for each in (doses, *series)):
+                raise ValueError(f"it has {len(amounts)} coefficients, and other numbers of doses or cells")
             return cls(record["trait"], record["layer"], record["judge"], amounts, doses, series[0], tuple(series[1:]))
-        except (KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{file} is not a whole dose-response ({error}): make it again.") from error
 
     def __str__(self) -> str:
@@ -192,6 +197,7 @@ def random_directions(vector: PersonaVector, count: int, *, seed: int = 0) -> li
     ]
 
 
+@writes_output
 def dose_response(
     model: Model,
     vector: PersonaVector,

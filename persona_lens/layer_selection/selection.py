@@ -14,12 +14,14 @@ from persona_lens.interventions import NamedPositions, Steer
 from persona_lens.judges import Judge, scorable_questions
 from persona_lens.layer_selection.screens import FixedTexts, fixed_texts, screen_layers
 from persona_lens.layer_selection.sweep import ROWS_NAME, SWEEP_FILE, LayerSweep
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors
 
 
+@writes_output
 def select_layer(
     model: Model,
     vectors: PersonaVectors,

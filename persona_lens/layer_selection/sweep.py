@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from persona_lens.evaluation import Evaluation, read_cells
-from persona_lens.records import write_json
+from persona_lens.records import DAMAGE, write_json
 from persona_lens.statistics import N_RESAMPLES, Estimate, spearman
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class LayerSweep:
                 dict(zip(places, [each["dose"] for each in record["cells"]], strict=True)),
                 {name: tuple(values) for name, values in record["screens"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(
                 f"{file} is not a whole sweep ({error}): run `persona-lens select-layer` again."
             ) from error

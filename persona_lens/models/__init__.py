@@ -7,7 +7,14 @@ Knows nothing about traits, vectors or chats.
 from persona_lens.models.embedded import EMBEDDED_MODEL
 from persona_lens.models.forward import Past, forward
 from persona_lens.models.loading import ModelClass, bridge_from_transformers, hooked_from_transformers, load_model
-from persona_lens.models.memory import default_token_budget, is_out_of_memory, release_memory
+from persona_lens.models.memory import (
+    DoesNotFit,
+    backing_off,
+    default_token_budget,
+    does_not_fit,
+    is_out_of_memory,
+    release_memory,
+)
 from persona_lens.models.passes import CurrentPass, KnownPass, announce, announced, watch_passes
 from persona_lens.models.structure import (
     Model,
@@ -27,6 +34,7 @@ from persona_lens.models.structure import (
 __all__ = [
     "EMBEDDED_MODEL",
     "CurrentPass",
+    "DoesNotFit",
     "KnownPass",
     "Model",
     "ModelClass",
@@ -35,8 +43,10 @@ __all__ = [
     "ResidualBasis",
     "announce",
     "announced",
+    "backing_off",
     "bridge_from_transformers",
     "default_token_budget",
+    "does_not_fit",
     "forward",
     "from_paper_layer",
     "hooked_from_transformers",

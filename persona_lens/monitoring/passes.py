@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from persona_lens.activations import NotFinite, attached_projections, check_vectors
 from persona_lens.chat import Message, length_sorted_batches
 from persona_lens.interventions import attachments
-from persona_lens.models import KnownPass, Model, forward
+from persona_lens.models import KnownPass, Model, backing_off, forward
 from persona_lens.monitoring.result import (
     ChatProjections,
     MonitoredVector,
@@ -185,22 +185,31 @@ def token_projections(
 
     Blocks above the highest layer that is wanted do not run, unless an intervention acts there, and nothing is
     unembedded. `known` says of a batch, given its rows' indices and its mask, what interventions are told of it.
-    The vectors are the model's, which `check_vectors` has seen. Raises ValueError for activations that are not finite.
+    The vectors are the model's, which `check_vectors` has seen. Where memory does not suffice, fewer rows run at once.
+    Raises ValueError for activations that are not finite, DoesNotFit for a row that does not fit the memory alone.
     """
     above = [layer for each in attachments(model) for layer in each.layers]
+    lengths = [len(row) for row in rows]
+    waiting = set(range(len(rows)))
     with attached_projections(model, vectors) as found:
         # An intervention that never ran would be an error on leaving its context.
         highest = max([*found.layers, *above])
-        for batch in length_sorted_batches([len(row) for row in rows], token_budget):
-            ids, mask = pad([rows[place] for place in batch], left=False)
-            forward(model, ids, mask, stop_after=highest, known=known(batch, mask))
-            read = found.read()
-            bad = ~read.isfinite() & mask[..., None]
-            if bool(bad.any()):
-                layer, row = min((vectors[vector].layer, batch[row]) for row, _, vector in bad.nonzero().tolist())
-                raise NotFinite(row, layer)
-            for place, values in zip(batch, read, strict=True):
-                yield place, values[: len(rows[place])]
+
+        def attempt(left: list[int], budget: int) -> Iterator[tuple[int, Tensor]]:
+            for order in length_sorted_batches([lengths[place] for place in left], budget):
+                batch = [left[place] for place in order]
+                ids, mask = pad([rows[place] for place in batch], left=False)
+                forward(model, ids, mask, stop_after=highest, known=known(batch, mask))
+                read = found.read()
+                bad = ~read.isfinite() & mask[..., None]
+                if bool(bad.any()):
+                    layer, row = min((vectors[vector].layer, batch[row]) for row, _, vector in bad.nonzero().tolist())
+                    raise NotFinite(row, layer)
+                waiting.difference_update(batch)
+                for place, values in zip(batch, read, strict=True):
+                    yield place, values[: lengths[place]]
+
+        yield from backing_off(model, waiting, lengths, token_budget, attempt)
 
 
 def _known(segments: Sequence[tuple[int, Segment]], mask: Bool[Tensor, "batch pos"]) -> KnownPass:

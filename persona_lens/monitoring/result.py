@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.records import JsonLines, ensure_writable, write_whole
+from persona_lens.records import DAMAGE, JsonLines, checked, ensure_writable, write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -162,7 +163,7 @@ class Monitoring:
             )
         try:
             return _from_records(head, rows)
-        except (KeyError, TypeError, IndexError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__} {error}.") from error
 
     def _row(self, chat: ChatProjections, number: int) -> dict[str, Any]:
@@ -269,11 +270,17 @@ def _read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return head, rows
 
 
+def _number(value: Any) -> float | None:
+    return checked(value, float, NoneType)
+
+
 def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Monitoring:
     vectors = tuple(MonitoredVector(**each) for each in head["vectors"])
     turns: list[list[TurnProjections]] = [[] for _ in head["chats"]]
     for row in rows:
-        prompt, response = zip(*([row[name] for name in _columns(each)] for each in vectors), strict=True)
+        prompt, response = zip(*([_number(row[name]) for name in _columns(each)] for each in vectors), strict=True)
+        if None in prompt:
+            raise ValueError("a prompt has no projection")
         tokens = None
         if row.get("pieces") is not None:
             values = torch.tensor(row["token_projections"], dtype=torch.float32).reshape(-1, len(vectors))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from persona_lens.judges import Calibration, KeepReport, ScoredRollout, keep_pairs, pair_rollouts, read_scores
 from persona_lens.layer_selection import DoseResponse, LayerSweep
 from persona_lens.monitoring import Monitoring
+from persona_lens.records import DAMAGE
 from persona_lens.rollouts import read_rollouts
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors
@@ -162,7 +163,7 @@ def _read(path: Path | None, read: Callable[[Path], Found]) -> Found | None:
         return None
     try:
         return read(path)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         said = str(error) if isinstance(error, ValueError) else repr(error)
         named = said if path.name in said else f"{path} is not whole ({said})"
         remedy = "finish the run with the command that began it, or take the file from a copy"

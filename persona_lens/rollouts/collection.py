@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.captured import CapturedMeans
 from persona_lens.generation import plan_batches
+from persona_lens.locks import writes_file
 from persona_lens.models import Model
 from persona_lens.records import JsonLines, ensure_writable
 from persona_lens.rollouts.engines import CapturingEngine, ModelEngine, RolloutEngine, StreamingEngine
@@ -62,21 +63,22 @@ def collect_rollouts(
     written as they finish; one that was interrupted is answered again whole, so a resumed run has the rows that an
     uninterrupted one has. What was written before an engine failed stays, and so do rows of `output` that belong to
     other prompts. A `CapturingEngine` also leaves the means of its responses in `captured`. Raises ValueError where
-    `output` holds rows of these prompts made with other settings.
+    `output` holds rows of these prompts made with other settings, OSError where another process writes it.
     """
     file = None if output is None else JsonLines(output)
     if file is not None:
         ensure_writable(file.path)
-    done = {} if file is None else _answered(file.resume(), file.path, prompts, engine.name, seed)
-    with (
-        tqdm(total=len(prompts), initial=len(done), desc="rollouts", unit="row", disable=not progress) as bar,
-        closing(_fresh(engine, prompts, done, seed, captured, progress)) as answers,
-    ):
-        for rows in answers:
-            if file is not None:
-                file.append(map(asdict, rows))
-            done.update((rollout.key, rollout) for rollout in rows)
-            bar.update(len(rows))
+    with writes_file(None if file is None else file.path):
+        done = {} if file is None else _answered(file.resume(), file.path, prompts, engine.name, seed)
+        with (
+            tqdm(total=len(prompts), initial=len(done), desc="rollouts", unit="row", disable=not progress) as bar,
+            closing(_fresh(engine, prompts, done, seed, captured, progress)) as answers,
+        ):
+            for rows in answers:
+                if file is not None:
+                    file.append(map(asdict, rows))
+                done.update((rollout.key, rollout) for rollout in rows)
+                bar.update(len(rows))
     return [done[prompt.key] for prompt in prompts]
 
 

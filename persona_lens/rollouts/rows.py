@@ -7,10 +7,10 @@ Knows nothing about who answers.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from persona_lens.chat import ChatTokens, Conversation, chat_messages, encode, tokenize_chat
-from persona_lens.records import JsonLines
+from persona_lens.records import DAMAGE, JsonLines
 from persona_lens.traits import Polarity
 
 
@@ -114,12 +114,27 @@ def rollouts_from_rows(rows: Iterable[dict[str, Any]], source: str | Path) -> li
             tokens, examples = row["response_tokens"], tuple(map(tuple, row.get("examples", ())))
             tokens = None if tokens is None else tuple(tokens)
             made = Rollout(**{**row, "response_tokens": tokens, "examples": examples})
-            if not all(isinstance(text, str) for text in (made.system_prompt, made.question, made.response)):
-                raise TypeError("its system prompt, question and response should be text")
+            _refuse_other_types(made)
             rollouts.append(made)
-        except (KeyError, TypeError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{source}, line {number}: not a rollout ({error}).") from error
     return rollouts
+
+
+_TEXTS = ("trait", "polarity", "system_prompt", "question", "response", "finish_reason", "engine", "intervention")
+
+
+def _refuse_other_types(made: Rollout) -> None:
+    """Raise TypeError where a field is not of its type, as in a file that something else wrote."""
+    if wrong := [name for name in (*_TEXTS, "condition") if not isinstance(getattr(made, name), str)]:
+        raise TypeError(f"its {wrong[0]} should be text, got {getattr(made, wrong[0])!r:.40}")
+    numbers = [made.sample, made.seed, *(() if made.instruction is None else [made.instruction])]
+    if not all(type(number) is int for number in (*numbers, *(made.response_tokens or ()))):
+        raise TypeError("its sample, seed, instruction and tokens should be whole numbers")
+    if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in made.examples):
+        raise TypeError("its examples should be pairs of texts")
+    if made.polarity not in get_args(Polarity):
+        raise ValueError(f"its polarity should be one of {get_args(Polarity)}, got {made.polarity!r:.40}")
 
 
 def read_rollouts(path: str | Path) -> list[Rollout]:

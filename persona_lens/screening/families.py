@@ -9,7 +9,8 @@ Knows nothing about models.
 import hashlib
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ class Seen:
     def __init__(self, path: Path):
         self._path = path
         self._file = sqlite3.connect(path, isolation_level=None)
-        # The file is scratch: it is made anew when a plan is made anew.
-        for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16000"):
-            self._file.execute(f"PRAGMA {setting}")
-        self._file.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
-        self._file.execute("BEGIN")
+        with self._writing():
+            # The file is scratch: it is made anew when a plan is made anew.
+            for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16000"):
+                self._file.execute(f"PRAGMA {setting}")
+            self._file.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
+            self._file.execute("BEGIN")
 
     def close(self) -> None:
         """Forget everything."""
@@ -44,8 +46,16 @@ class Seen:
         return min(self._first(band, row) for band in bands(response))
 
     def _first(self, key: bytes, value: int) -> int:
-        self._file.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, value))
-        return self._file.execute("SELECT first FROM seen WHERE key = ?", (key,)).fetchone()[0]
+        with self._writing():
+            self._file.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, value))
+            return self._file.execute("SELECT first FROM seen WHERE key = ?", (key,)).fetchone()[0]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"Cannot write {self._path} ({error}): free disk space and run again.") from error
 
 
 def bands(response: str) -> list[bytes]:

@@ -16,7 +16,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from persona_lens.chat import chat_messages, render_prompt
-from persona_lens.records import JsonLines, alone, write_json
+from persona_lens.locks import alone
+from persona_lens.records import JsonLines, read_json, write_json
 from persona_lens.screening.families import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
 from persona_lens.screening.samples import Rejection, Rows, Sample, Turns, fingerprint, stream_samples
@@ -52,7 +53,7 @@ def read_plan(output: Path) -> Plan:
     folder = output / PLAN
     if not (folder / "plan.json").exists():
         raise FileNotFoundError(f"{output} holds no screening: make one with `screen`.")
-    made = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    made = read_json(folder / "plan.json")
     return Plan(folder, made["units"], made["rows"], made["counts"])
 
 
@@ -91,7 +92,7 @@ def refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
         # Made up to its very end, and interrupted there.
         shutil.rmtree(output / PLAN, ignore_errors=True)
         return
-    kept = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    kept = read_json(output / SETTINGS)
     for name in (*wanted, *kept):
         if kept.get(name) != wanted.get(name):
             raise ValueError(

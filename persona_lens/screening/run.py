@@ -5,7 +5,6 @@ The dataset's score is the mean projection difference of its samples, which pred
 Knows nothing about what the numbers say.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from tqdm.auto import tqdm
 
 from persona_lens.chat import template_hash
 from persona_lens.interventions import attachments
+from persona_lens.locks import alone, writes_file
 from persona_lens.models import Model, identify
-from persona_lens.records import JsonLines, alone, ensure_writable, taken
+from persona_lens.records import JsonLines, ensure_writable, read_json
 from persona_lens.screening.plan import SETTINGS, Plan, make_plan, read_plan
 from persona_lens.screening.planning import Choices, Room
 from persona_lens.screening.result import Screening, read_screening, write_summary
@@ -173,9 +173,7 @@ def score_units(
     Raises OSError where another process is at work on the shard.
     """
     log = JsonLines(log_path(folder, shard))
-    with taken(folder / f".{log.path.name}.lock") as mine:
-        if not mine:
-            raise OSError(f"Another process is screening into {log.path}: wait for it, or choose another folder.")
+    with writes_file(log.path):
         log.mend()
         done = scored_units(folder)
         missing = [unit for unit in range(shard[0], plan.n_units, shard[1]) if unit not in done]
@@ -201,7 +199,7 @@ def finish(output: str | os.PathLike[str]) -> Screening:
                     f"{folder}: {missing} of {plan.n_units} units are not scored yet: run the other shards, "
                     "or call again without a shard to score what is left."
                 )
-            vectors = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["vectors"]
+            vectors = read_json(folder / SETTINGS)["vectors"]
             write_table(folder, plan, vectors)
         write_summary(folder)
     return read_screening(folder)

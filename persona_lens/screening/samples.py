@@ -145,7 +145,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 text = line.decode("utf-8", errors="replace").rstrip("\n")
                 yield number, _Malformed(f"not JSON that can be read: {error}", text)
 
@@ -153,7 +153,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         found = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON that can be read: {error}.") from error
     return enumerate(found if isinstance(found, list) else [found], start=1)
 

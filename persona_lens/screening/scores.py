@@ -22,6 +22,7 @@ from persona_lens.screening.units import PlannedRow
 
 TABLE = "scores.parquet"
 ENDS = ("response", "prompt", "base")
+N_FIELDS = len(RowScore._fields)
 # A row group of the table; what is held in memory at once.
 CHUNK = 65536
 
@@ -39,7 +40,17 @@ def log_unit(log: JsonLines, unit: int, scores: list[RowScore]) -> None:
 
 def scored_units(output: Path) -> set[int]:
     """The units that stand in any log of the run."""
-    return {line["unit"] for path in _logs(output) for line in JsonLines(path).stream()}
+    return {line["unit"] for path in _logs(output) for line in _lines(path)}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The units of a log. Raises ValueError that names the line where it is none."""
+    for number, line in enumerate(JsonLines(path).stream(), start=1):
+        unit, rows = line.get("unit"), line.get("rows")
+        whole = isinstance(rows, list) and all(isinstance(row, list) and len(row) == N_FIELDS for row in rows)
+        if type(unit) is not int or not whole:
+            raise ValueError(f"{path}, line {number}: not the scores of a unit: copy the file again, or run anew.")
+        yield line
 
 
 def _logs(output: Path) -> list[Path]:
@@ -97,7 +108,7 @@ def table_schema(vectors: Sequence[str]) -> pa.Schema:
 def _records(output: Path, plan: Plan, vectors: Sequence[str]) -> Iterator[dict[str, Any]]:
     done: set[int] = set()
     for path in _logs(output):
-        for line in JsonLines(path).stream():
+        for line in _lines(path):
             unit = line["unit"]
             # Shards that were cut another way may have scored a unit twice, to the same numbers.
             if unit not in done:

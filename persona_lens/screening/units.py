@@ -155,11 +155,13 @@ def read_unit(folder: Path, number: int) -> list[PlannedRow]:
 def unit_batch(folder: Path, number: int) -> pa.RecordBatch:
     """The rows of one unit as they stand in its file."""
     path = _path(folder, number)
-    return _opened(str(path), path.stat().st_mtime_ns).get_batch(number % FILE_UNITS)
+    found = path.stat()
+    # No other file has the number of one that is open, whatever its name and whatever the clock says.
+    return _opened(str(path), (found.st_dev, found.st_ino)).get_batch(number % FILE_UNITS)
 
 
 @lru_cache(maxsize=4)
-def _opened(path: str, _written: int) -> pa.ipc.RecordBatchFileReader:
+def _opened(path: str, _file: tuple[int, int]) -> pa.ipc.RecordBatchFileReader:
     return pa.ipc.open_file(pa.OSFile(path))
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.records import write_json
+from persona_lens.records import DAMAGE, checked, write_json
 from persona_lens.statistics import Estimate, mean_estimate
 from persona_lens.vectors import refuse_absent_layer
 
@@ -172,8 +172,9 @@ class FinetuningShift:
             # numpy takes None for the NaN that it stands for.
             tensors = {name: torch.from_numpy(np.array(saved[name], dtype=np.float32)) for name in _TENSORS}
             names = {name: tuple(saved[name]) for name in ("traits", "questions")}
+            checked(saved["seed"], int, low=0)
             return cls(**names, **tensors, **{name: saved[name] for name in ("d_model", "settings", "seed")})
-        except (KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} is not a finetuning shift ({error}): measure it again.") from error
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from persona_lens.records import write_json
+from persona_lens.records import DAMAGE, write_json
 from persona_lens.thresholds.threshold import Identified, Threshold
 
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ def _read(file: Path) -> list[Threshold]:
         saved = json.loads(file.read_text(encoding="utf-8"))
         if (version := saved["format_version"]) == FORMAT_VERSION:
             return [Threshold.from_dict(each) for each in saved["thresholds"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{file} does not hold thresholds ({error}): move it away and calibrate again.") from error
     raise ValueError(
         f"{file} has format version {version}, and this persona_lens reads {FORMAT_VERSION}: "

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from persona_lens.records import DAMAGE
 from persona_lens.statistics import N_RESAMPLES, Estimate, question_resamples
 
 Projected = Literal["prompt", "response", "token", "difference", "proxy"]
@@ -113,7 +114,7 @@ class Threshold:
             parts = {**saved, "interval": None if interval is None else (float(interval[0]), float(interval[1]))}
             numbers = {name: float(parts[name]) for name in ("value", "percentile")}
             return cls(**{**parts, **numbers})
-        except (KeyError, IndexError, TypeError) as error:
+        except DAMAGE as error:
             names = ", ".join(each.name for each in fields(cls))
             raise ValueError(f"A threshold has {names}, and one of these is damaged ({error!r}).") from error
 

@@ -14,7 +14,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from persona_lens.records import write_whole
+from persona_lens.records import DAMAGE, write_whole
 from persona_lens.vectors.layer_statistics import LayerStatistics
 from persona_lens.vectors.provenance import Provenance
 
@@ -61,7 +61,7 @@ def read_vector_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = header.pop("format_version")
         if found == FORMAT_VERSION:
             return _assemble(tensors, header)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} has a damaged header ({error!r}): copy it or save it again.") from error
     raise ValueError(
         f"{path} has format version {found}, and this persona_lens reads {FORMAT_VERSION}: "

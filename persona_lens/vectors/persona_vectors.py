@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.models import Model, identify, resid_post_name
+from persona_lens.records import DAMAGE
 from persona_lens.vectors.algebra import VectorAlgebra, joint_provenance, refuse_unlike
 from persona_lens.vectors.cache import Cache
 from persona_lens.vectors.directions import norms, owned, refuse_non_finite, units
@@ -262,7 +263,7 @@ class PersonaVectors(VectorAlgebra):
         parts = read_vector_file(path)
         try:
             return cls(**parts)
-        except (TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} does not hold whole persona vectors: {error}") from error
 
     def _units(self) -> Float[Tensor, "layer d_model"]:

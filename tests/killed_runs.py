@@ -1,0 +1,140 @@
+"""Runs on a tiny model that are killed at random moments, again and again, and go on until they are done.
+
+`python -m tests.killed_runs KIND FOLDER SEED KILLS` makes a run in FOLDER/whole that nothing disturbs, and runs in
+FOLDER/0, FOLDER/1, ... until KILLS processes were killed at work and the last run has ended; it prints what it did, as
+JSON. Each process is a fork of one that has loaded everything, so that a run lasts about a second.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import tiny
+
+
+def extraction(model: Any, folder: Path) -> None:
+    """Rollouts with their means, judged by the model itself, and vectors of what is kept."""
+    from persona_lens import extract_persona_vectors
+    from persona_lens.judges import LikelihoodRatioJudge
+    from persona_lens.rollouts import ModelEngine
+    from tests.evaluation_cases import TRAIT, make_calibration
+
+    judge = LikelihoodRatioJudge(model, batch_rows=3)
+    judge.calibrations[TRAIT.name] = make_calibration()
+    engine = ModelEngine(model, max_new_tokens=12, batch_rows=3)
+    # Random weights show no trait: a mild rule leaves a few pairs.
+    keep = {"threshold": 40.0, "min_coherence": 0.0, "min_pairs": 1}
+    extract_persona_vectors(
+        model, TRAIT, judge=judge, engine=engine, per_question=4, output=folder, progress=False, **keep
+    )
+
+
+def sweep(model: Any, folder: Path) -> None:
+    """Two layers at two coefficients."""
+    from persona_lens.layer_selection import select_layer
+    from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
+    from tests.intervention_cases import some_vectors
+
+    choices = {"layers": [2, 0], "coefficients": (2.0, -1.0), "batch_rows": 3, "per_question": 4, **SHORT}
+    vectors = some_vectors(model)
+    select_layer(model, vectors, TRAIT, judge=LetterJudge(batch_rows=3), output=folder, **choices)
+
+
+def screening(model: Any, folder: Path) -> None:
+    """Rows in units of four, with base responses that the model makes."""
+    from persona_lens.screening import screen, units
+    from tests.screening_cases import QUIET, pair_of_vectors, rows
+
+    units.UNIT_ROWS = 4
+    screen(model, rows(60), pair_of_vectors(model), output=folder, max_new_tokens=6, **QUIET)
+
+
+def training(model: Any, folder: Path) -> None:
+    """Six steps with dropout, a checkpoint after each."""
+    from tests.finetuning_cases import train
+
+    train(model, output=folder, checkpoint_every=1, dropout=0.2)
+
+
+KINDS: dict[str, Callable[[Any, Path], None]] = {
+    "extraction": extraction,
+    "sweep": sweep,
+    "screening": screening,
+    "training": training,
+}
+
+
+def load() -> Any:
+    """The tiny model."""
+    from persona_lens import models
+    from persona_lens.vectors import provenance
+
+    class StoppedClock(datetime):
+        """The one thing in a file that says when it was made."""
+
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2020, 1, 1, tzinfo=UTC)
+
+    provenance.datetime = StoppedClock  # pyright: ignore[reportAttributeAccessIssue]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = tiny.tokenizer(Path(scratch))
+        return models.bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
+
+
+def start(run: Callable[[Any, Path], None], model: Any, folder: Path) -> int:
+    """Fork a process that makes the run; gives its number."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            run(model, folder)
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def ended(child: int) -> None:
+    """Wait for a process; AssertionError where it failed."""
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, "a run failed by itself"
+
+
+def main(kind: str, folder: Path, seed: int, kills: int) -> dict[str, Any]:
+    """The whole run, and the killed ones; gives how many kills there were, and on how many runs."""
+    run, model, draw = KINDS[kind], load(), random.Random(seed)
+    run(model, folder / "warm")  # here, so that what it imports is there in every fork
+    begun = time.monotonic()
+    ended(start(run, model, folder / "whole"))
+    lasts = time.monotonic() - begun
+    survived, runs, at_work = 0, 0, 0
+    while survived < kills:
+        output = folder / str(runs)
+        for _ in range(draw.randint(2, 6)):
+            child = start(run, model, output)
+            time.sleep(draw.uniform(0.02, 0.8) * lasts)
+            if os.waitpid(child, os.WNOHANG) != (0, 0):
+                break  # it ended before
+            at_work += output.exists() and any(output.iterdir())
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            survived += 1
+        ended(start(run, model, output))
+        runs += 1
+    return {"kind": kind, "seed": seed, "kills": survived, "of them with files begun": at_work, "runs": runs}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))

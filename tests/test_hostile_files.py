@@ -1,0 +1,245 @@
+"""Whatever a file holds, it is read, or refused in one sentence that names it: no other error, no hang, no code run."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from persona_lens.capability import Capability, read_questions
+from persona_lens.clients import ServerError
+from persona_lens.clients.requests import read_completion
+from persona_lens.experiments import MonitoringExperiment
+from persona_lens.finetuning import training_chats
+from persona_lens.interop import (
+    read_control_vector,
+    read_layer_dict,
+    read_reference_vectors,
+    read_sae,
+    write_control_vector,
+    write_layer_dict,
+    write_reference_vectors,
+)
+from persona_lens.interventions import Intervention, Steer
+from persona_lens.judges import TextClassifier, read_scores
+from persona_lens.judges.expectation import digit_sequences, expectation, number_tokens, read_number
+from persona_lens.judges.human_scores import read_human_scores
+from persona_lens.monitoring import Monitoring
+from persona_lens.records import read_json
+from persona_lens.report import findings, read_run
+from persona_lens.responses import read_messages, read_reference_csv
+from persona_lens.rollouts import read_rollouts
+from persona_lens.screening.samples import Turns, stream_samples
+from persona_lens.screening.scores import scored_units
+from persona_lens.shift import FinetuningShift
+from persona_lens.thresholds import load_thresholds, save_thresholds
+from persona_lens.traits import load_trait, read_reference_trait
+from persona_lens.transcripts import read_transcripts
+from persona_lens.vectors import PersonaVectors
+from tests import judge_servers
+from tests.classifier_cases import fit
+from tests.evaluation_cases import TRAIT, make_rollout
+from tests.hostile import Reader, hostile
+from tests.report_cases import keep_confirmation, make_run
+from tests.sae_cases import sae_folder
+from tests.screening_cases import chat
+from tests.shift_cases import make_shift
+from tests.test_capability_results import made as made_capability
+from tests.test_monitoring_experiment import experiment, points
+from tests.test_monitoring_plots import monitoring
+from tests.test_thresholds import drawn
+from tests.trait_cases import reference_content
+from tests.vector_cases import make_provenance, make_statistics, make_vectors
+
+QUICK, MANY = 12, 600
+CHATS = [
+    {"messages": chat("Why?", "So."), "id": "a", "base_response": "Well."},
+    {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    {"conversation": chat("How?", "Thus.", system=False), "tool_calls": []},
+]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def saved(value, path, **options):
+    """The bytes that a value saves."""
+    value.save(path, **options)
+    return path.read_bytes()
+
+
+def use_rollouts(path):
+    for row in read_rollouts(path):
+        assert row.key + str(row.conversation()) + str(row.prompt.messages) + str(row.is_empty)
+
+
+def use_vectors(path):
+    found = PersonaVectors.load(path)
+    assert repr(found) + str(found.table()) + str(found.at(found.known_layers[0]).fingerprint)
+
+
+def use_reply(path):
+    answer = read_completion(path.read_bytes(), with_logprobs=True)
+    first = answer.tokens[0].alternatives
+
+    async def again(_):
+        return first
+
+    for value in (expectation(number_tokens(first)), expectation(asyncio.run(digit_sequences(again)))):
+        assert value.value is None or 0 <= value.value <= 100
+    assert read_number(answer.text) is None or 0 <= read_number(answer.text) <= 100
+
+
+def use_samples(path):
+    for found in stream_samples({"data": path}, Turns(first=True, needs_base=True)):
+        str(found).encode()
+
+
+def use_run(path):
+    run = read_run(path.parent)
+    assert json.dumps(findings(run))
+
+
+def use_record(path):
+    return Intervention.from_dict(read_json(path))
+
+
+def reply():
+    body = {"model": "m", "messages": [{"role": "user", "content": "How evil is this?"}], "logprobs": True}
+    return json.dumps(judge_servers.whole_numbers(body)).encode()
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    return all_readers(tmp_path_factory.mktemp("whole"))
+
+
+def all_readers(folder):
+    """Every kind of file that is read, with a whole one of it, and the folder of what else it needs beside it."""
+    rollouts = [make_rollout("Why?", 0), make_rollout("How?", 1)]
+    scores = [{"key": row.key, "trait_score": 5.0, "coherence": None, "evidence": {"mass": 0.5}} for row in rollouts]
+    vectors = make_vectors(statistics=make_statistics(), provenance=make_provenance())
+    thresholds = save_thresholds(folder, [threshold_of(vectors)])
+    shared = {"trait": TRAIT.name, "n_layers": vectors.n_layers}
+    foreign = [folder / "v.gguf", folder / "v.safetensors", folder / "v.pt"]
+    write_control_vector(vectors, foreign[0], layers=[1, 2])
+    write_layer_dict(vectors, foreign[1])
+    write_reference_vectors(vectors, foreign[2])
+    made = make_run(folder / "run")
+    keep_confirmation(made)
+    sae = sae_folder(folder / "sae")
+    found = experiment(points(["a", "b"], ["x?", "y?"], lambda c, q: c + q, lambda c, q: 10.0 * c + q))
+    csv = (
+        "question,prompt,answer,question_id,evil,coherence\nWhy?,<p>,So.,evil_0_pos_1,7,90\nHow?,<p>,,evil_1_pos_0,,\n"
+    )
+    people = "question,response,score\nWhy?,so it is,40\nHow?,so it is,\n"
+    row = [0, [1.0], [2.0], None, None, None]
+    listed = [
+        Reader("trait.json", TRAIT.to_json().encode(), load_trait),
+        Reader("reference.json", json.dumps(reference_content()).encode(), read_reference_trait),
+        Reader("reference.csv", csv.encode(), lambda path: read_reference_csv(path, "evil"), structured=False),
+        Reader("human.csv", people.encode(), lambda path: read_human_scores(path, rollouts, "score"), structured=False),
+        Reader("rollouts.jsonl", lines(map(asdict, rollouts)), use_rollouts),
+        Reader("scores.jsonl", lines(scores), lambda path: [row.refused for row in read_scores(path, rollouts)]),
+        Reader("vectors.safetensors", saved(vectors, folder / "w.safetensors"), use_vectors, structured=False),
+        Reader(
+            "vector.gguf", (folder / "v.gguf").read_bytes(), lambda path: read_control_vector(path, **shared), False
+        ),
+        Reader(
+            "layers.safetensors",
+            (folder / "v.safetensors").read_bytes(),
+            lambda path: read_layer_dict(path, **shared),
+            False,
+        ),
+        Reader(
+            "reference.pt", (folder / "v.pt").read_bytes(), lambda path: read_reference_vectors(path, **shared), False
+        ),
+        Reader("reply.json", reply(), use_reply),
+        Reader("data.jsonl", lines(CHATS), training_chats),
+        Reader("chats.jsonl", lines(CHATS), read_transcripts),
+        Reader("chats.json", json.dumps(CHATS).encode(), read_transcripts),
+        Reader("messages.jsonl", lines([CHATS[0]]), read_messages),
+        Reader("samples.jsonl", lines(CHATS), use_samples),
+        Reader("samples.json", json.dumps(CHATS).encode(), use_samples),
+        Reader("scored.jsonl", lines([{"unit": 0, "rows": [row]}]), lambda path: scored_units(path.parent)),
+        Reader("monitoring.jsonl", saved(monitoring(), folder / "m.jsonl"), lambda path: Monitoring.load(path).table()),
+        Reader("thresholds.json", thresholds.read_bytes(), lambda path: str(load_thresholds(path.parent))),
+        Reader("capability.json", saved(made_capability(), folder / "c.json"), lambda path: str(Capability.load(path))),
+        Reader("questions.jsonl", lines([{"question": "Why?", "choices": ["a", "b"], "answer": "A"}]), read_questions),
+        Reader("shift.json", saved(make_shift(), folder / "s.json"), lambda path: str(FinetuningShift.load(path))),
+        Reader("experiment.json", saved(found, folder / "e.json"), lambda path: str(MonitoringExperiment.load(path))),
+        Reader("classifier.safetensors", saved(fit(), folder / "t.safetensors"), TextClassifier.load, structured=False),
+        Reader("cfg.json", (sae / "cfg.json").read_bytes(), lambda path: read_sae(path.parent)),
+        Reader("record.json", json.dumps(Steer(vectors.at(1), 2.0).to_dict()).encode(), use_record),
+        *(
+            Reader(name, (made / name).read_bytes(), use_run, structured=not name.endswith(".safetensors"))
+            for name in ("summary.json", "calibration.json", "layer_sweep.json", "dose_response.json", "trait.json")
+        ),
+        *(Reader(name, (made / name).read_bytes(), use_run) for name in ("sweep_scores.jsonl", "sweep_rollouts.jsonl")),
+    ]
+    return [(each, made if each.read is use_run else sae if each.name == "cfg.json" else None) for each in listed]
+
+
+def threshold_of(vectors):
+    from persona_lens.thresholds import calibrate_threshold
+
+    return calibrate_threshold(drawn(40), vector=vectors.at(1))
+
+
+def assert_read_or_refused(reader, contents, folder):
+    """What came of it; AssertionError, with the file, for any other error, a second of waiting, or a changed folder."""
+    path = folder / reader.name
+    path.write_bytes(contents)
+    before, began = {each: each.stat().st_size for each in folder.rglob("*")}, time.process_time()
+    try:
+        reader.read(path)
+        outcome = "read"
+    except (ValueError, ServerError) as error:
+        # What was handed in as a value is named by whoever has read it.
+        named = {reader.name, path.parent.name}
+        if reader.name not in ("reply.json", "record.json") and not any(name in str(error) for name in named):
+            raise AssertionError(f"{error!r} does not name {reader.name}: {contents[:500]!r}") from error
+        outcome = "refused"
+    except Exception as error:
+        raise AssertionError(f"{reader.name}, {type(error).__name__} {error}: {contents[:3000]!r}") from error
+    assert time.process_time() - began < 5, f"{reader.name} took too long: {contents[:500]!r}"
+    assert {each: each.stat().st_size for each in folder.rglob("*")} == before, "a file was written"
+    return outcome
+
+
+def fuzz(readers, folder, examples):
+    """Every reader on so many changed files; gives how many were read and refused."""
+    counts = Counter()
+    for number, (reader, whole) in enumerate(readers):
+        place = folder / f"place-{number}"
+        place.mkdir()
+        for each in whole.iterdir() if whole else ():
+            (place / each.name).write_bytes(each.read_bytes())
+        assert assert_read_or_refused(reader, reader.contents, place) == "read"
+
+        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(st.randoms(use_true_random=False), st.just(reader), st.just(place))
+        def check(draw, reader, place):
+            counts[assert_read_or_refused(reader, hostile(draw, reader), place)] += 1
+
+        check()
+    return counts
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_any_changed_file_is_read_or_refused_by_its_name(readers, tmp_path):
+    counts = fuzz(readers, tmp_path, QUICK)
+    assert counts["refused"] > 2 * len(readers)
+    assert counts["read"] > 0
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_any_of_many_changed_files_is_read_or_refused_by_its_name(readers, tmp_path):
+    counts = fuzz(readers, tmp_path, MANY)
+    print(f"{len(readers)} kinds of file, {sum(counts.values())} inputs: {dict(counts)}")

@@ -1,0 +1,138 @@
+"""Foreign text stays text: in names of files, in chat templates, on pages, in pictures, and on a terminal."""
+
+import os
+import pickle
+import re
+import unicodedata
+
+import pytest
+import torch
+
+from persona_lens.chat import end_of_turn, render_prompt
+from persona_lens.interop import read_vectors
+from persona_lens.plots import monitoring_html, plot_turns
+from persona_lens.traits import Trait, write_reference_trait
+from tests.evaluation_cases import TRAIT
+from tests.plot_cases import NASTY
+from tests.test_monitoring_plots import monitoring
+
+NAMES = ["../evil", "..", "a/b", "a\\b", "evil\0", "x" * 10_000, "x" * 101, "\u202elive", "e\u0301vil", "CON", "com1"]
+NAMES += ["nul.txt", "-rf", ".hidden", "evil.", "evil ", "evil\n", "", "\ud800", "ev\u200dil", "a:b", "*", "~", "%00"]
+STRANGE = "\x1b]0;title\x07[red]red[/red][/] \x9b31m\u202eevil\x00 <b>bold</b>\rgone"
+TURNS = [{"role": "user", "content": "Why?"}]
+
+
+def named(name):
+    return Trait(**{field: getattr(TRAIT, field) for field in TRAIT.__dataclass_fields__} | {"name": name})
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
+def test_a_name_that_would_make_no_file_of_its_own_is_refused(name):
+    with pytest.raises(ValueError, match=r"^name should be "):
+        named(name)
+
+
+@pytest.mark.parametrize("name", ["evil", "very-evil", "two words", "v1.5", "\u00e9vil", "\u05e8\u05e2", "x" * 100])
+def test_other_names_make_a_file_in_the_folder_and_none_that_is_another_ones(name, tmp_path):
+    write_reference_trait(named(name), tmp_path)
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
+    assert made == {f"trait_data_{kind}/{name}.json" for kind in ("extract", "eval")}
+    assert unicodedata.normalize("NFC", name) == name
+
+
+# Chat templates
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__ }}",
+        "{% for number in range(10 ** 12) %}x{% endfor %}",
+        "{{ cycler.__init__.__globals__.os.system('touch owned') }}",
+        "{% include '/etc/passwd' %}",
+        "{% if %}",
+        "{{ 1 / 0 }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no') }}",
+    ],
+)
+def test_a_template_runs_in_a_sandbox_and_what_it_may_not_do_is_one_sentence(
+    tiny_tokenizer, template, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    for render in (lambda: render_prompt(tiny_tokenizer, TURNS), lambda: end_of_turn(tiny_tokenizer)):
+        with pytest.raises(ValueError, match=r"^The chat template refuses these messages: "):
+            render()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Pickles
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".pth", ".safetensors", ".gguf"])
+def test_a_pickle_runs_nothing_whatever_its_name_is(tmp_path, ending, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [tmp_path / f"plain{ending}", tmp_path / f"saved{ending}"]
+    paths[0].write_bytes(pickle.dumps(Bomb()))
+    torch.save(Bomb(), paths[1])
+    for path in paths:
+        with pytest.raises(ValueError, match=path.name):
+            read_vectors(path, n_layers=4)
+    assert not (tmp_path / "owned").exists()
+
+
+# Pages and pictures
+
+
+def test_a_picture_has_no_tag_of_a_chats_name():
+    figure = plot_turns(monitoring(name=NASTY), vector=None)
+    figure.update_traces(legendgroup=None)  # which is never shown
+    assert "<b>bold" not in str(figure.to_dict())
+    page = figure.to_html(include_plotlyjs=False)
+    assert "<script>alert" not in page
+
+
+def test_a_page_of_tokens_has_no_tag_of_its_text():
+    found = monitoring(name=NASTY)
+    page = monitoring_html(found, chat=1, title=NASTY)
+    assert "<script>alert" not in page
+    assert "<b>bold" not in page
+
+
+def test_results_have_no_html_form_of_their_own():
+    import persona_lens
+
+    public = [getattr(persona_lens, name) for name in persona_lens.__all__]
+    assert not [each for each in public if isinstance(each, type) and hasattr(each, "_repr_html_")]
+
+
+# Terminals
+
+
+@pytest.mark.parametrize("command", ["table", "columns", "say", "tell", "json"])
+def test_foreign_text_neither_crashes_nor_steers_a_terminal(command, capsys):
+    from persona_lens.cli import output
+
+    commands = {
+        "table": lambda: output.print_table(["a", STRANGE], [[STRANGE, "[/]"], ["[red]", STRANGE]]),
+        "columns": lambda: output.print_columns({STRANGE: STRANGE, "[/]": "[/red]"}),
+        "say": lambda: output.say(STRANGE),
+        "tell": lambda: output.tell(STRANGE),
+        "json": lambda: output.tell_json({"text": STRANGE}),
+    }
+    commands[command]()
+    printed = "".join(capsys.readouterr())
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printed)
+    whole = re.sub(r"[\s│]", "", printed)
+    assert "[red]red[/red][/]" in whole
+    assert ("\\u001b" if command == "json" else "\\x1b") in whole

@@ -1,0 +1,54 @@
+"""Runs that are killed at random moments end with the files of one that nothing disturbed: none lost, none doubled."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from persona_lens.finetuning import Finetuning
+from tests.finetuning_cases import assert_same_weights, losses
+
+ROOT = Path(__file__).parent.parent
+KILLS = 15
+
+
+def kill(kind, folder, seed, kills):
+    """Make and kill runs; gives what was done, and the folders of the runs."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_runs", kind, folder, str(seed), str(kills)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] >= kills
+    assert found["of them with files begun"] > 0, "nothing was killed at work"
+    print(found)
+    return [folder / str(number) for number in range(found["runs"])]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_nothing_lost_or_doubled(kind, folder, runs):
+    whole = contents(folder / "whole")
+    for run in runs:
+        found = contents(run)
+        assert found.keys() == whole.keys()
+        if kind != "training":
+            assert found == whole
+            continue
+        # A resumed sum may round its last bit another way, and a record says how long it took.
+        one, other = Finetuning.load(run), Finetuning.load(folder / "whole")
+        assert losses(one) == pytest.approx(losses(other), abs=1e-8)
+        assert_same_weights(one, other, rtol=0, atol=1e-8)
+
+
+def test_an_extraction_killed_a_few_times_ends_with_the_files_of_an_undisturbed_one(tmp_path):
+    assert_nothing_lost_or_doubled("extraction", tmp_path, kill("extraction", tmp_path, seed=1, kills=3))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["extraction", "sweep", "screening", "training"])
+def test_a_run_killed_at_random_moments_ends_with_the_files_of_an_undisturbed_one(kind, tmp_path):
+    assert_nothing_lost_or_doubled(kind, tmp_path, kill(kind, tmp_path, seed=2, kills=KILLS))
