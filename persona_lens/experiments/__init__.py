@@ -1,7 +1,7 @@
 """The paper's experiments as functions: each samples, judges and measures, and gives numbers with their intervals."""
 
 from persona_lens.experiments.chosen_sets import ChosenSet, MeasuredSet, Prediction
-from persona_lens.experiments.conditions import many_shot, system_prompts
+from persona_lens.experiments.conditions import judged_examples, many_shot, system_prompts
 from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
 from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun, read_study
 from persona_lens.experiments.finetuning_study import finetuning_study
@@ -35,6 +35,7 @@ __all__ = [
     "StudyRun",
     "StudySettings",
     "finetuning_study",
+    "judged_examples",
     "many_shot",
     "monitoring_experiment",
     "plot_experiment_layers",

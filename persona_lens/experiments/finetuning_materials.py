@@ -197,10 +197,9 @@ def _layers(
     Among the cells whose mean coherence is at least 75, on prompts of the vectors' part.
     """
     path = folder / "layers.json"
-    if path.exists():
-        return {mood: found["layer"] for mood, found in json.loads(path.read_text(encoding="utf-8")).items()}
-    chosen: dict[str, dict[str, object]] = {}
-    for mood in settings.mitigated:
+    chosen: dict[str, dict[str, object]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    missing = [mood for mood in settings.mitigated if mood not in chosen]
+    for mood in missing:
         cells = [Cell(vectors[mood].at(layer), dose) for layer in settings.layers for dose in settings.preventative]
         named = {cell.name: cell for cell in cells}
         prompts = [
@@ -224,5 +223,6 @@ def _layers(
         good = [row for row in table if row["coherence"] >= MIN_COHERENCE] or table
         best = max(good, key=lambda row: row["trait"])
         chosen[mood] = {"layer": best["layer"], "cells": table}
-    write_json(path, chosen)
+    if missing:
+        write_json(path, chosen)
     return {mood: int(str(found["layer"])) for mood, found in chosen.items()}
