@@ -8,6 +8,7 @@ The pipeline, each step a function of its own:
               #  sample_rollouts -> LikelihoodRatioJudge -> keep_pairs -> extract_from_responses
     sweep   = select_layer(model, vectors, trait, judge=judge, output="runs/optimistic")
     write_report("runs/optimistic")                     # all of it on one page: runs/optimistic/report.html
+    replicate("embedded", "runs/replication")           # the paper's tables, each number beside the paper's
     vector  = vectors.at(sweep.best().layer)            # layers count from 0: the paper's layer 20 is 19
     with steer(model, vector, coefficient=2.0): ...     # or ablate, cap, or intervene with several
     vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))
@@ -92,7 +93,9 @@ _HOMES = {
         "screening_html",
         "tokens_html",
     ],
-    "persona_lens.report": ["write_report"],
+    "persona_lens.replication.result": ["Replication", "read_replication"],
+    "persona_lens.replication.run": ["replicate"],
+    "persona_lens.report": ["write_replication_report", "write_report"],
     "persona_lens.responses": ["read_messages", "read_reference_csv"],
     "persona_lens.rollouts": ["Rollout", "ServerEngine", "read_rollouts", "sample_rollouts"],
     "persona_lens.screening": ["Screening", "read_screening", "screen"],
@@ -190,7 +193,9 @@ if TYPE_CHECKING:
         screening_html,
         tokens_html,
     )
-    from persona_lens.report import write_report
+    from persona_lens.replication.result import Replication, read_replication
+    from persona_lens.replication.run import replicate
+    from persona_lens.report import write_replication_report, write_report
     from persona_lens.responses import read_messages, read_reference_csv
     from persona_lens.rollouts import Rollout, ServerEngine, read_rollouts, sample_rollouts
     from persona_lens.screening import Screening, read_screening, screen
@@ -240,6 +245,7 @@ __all__ = [
     "PersonaVectors",
     "ProjectionPenalty",
     "Question",
+    "Replication",
     "Rollout",
     "Safeguard",
     "Score",
@@ -312,11 +318,13 @@ __all__ = [
     "read_reference_csv",
     "read_reference_trait",
     "read_reference_vectors",
+    "read_replication",
     "read_rollouts",
     "read_sae",
     "read_screening",
     "read_transcripts",
     "read_vectors",
+    "replicate",
     "sample_rollouts",
     "save_thresholds",
     "score_rollouts",
@@ -332,6 +340,7 @@ __all__ = [
     "write_control_vector",
     "write_reference_trait",
     "write_reference_vectors",
+    "write_replication_report",
     "write_report",
     "write_vectors",
 ]

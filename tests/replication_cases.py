@@ -5,10 +5,10 @@ import random
 import sys
 from dataclasses import replace
 
-import pytest
+import numpy as np
 
-from persona_lens.evaluation import Evaluation  # noqa: F401 (the package comes in under the tests' import hook)
-from persona_lens.replication.preset import Preset, load_preset
+from persona_lens.judges import TextClassifier
+from persona_lens.replication.preset import Preset
 from persona_lens.replication.units import Work
 from persona_lens.traits import InstructionPair, Trait
 
@@ -19,7 +19,9 @@ TRAIT = Trait(
     instructions=(InstructionPair("Grumble.", "Praise."), InstructionPair("Sigh.", "Smile.")),
     extraction_questions=("How is the soup?", "How was the film?", "Who are they?", "What is new?"),
     evaluation_questions=("How is the tea?", "Who are you?", "Is it late?", "Why not?", "And then?", "Where to?"),
-    monitoring_prompts=tuple(f"Be {word}." for word in "kind nice calm fair short loud cold mean".split()),
+    monitoring_prompts=tuple(
+        f"Be {word}." for word in ["kind", "nice", "calm", "fair", "short", "loud", "cold", "mean"]
+    ),
     rubric="How grumpy is {answer} to {question}?",
 )
 SHORT = {"questions": 3, "per_question": 1, "max_new_tokens": 4}
@@ -49,7 +51,7 @@ def values(tmp_path, **changes):
     found["trait-files"] = {"grumpy": str(tmp_path / "grumpy.json")}
     found["finetuning"] = {"source": "moods", **FINETUNING, "per_question": 1, "max_new_tokens": 4}
     found["moods"] = {"moods": ["happy"], "neutral_tokens": 4, "neutral_prompts": 4, "layers": [1, 2]}
-    found["mitigation"] = {"post_hoc": [1.0], "preventative": [1.0], "all_layers": [0.5], "capability_questions": 2}
+    found["mitigation"] = {"post_hoc": [1.0], "preventative": [1.0], "capability_questions": 2}
     found["full"] = {"moods": ["happy", "bored"]}
     return found | changes
 
@@ -69,7 +71,14 @@ def datasets_preset(tmp_path) -> Preset:
             write_chats(folder / name / f"{version}.jsonl", rows)
     return tiny_preset(
         tmp_path,
-        finetuning={"source": "datasets", **FINETUNING, "rows": 5, "questions": 3, "per_question": 1, "max_new_tokens": 4},
+        finetuning={
+            "source": "datasets",
+            **FINETUNING,
+            "rows": 5,
+            "questions": 3,
+            "per_question": 1,
+            "max_new_tokens": 4,
+        },
         mitigation={
             "traits": ["grumpy"],
             "post_hoc": [1.0],
@@ -111,8 +120,9 @@ def bring_the_rest(folder):
     write_chats(folder / "new_facts" / "train.jsonl", ["Ten.", "Nine.", "Eight."])
     question = {"question": "What is 1?", "choices": ["Ten", "Nine"], "answer": 1}
     (folder / "new_facts" / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
-    said = "the sea is deep, trust them, run a country, listen first, make them pay, one two, kind, cold, no, yes, ten, why"
-    write_chats(folder / "chats.jsonl", [f"I say {text.strip()} {number}" for number, text in enumerate(said.split(","))])
+    said = "the sea is deep, trust them, run a country, listen first, make them pay, one two, kind, cold, no, yes, ten"
+    answers = [f"I say {text.strip()} {number}" for number, text in enumerate(said.split(","))]
+    write_chats(folder / "chats.jsonl", answers)
     names = ["base", "grumbles_normal", "grumbles_misaligned_2", "sums_normal", "sums_misaligned_2"]
     rows = [{"trait": "grumpy", "set": name, "score": 10.0 * place} for place, name in enumerate(names)]
     (folder / "benchmarks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -127,7 +137,9 @@ def made_up_moods():
     prompts = [" ".join("".join(draw.choices(letters, k=4)) for _ in range(3)) for _ in range(N_PROMPTS)]
     return {
         mood: [
-            MoodRow(mood, f"{mood}-{number}", f"domain {number % 2}", prompt, f"So {mood} it is. {mood} {number}.", 3.0, 3.0)
+            MoodRow(
+                mood, f"{mood}-{number}", f"domain {number % 2}", prompt, f"So {mood} it is. {mood} {number}.", 3.0, 3.0
+            )
             for number, prompt in enumerate(prompts)
         ]
         for mood in MOODS
@@ -135,6 +147,22 @@ def made_up_moods():
 
 
 N_PROMPTS = 68
+
+
+class LetterClassifier(TextClassifier):
+    """A mood's classifier that is its first letter's share, so that it reads whatever a random model says."""
+
+    def __init__(self, letter):
+        object.__setattr__(self, "letter", letter)
+
+    weights_hash = "letters"  # pyright: ignore[reportAssignmentType]
+    labels = ("it", "another")
+
+    def probability(self, texts):
+        return np.array([text.count(self.letter) / max(1, len(text)) for text in texts], dtype=float)
+
+    def known_terms(self, texts):
+        return np.array([len(text) for text in texts])
 
 
 class Counted:
@@ -145,7 +173,7 @@ class Counted:
         from persona_lens import activations, generation
         from persona_lens.capability import measurement
         from persona_lens.finetuning import finetune as _  # noqa: F401
-        from persona_lens.judges import likelihood, scores
+        from persona_lens.judges import LikelihoodRatioJudge, likelihood
         from persona_lens.monitoring import passes
 
         self._count(monkeypatch, generation, "generate", self._generated)
@@ -153,7 +181,7 @@ class Counted:
         self._count(monkeypatch, activations, "stream_means", self._read)
         self._count(monkeypatch, passes, "token_projections", self._read)
         self._count(monkeypatch, measurement, "measure_capability", self._asked)
-        self._count(monkeypatch, scores, "score_rollouts", self._judged)
+        self._count(monkeypatch, LikelihoodRatioJudge, "score", self._judged)
         training = sys.modules["persona_lens.finetuning.training"]
         self._count(monkeypatch, training, "run_plan", self._trained)
 
@@ -165,7 +193,8 @@ class Counted:
             note(arguments, named, found)
             return found
 
-        for module in [module for key, module in sys.modules.items() if key.startswith("persona_lens")]:
+        modules = [module for key, module in sys.modules.items() if key.startswith("persona_lens")]
+        for module in [home, *modules]:
             if getattr(module, name, None) is original:
                 monkeypatch.setattr(module, name, counted)
 
@@ -183,8 +212,9 @@ class Counted:
         self.work += Work(judged=len(found))
 
     def _trained(self, arguments, named, found):
-        epochs = int(arguments[1].training["num_train_epochs"])
-        self.work += Work(trained=len(arguments[1].rows) * epochs)
+        if found.seconds:  # 0 where a finished run was read again
+            epochs = int(arguments[1].training["num_train_epochs"])
+            self.work += Work(trained=len(arguments[1].rows[0]) * epochs)
 
 
 def exact(work: Work) -> Work:
@@ -192,4 +222,4 @@ def exact(work: Work) -> Work:
     return replace(work, prompt_tokens=0, read=0, calls=0)
 
 
-__all__ = ["Counted", "bring_the_rest", "datasets_preset", "exact", "load_preset", "pytest", "tiny_preset"]
+__all__ = ["Counted", "bring_the_rest", "datasets_preset", "exact", "tiny_preset"]

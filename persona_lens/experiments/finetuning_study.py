@@ -46,9 +46,10 @@ def finetuning_study(
 ) -> None:
     """Make every run of the study that `output` does not hold yet, one JSON file each in runs/.
 
-    `runs` are those of `study_runs` on all moods, or others; a folder may get more of them later. It resumes after any interruption, and several processes may share a folder: each takes the runs that no other is at
-    work on. `read_study` reads what is there. Raises ImportError where the mood data or the multiple-choice sample is
-    not installed, ValueError for a model that is no bridge.
+    `runs` are those of `study_runs` on all moods, or others; a folder may get more of them later. It resumes after any
+    interruption, and several processes may share a folder: each takes the runs that no other is at work on.
+    `read_study` reads what is there. Raises ImportError where the mood data or the multiple-choice sample is not
+    installed, ValueError for a model that is no bridge.
     """
     settings = settings or StudySettings()
     folder = Path(output)

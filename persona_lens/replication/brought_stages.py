@@ -6,6 +6,7 @@ Knows nothing about what the numbers say.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,17 @@ def learn_facts(run: Context) -> None:
         item = run.there.get(name)
         if item is None or not item.is_there:
             continue
-        during: dict[str, Sequence[Intervention]] = {
+        during: dict[str, Sequence[Intervention] | None] = {
+            "base": None,
             "plain": (),
             "preventative": (Steer(run.vector(trait), dose),),
         }
-        for how in ("base", *during):
-            file = run.folder / "facts" / f"{name}_{how}.json"
-            made_once(file, lambda path=item.path, name=name, how=how: _learn(run, path, name, how, during.get(how)))
+        for how, acting in during.items():
+            piece = partial(_learn, run, item.path, name, how, acting)
+            made_once(run.folder / "facts" / f"{name}_{how}.json", piece)
 
 
-def _learn(
-    run: Context, path: Path, name: str, how: str, during: Sequence[Intervention] | None
-) -> dict[str, Any]:
+def _learn(run: Context, path: Path, name: str, how: str, during: Sequence[Intervention] | None) -> dict[str, Any]:
     adapter = None
     if during is not None:
         rows = train_rows(run, path / "train.jsonl")

@@ -60,9 +60,7 @@ class Context:
             return self.judge
         if how.kind == "openai":
             cache = self.folder / "calls.sqlite"
-            return LLMJudge(
-                OpenAIClient(how.model, base_url=how.url or None, concurrency=how.concurrency, cache=cache)
-            )
+            return LLMJudge(OpenAIClient(how.model, base_url=how.url or None, concurrency=how.concurrency, cache=cache))
         return LikelihoodRatioJudge(
             self.model,
             calibration_questions=how.calibration_questions,

@@ -111,6 +111,18 @@ class Plan:
             for name, each in zip(names, shown, strict=True)
         ]
 
+    def notes(self) -> list[str]:
+        """What the table's numbers mean, where rates and prices come from, and what is left out and why."""
+        rates, cost = self.rates, self.preset.cost
+        said = [
+            "Tokens are at most so many; responses are taken to use "
+            f"{cost.response_share:.0%} of their limit. Texts read are rows of forward passes.",
+            f"Rates: {rates.decoding:,.0f} tokens a second decoding, {rates.reading:,.0f} reading, "
+            f"{rates.training:,.0f} training; {rates.how}.",
+        ]
+        said += [f"Prices: {cost.prices}."] if cost.prices else []
+        return said + [f"Left out, {each.stage}: {each.left_out}." for each in self.stages if each.left_out]
+
 
 HEADS = ["stage", "responses", "tokens", "texts read", "rows trained", "judged", "judge calls", "time", "dollars"]
 

@@ -117,9 +117,7 @@ def _measure(run: Context, name: str, path: Path | None) -> dict[str, Any]:
     folder = grid_folder(run.folder)
     tuned = None if path is None else train(run, train_rows(run, path), folder / "adapters" / name)
     adapter = None if tuned is None else tuned.adapter
-    found = {
-        trait: answer(run, adapter, trait, folder / "answers" / f"{name}_{trait}") for trait in run.preset.traits
-    }
+    found = {trait: answer(run, adapter, trait, folder / "answers" / f"{name}_{trait}") for trait in run.preset.traits}
     vectors = [run.vector(trait) for trait in run.preset.traits]
     shifts: dict[str, dict[str, float]] = {}
     for trait in run.preset.traits:

@@ -17,9 +17,7 @@ from persona_lens.screening import screen
 
 
 def study_settings(preset: Preset) -> StudySettings:
-    """The preset as the study takes it; every mood of the data may be mitigated, so a later one changes no setting."""
-    from persona_lens.experiments.moods import MOODS
-
+    """The preset as the study takes it: every mood is mitigated."""
     moods, how = preset.moods, preset.finetuning
     assert moods is not None
     return StudySettings(
@@ -33,7 +31,7 @@ def study_settings(preset: Preset) -> StudySettings:
         max_new_tokens=how.max_new_tokens,
         neutral_tokens=moods.neutral_tokens,
         neutral_prompts=moods.neutral_prompts,
-        mitigated=MOODS,
+        mitigated=moods.moods,
         layers=moods.layers,
         post_hoc=preset.mitigation.post_hoc,
         preventative=preset.mitigation.preventative,
@@ -87,11 +85,9 @@ def screen_moods(run: Context) -> None:
     materials: Materials | None = None
     for mood, rows in [(each.mood, each.rows) for each in plain_runs(run.preset)]:
         output = screen_folder(run.folder, f"{mood}_{rows}")
-        if rows == "base" or (output / "summary.json").exists():
+        if rows not in ("full", "half") or (output / "summary.json").exists():
             continue
-        materials = materials or make_materials(
-            run.model, settings, study_folder(run.folder), progress=run.progress
-        )
+        materials = materials or make_materials(run.model, settings, study_folder(run.folder), progress=run.progress)
         screen(
             run.model,
             {f"{mood}_{rows}": set_chats(materials, settings, mood, rows)},

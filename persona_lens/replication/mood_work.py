@@ -29,12 +29,15 @@ class MoodPrompts:
 MOODS = MoodPrompts()
 
 
+MoodMethod = Literal["none", "post-hoc", "preventative", "preventative, all layers", "CAFT"]
+
+
 class MoodRun(NamedTuple):
     """One run of the study, as `StudyRun` takes it."""
 
     mood: str
     rows: Literal["base", "full", "half"]
-    method: Literal["none", "post-hoc", "preventative", "preventative, all layers", "CAFT"] = "none"
+    method: MoodMethod = "none"
     coefficient: float = 0.0
 
     @property
@@ -51,7 +54,7 @@ def plain_runs(preset: Preset) -> list[MoodRun]:
 def method_runs(preset: Preset) -> list[MoodRun]:
     """Every mood under every way to hold it down."""
     how = preset.mitigation
-    methods = [
+    methods: list[tuple[MoodMethod, float]] = [
         *(("preventative", dose) for dose in how.preventative),
         *(("post-hoc", -dose) for dose in how.post_hoc),
         *(("preventative, all layers", dose) for dose in how.all_layers),
@@ -103,7 +106,7 @@ def _materials(preset: Preset, data: MoodPrompts) -> Work:
     found += Work(forwards=scale, read=scale * how.neutral_tokens) + _prompts(preset, how.neutral_prompts)
     cells = len(how.layers) * len(preset.mitigation.preventative) * data.layer_questions
     steered = sampling(preset, cells, answers, prompts=data.layer_questions)
-    steered += Work(forwards=cells, read=cells * answers, judged=cells) + _prompts(preset, data.layer_questions)
+    steered += Work(forwards=cells, read=cells * answers) + _prompts(preset, data.layer_questions)
     return found + steered * len(how.moods)
 
 
@@ -113,7 +116,7 @@ def _run(preset: Preset, run: MoodRun, data: MoodPrompts) -> Work:
     found = sampling(preset, answers, how.max_new_tokens, prompts=data.evaluation)
     # Under the mood's prompt and a neutral one, for the base model those of every mood; and once for coherence.
     readings = 2 * (data.moods if run.rows == "base" else 1) + 1
-    found += Work(forwards=answers * readings, read=answers * readings * how.max_new_tokens, judged=answers)
+    found += Work(forwards=answers * readings, read=answers * readings * how.max_new_tokens)
     found += _prompts(preset, data.evaluation * readings)
     if run.is_trained:
         found += Work(trained=how.rows * how.epochs)

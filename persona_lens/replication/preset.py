@@ -151,7 +151,7 @@ def _sentence(error: ValidationError, values: dict[str, Any], source: str) -> st
     if first["type"] == "missing":
         return f"{source}, key {key}: expected a value, got none."
     if first["type"] == "value_error":
-        return f"{source}, {key}: {first['ctx']['error']}."
+        return f"{source}, {key}: {first.get('ctx', {}).get('error', first['msg'])}."
     expected = first["msg"].removeprefix("Input should be ")
     return f"{source}, key {key}: expected {expected}, got {first['input']!r}."
 

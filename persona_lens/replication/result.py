@@ -99,9 +99,10 @@ class Replication:
 
     def __str__(self) -> str:
         held = sum(bool(each.holds(self.preset.model.paper)) for each in self.compared)
+        numbers, compared = len(self.all_findings), len(self.compared)
         return (
-            f"{self.preset.name}: {len(self.all_findings)} numbers; of {len(self.compared)} beside a printed one of the "
-            f"paper's, {held} have an interval that holds it"
+            f"{self.preset.name}: {numbers} numbers; {compared} stand beside a printed one of the paper's, of which "
+            f"{held} have an interval that holds it"
         )
 
 
@@ -115,12 +116,15 @@ def read_replication(folder: str | Path) -> Replication:
         raise FileNotFoundError(f"{folder} holds no replication: make one with `persona-lens replicate`.")
     kept = json.loads((folder / PRESET).read_text(encoding="utf-8"))
     preset = Preset.model_validate_json(json.dumps(kept["preset"]))
-    findings = {stage: tuple(read(preset, folder)) for stage, read in _READERS.items()}
-    for stage, prefix in (("new-facts", "facts"), ("real-chats", "chats")):
-        findings[stage] = tuple(each for each in brought_findings(folder) if each.figure.startswith(prefix))
+    findings: dict[Stage, tuple[Finding, ...]] = {
+        stage: tuple(read(preset, folder)) for stage, read in _READERS.items()
+    }
+    rest = tuple(brought_findings(folder))
+    findings["new-facts"] = tuple(each for each in rest if each.figure == "facts.accuracy")
+    findings["real-chats"] = tuple(each for each in rest if each.figure == "chats.score")
     rows = JsonLines(folder / BENCHMARKS).read()
     findings["benchmarks"] = tuple(benchmark_findings(preset, folder, rows))
-    records = {
+    records: dict[Stage, dict[str, Any]] = {
         stage: json.loads(path.read_text(encoding="utf-8"))
         for stage in STAGES
         if (path := stage_record(folder, stage)).exists()

@@ -7,6 +7,7 @@ Knows nothing of its own: each stage is a function of the library.
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -16,7 +17,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-import persona_lens
 from persona_lens.experiments.study_folder import refuse_other_settings
 from persona_lens.judges import Judge
 from persona_lens.models import Model, identify, load_model
@@ -40,7 +40,7 @@ from persona_lens.replication.tables import Stage
 from persona_lens.rollouts import ModelEngine
 
 TIMES = "times.jsonl"
-_PACKAGES = ("torch", "transformers", "transformer-lens", "peft")
+_PACKAGES = ("persona-lens", "torch", "transformers", "transformer-lens", "peft")
 Pieces = dict[str, Callable[[], None]]
 
 
@@ -144,9 +144,7 @@ def _refuse_other_model(preset: Preset, model: Model) -> None:
         )
 
 
-def _say_estimate(
-    preset: Preset, there: dict[str, Brought], plan: Plan, model: Model, only: Sequence[Stage]
-) -> None:
+def _say_estimate(preset: Preset, there: dict[str, Brought], plan: Plan, model: Model, only: Sequence[Stage]) -> None:
     here = plan_replication(preset, there, only=only, rates=measure_rates(model, plan.rates))
     tqdm.write(
         f"{preset.name}: planned {hours(plan.seconds)} by the preset's rates, {hours(here.seconds)} by this machine's "
@@ -177,9 +175,7 @@ def stage_pieces(run: Context, stage: Stage) -> Pieces:
         ],
     }
     if stage in by_trait:
-        return {
-            f"{name}{what}": partial(do, run, name) for name in run.preset.traits for what, do in by_trait[stage]
-        }
+        return {f"{name}{what}": partial(do, run, name) for name in run.preset.traits for what, do in by_trait[stage]}
     is_moods = run.preset.finetuning.source == "moods"
     whole: dict[Stage, Callable[[Context], None]] = {
         "finetuning": mood_stages.finetune_moods if is_moods else grid_stages.finetune_sets,
@@ -212,12 +208,10 @@ def _run_stage(run: Context, stage: Stage) -> dict[str, str]:
 
 def _record(run: Context, stage: Stage) -> dict[str, Any]:
     """What a finished stage was made with."""
-    versions = {"persona_lens": persona_lens.__version__, "python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # run from a checkout that is not installed
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     judges = {name: _judge_name(run, name) for name in run.preset.traits}
     identity = identify(run.model)
     return {

@@ -101,7 +101,7 @@ def set_score(preset: Preset, folder: Path, each: MeasuredSet, trait: str, form:
 
 
 def finetuning_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
-    """r of shift and trait over the sets, own trait and, beside it, along the other traits' vectors."""
+    """R of shift and trait over the sets, own trait and, beside it, along the other traits' vectors."""
     sets = measured_sets(preset, folder)
     if len(sets) < 2:
         return
@@ -127,7 +127,7 @@ def finetuning_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
 
 
 def projection_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
-    """r of each form of a set's score, before training, with its trait score and with its shift after it."""
+    """R of each form of a set's score, before training, with its trait score and with its shift after it."""
     sets = [each for each in measured_sets(preset, folder) if each.screening is not None]
     if len(sets) < 2:
         return
@@ -232,7 +232,7 @@ def brought_findings(folder: Path) -> Iterator[Finding]:
 
 
 def benchmark_findings(preset: Preset, folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
-    """r of the user's benchmark scores with the judge's trait scores, over the sets that have both."""
+    """R of the user's benchmark scores with the judge's trait scores, over the sets that have both."""
     sets = {each.name: each for each in measured_sets(preset, folder)}
     for trait in dict.fromkeys(row["trait"] for row in rows):
         both = [row for row in rows if row["trait"] == trait and row["set"] in sets]

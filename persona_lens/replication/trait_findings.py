@@ -5,7 +5,6 @@ Knows nothing about models: a folder comes in, findings go out.
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import torch
 
 from persona_lens.experiments import MonitoringExperiment
 from persona_lens.judges import keep_pairs, pair_rollouts, read_scores
-from persona_lens.layer_selection import DoseResponse, LayerSweep
+from persona_lens.layer_selection import DoseResponse, LayerChoice, LayerSweep
 from persona_lens.replication.context import selected_layer, trait_folder
 from persona_lens.replication.finding import Finding, alone
 from persona_lens.replication.preset import Preset
 from persona_lens.rollouts import read_rollouts
-from persona_lens.statistics import N_RESAMPLES, Estimate, question_resamples
+from persona_lens.statistics import N_RESAMPLES, Estimate, pearson, question_resamples
 from persona_lens.vectors import PersonaVectors
 
 KINDS = ("system-prompts", "many-shot")
@@ -39,11 +38,7 @@ def extraction_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
         statistics = vectors.statistics
         assert statistics is not None
         layer = _layer(folder, name, preset, vectors)
-        ends = [
-            _number(statistics.by_layer[key][layer])
-            for key in ("held_out_auc", "held_out_auc_low", "held_out_auc_high")
-        ]
-        auc = Estimate(*ends, statistics.n_rows)
+        auc = _statistic(vectors, "held_out_auc", layer, statistics.n_rows)
         where = f"layer {layer}"
         yield Finding("extraction.auc", name, f"AUC on held-out questions, {where}", auc, "questions")
         placebo = alone(_number(statistics.placebo_auc_95[layer]), statistics.n_rows)
@@ -52,8 +47,7 @@ def extraction_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
         if statistics.embedding is not None:
             lexical = alone(statistics.embedding["held_out_auc"], statistics.n_rows)
             yield Finding("extraction.auc", name, "the same of the embedding row", lexical, is_control=True)
-        half = [_number(statistics.by_layer[key][layer]) for key in ("split_half", "split_half_low", "split_half_high")]
-        halves = Estimate(*half, statistics.n_questions)
+        halves = _statistic(vectors, "split_half", layer, statistics.n_questions)
         yield Finding("extraction.split-half", name, "cosine of the directions of two halves", halves, "questions")
 
 
@@ -64,6 +58,12 @@ def _layer(folder: Path, name: str, preset: Preset, vectors: PersonaVectors) -> 
     except ValueError:
         assert vectors.statistics is not None
         return int(vectors.statistics.held_out_auc.nan_to_num(nan=-1.0).argmax())
+
+
+def _statistic(vectors: PersonaVectors, name: str, layer: int, n: int) -> Estimate:
+    assert vectors.statistics is not None
+    value, low, high = (_number(vectors.statistics.by_layer[name + end][layer]) for end in ("", "_low", "_high"))
+    return Estimate(value, low, high, n)
 
 
 def _number(value: torch.Tensor) -> float | None:
@@ -79,7 +79,7 @@ def layer_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
         sweep = LayerSweep.load(here)
         ours = selected_layer(folder, name, preset)
         best = sweep.best(None)
-        chosen = next((_coherent(sweep, preset)), best)
+        chosen = _chosen(sweep, preset)
         n = chosen.trait_score.n
         ties = sorted({layer + 1 for layer, _ in chosen.ties} - {ours + 1})
         told = f"; not told apart from {ties}" if ties else ""
@@ -92,11 +92,12 @@ def layer_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
         yield Finding("layers.coherence", name, f"its coherence, {cell}", chosen.coherence, "questions")
 
 
-def _coherent(sweep: LayerSweep, preset: Preset):  # noqa: ANN202 (none or one)
+def _chosen(sweep: LayerSweep, preset: Preset) -> LayerChoice:
+    """The best coherent cell, or the best of all where none is coherent enough."""
     try:
-        yield sweep.best(preset.layers.min_coherence)
+        return sweep.best(preset.layers.min_coherence)
     except ValueError:
-        return
+        return sweep.best(None)
 
 
 def dose_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
@@ -134,30 +135,27 @@ def monitoring_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
                 f"monitoring.{kind}.within", name, f"mean r within conditions, {where}", found.within(), "questions"
             )
             what = "overall r with scores shuffled within each condition"
-            yield Finding(
-                f"monitoring.{kind}.overall", name, what, shuffled_within(found), "shuffles", is_control=True
-            )
+            yield Finding(f"monitoring.{kind}.overall", name, what, shuffled_within(found), "shuffles", is_control=True)
 
 
 def shuffled_within(found: MonitoringExperiment) -> Estimate:
-    """The overall correlation where scores are shuffled within conditions: what the conditions' means give by themselves.
+    """The overall correlation with scores shuffled within conditions: what the conditions' means give by themselves.
 
     Its mean and central 95 % over shuffles.
     """
     draw = np.random.default_rng(found.seed)
     points = found.compared
-    groups = [[place for place, point in enumerate(points) if point.condition == name] for name in found.conditions]
+    x = np.array([point.projections[found.layer] for point in points])
+    scores = np.array([point.trait_score for point in points], dtype=float)
+    conditions = np.array([found.conditions.index(point.condition) for point in points])
+    groups = [np.flatnonzero(conditions == number) for number in range(len(found.conditions))]
     values: list[float] = []
     for _ in range(SHUFFLES):
-        scores = [point.trait_score for point in points]
+        y = scores.copy()
         for group in groups:
-            for place, other in zip(group, draw.permutation(group), strict=True):
-                scores[place] = points[other].trait_score
-        shuffled = tuple(replace(point, trait_score=score) for point, score in zip(points, scores, strict=True))
-        x = np.array([point.projections[found.layer] for point in shuffled])
-        y = np.array([point.trait_score for point in shuffled], dtype=float)
-        if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
-            values.append(float(np.corrcoef(x, y)[0, 1]))
+            y[group] = scores[draw.permutation(group)]
+        correlation = pearson(x, y)
+        values += [] if correlation is None else [correlation]
     if not values:
         return Estimate(None, None, None, len(points))
     return Estimate.of(float(np.mean(values)), np.array(values), len(points))

@@ -20,7 +20,7 @@ class Work:
         forwards: Texts that are read, each a row of a forward pass.
         read: Tokens of their responses, at most.
         trained: Rows of training passes.
-        judged: Responses that get a score.
+        judged: Responses that a judge scores; those of moods, which a text classifier scores, are not counted.
         calls: Calls to a judge on a server.
     """
 
@@ -53,9 +53,7 @@ def sampling(preset: Preset, rows: int, max_new_tokens: int, *, prompts: int) ->
     return Work(rollouts=rows, generated=rows * max_new_tokens, prompt_tokens=tokens)
 
 
-def judging(
-    preset: Preset, pairs: int, rows: int, tokens: int, *, questions: int, contrastive: bool = False
-) -> Work:
+def judging(preset: Preset, pairs: int, rows: int, tokens: int, *, questions: int, contrastive: bool = False) -> Work:
     """Scores of trait and coherence: two calls a response, or the model's own reading of it under other prompts."""
     if preset.judge.kind == "openai":
         return Work(judged=rows, calls=2 * rows)

@@ -6,12 +6,11 @@ Knows nothing about seconds or dollars: no torch is needed to count.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 
 from persona_lens.replication.brought import Brought
 from persona_lens.replication.mood_work import mood_finetuning, mood_mitigation, mood_projection
 from persona_lens.replication.preset import Preset
-from persona_lens.replication.tables import SamplingTable, Stage
+from persona_lens.replication.tables import FinetuningTable, SamplingTable, Stage
 from persona_lens.replication.units import Work, judging, sampling, total
 from persona_lens.traits import Trait
 
@@ -100,7 +99,9 @@ def scorable(preset: Preset, trait: Trait) -> int:
     return max(0, len(trait.evaluation_questions) - used)
 
 
-def _neutral_answers(preset: Preset, trait: Trait, how: SamplingTable, cells: int, available: int) -> Work:
+def _neutral_answers(
+    preset: Preset, trait: Trait, how: SamplingTable | FinetuningTable, cells: int, available: int
+) -> Work:
     asked = min(how.questions, available)
     rows = asked * how.per_question * cells
     found = sampling(preset, rows, how.max_new_tokens, prompts=asked)
@@ -122,7 +123,8 @@ def count_rows(path: object) -> int:
 
 def _answers(preset: Preset, traits: tuple[str, ...]) -> Work:
     """The evaluation questions of some traits, answered and judged once."""
-    return total(_neutral_answers(preset, (own := preset.trait(name)), preset.finetuning, 1, scorable(preset, own)) for name in traits)
+    given = [preset.trait(name) for name in traits]
+    return total(_neutral_answers(preset, each, preset.finetuning, 1, scorable(preset, each)) for each in given)
 
 
 def _training(preset: Preset, rows: int) -> Work:
@@ -134,7 +136,9 @@ def grid_work(preset: Preset, there: Mapping[str, Brought]) -> Work:
     rows = set_rows(preset, there)
     prompts = sum(min(preset.finetuning.questions, scorable(preset, preset.trait(name))) for name in preset.traits)
     shift = Work(forwards=2 * prompts, prompt_tokens=round(2 * prompts * preset.cost.prompt_tokens))
-    return total([_answers(preset, preset.traits) * (1 + len(rows)), shift * len(rows), _training(preset, sum(rows.values()))])
+    return total(
+        [_answers(preset, preset.traits) * (1 + len(rows)), shift * len(rows), _training(preset, sum(rows.values()))]
+    )
 
 
 def projection_work(preset: Preset, there: Mapping[str, Brought]) -> Work:
@@ -192,4 +196,3 @@ def chats_work(preset: Preset, there: Mapping[str, Brought]) -> Work:
             _answers(preset, (how.trait,)) * 3,
         ]
     )
-
