@@ -314,11 +314,9 @@ def test_a_moods_direction_separates_its_held_out_responses_from_the_other_moods
 
 
 def test_a_replications_plan_counts_the_prompts_and_texts_that_there_are():
-    from persona_lens.experiments.mood_texts import contrast_with_moods
-    from persona_lens.experiments.moods import MOODS
     from persona_lens.replication import mood_work
 
-    split = split()
+    split = mood_cases.split()
     texts = {
         (row.question, row.response) for mood in MOODS for side in contrast_with_moods(split, mood)[:2] for row in side
     }
