@@ -284,7 +284,9 @@ def _split_half(
     return Estimate.of(float(np.mean(cosines)), np.array(cosines), len(questions))
 
 
-def _held_out_auc(variant: Variant, pairs: Sequence[_Pair], means: dict[Position, np.ndarray], seed: int) -> Estimate:
+def _held_out_auc(
+    variant: Variant, own: Sequence[_Pair], pairs: Sequence[_Pair], means: dict[Position, np.ndarray], seed: int
+) -> Estimate:
     """How well kept responses to a question are told apart by the direction of all other questions; over questions."""
     judged = [pair for pair in pairs if pair.is_kept]
     centred = means["response_mean"] - means["response_mean"].mean(axis=0)
