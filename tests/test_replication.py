@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.resources import files
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -260,9 +261,11 @@ def test_a_correlation_is_scipys_over_the_rows_that_have_both():
 
     x, y = [1.0, 2.0, None, 4.0, 7.0, 5.0], [2.0, 1.0, 9.0, 5.0, 6.0, None]
     found = correlation(x, y)
-    expected = stats.pearsonr([1.0, 2.0, 4.0, 7.0], [2.0, 1.0, 5.0, 6.0])
+    expected: Any = stats.pearsonr([1.0, 2.0, 4.0, 7.0], [2.0, 1.0, 5.0, 6.0])
     assert found.n == 4
     assert found.value == pytest.approx(expected.statistic)
+    assert found.low is not None
+    assert found.high is not None
     assert found.low <= found.value <= found.high
     assert correlation([None, 1.0], [1.0, None]).value is None
 

@@ -174,7 +174,8 @@ def method_ablations(
     made = [each for each in variants if len({pair.question for pair in chosen[each]}) >= MIN_QUESTIONS]
     if BASELINE not in made:
         raise ValueError(f"{trait.name}: kept pairs of {MIN_QUESTIONS} questions are needed: sample more rollouts.")
-    means = {each: _means(model, rows, layer, each) for each in dict.fromkeys(each.position for each in made)}
+    read: set[Position] = {each.position for each in made}
+    means = {position: _means(model, rows, layer, position) for position in read}
     directions = {each: _direction(each, chosen[each], means[each.position]) for each in made}
     plain, *found = evaluate_cells(
         model,
