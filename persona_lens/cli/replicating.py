@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_lens.cli.inputs import set_threads
-from persona_lens.cli.options import DryRunOption, JsonOption, ThreadsOption, app
+from persona_lens.cli.options import JsonOption, ThreadsOption, app
 from persona_lens.cli.output import print_table, say
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ def replicate(
     only: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All traits and moods that the preset names.")] = False,
     data: Annotated[Path | None, typer.Option(help="Folder of the data that you bring; the working folder.")] = None,
-    dry_run: DryRunOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print each stage's work, time and dollars; load and write nothing.")
+    ] = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:

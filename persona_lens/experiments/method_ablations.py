@@ -175,7 +175,7 @@ def method_ablations(
     if BASELINE not in made:
         raise ValueError(f"{trait.name}: kept pairs of {MIN_QUESTIONS} questions are needed: sample more rollouts.")
     read: set[Position] = {each.position for each in made}
-    means = {position: _means(model, rows, layer, position) for position in read}
+    means: dict[Position, np.ndarray] = {position: _means(model, rows, layer, position) for position in read}
     directions = {each: _direction(each, chosen[each], means[each.position]) for each in made}
     plain, *found = evaluate_cells(
         model,
