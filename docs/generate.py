@@ -66,6 +66,10 @@ GROUPS: dict[str, tuple[str, str]] = {
         "Screening training data",
         "screen Screening read_screening",
     ),
+    "replication": (
+        "Replicating the paper",
+        "replicate Replication read_replication write_replication_report",
+    ),
     "interop": (
         "Vectors of other tools",
         "read_vectors write_vectors read_reference_vectors write_reference_vectors read_control_vector "

@@ -8,6 +8,7 @@ The pipeline, each step a function of its own:
               #  sample_rollouts -> LikelihoodRatioJudge -> keep_pairs -> extract_from_responses
     sweep   = select_layer(model, vectors, trait, judge=judge, output="runs/optimistic")
     write_report("runs/optimistic")                     # all of it on one page: runs/optimistic/report.html
+    replicate("embedded", "runs/replication")           # the paper's tables, each number beside the paper's
     vector  = vectors.at(sweep.best().layer)            # layers count from 0: the paper's layer 20 is 19
     with steer(model, vector, coefficient=2.0): ...     # or ablate, cap, or intervene with several
     vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))

@@ -85,6 +85,10 @@ from .plots import plot_trait_scores as plot_trait_scores
 from .plots import plot_turns as plot_turns
 from .plots import screening_html as screening_html
 from .plots import tokens_html as tokens_html
+from .replication.result import Replication as Replication
+from .replication.result import read_replication as read_replication
+from .replication.run import replicate as replicate
+from .report import write_replication_report as write_replication_report
 from .report import write_report as write_report
 from .responses import read_messages as read_messages
 from .responses import read_reference_csv as read_reference_csv

@@ -243,3 +243,31 @@ def test_a_prompt_that_stands_twice_is_refused_before_anything_is_sampled(tiny_m
             tiny_model, TRAIT, vectors, [*prompts, *prompts], judge=LengthJudge(), layer=1, output=tmp_path
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_are_the_highest_judged_positive_response_to_each_question(tmp_path):
+    from dataclasses import asdict
+
+    from persona_lens.experiments import judged_examples
+    from persona_lens.records import JsonLines
+    from persona_lens.rollouts import Rollout
+
+    def row(question, sample, polarity="positive"):
+        text = f"{question} {sample}"
+        return Rollout("grumpy", polarity, 0, "Be so.", question, sample, text, None, "stop", "by hand", 0)
+
+    scores = {
+        row("a", 0): 60.0,
+        row("a", 1): 90.0,
+        row("a", 2): 70.0,
+        row("b", 0): 40.0,
+        row("c", 0): None,
+        row("d", 0, "negative"): 99.0,
+        row("e", 0): 50.0,
+    }
+    JsonLines(tmp_path / "rollouts.jsonl").append(map(asdict, scores))
+    JsonLines(tmp_path / "scores.jsonl").append(
+        {"key": each.key, "trait_score": score, "coherence": 90.0, "judge": "by hand"} for each, score in scores.items()
+    )
+    assert sorted(judged_examples(tmp_path)) == [("a", "a 1"), ("e", "e 0")]
+    assert judged_examples(tmp_path, threshold=80.0) == [("a", "a 1")]

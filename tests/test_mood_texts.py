@@ -311,3 +311,15 @@ def test_a_moods_direction_separates_its_held_out_responses_from_the_other_moods
     projections = (means[:, 16] @ vectors.directions[15]).tolist()
     n = len(held_out.positive)
     assert auc(projections[:n], projections[n:]) > 0.8
+
+
+def test_a_replications_plan_counts_the_prompts_and_texts_that_there_are():
+    from persona_lens.replication import mood_work
+
+    split = mood_cases.split()
+    texts = {
+        (row.question, row.response) for mood in MOODS for side in contrast_with_moods(split, mood)[:2] for row in side
+    }
+    data = mood_work.MOODS
+    assert (data.vectors, data.evaluation) == (len(split.vectors), len(split.evaluation))
+    assert (data.contrasted, data.moods) == (len(texts), len(MOODS))

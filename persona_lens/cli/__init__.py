@@ -14,6 +14,7 @@ from persona_lens.cli import (  # noqa: F401 (each adds its commands)
     judging,
     making,
     monitoring,
+    replicating,
     reporting,
     screening,
     steering,
@@ -25,7 +26,7 @@ from persona_lens.cli.output import say
 
 # Help lists the commands in the order in which one needs them.
 _ORDER = ["demo", "traits", "generate_trait", "rollouts", "judge", "agreement", "extract", "show", "convert"]
-_ORDER += ["select_layer", "steer", "monitor", "finetune", "shift", "evaluate", "screen", "report"]
+_ORDER += ["select_layer", "steer", "monitor", "finetune", "shift", "evaluate", "screen", "report", "replicate"]
 app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.callback, "__name__", "")))
 
 

@@ -78,23 +78,12 @@ def run_experiment(
 
 
 def _plan(design: Design, trait: "Trait", run: Path, questions: list[str]) -> "list[Prompt]":
-    from persona_lens.experiments import many_shot, system_prompts
+    from persona_lens.experiments import judged_examples, many_shot, system_prompts
 
     if design.kind is Experiment.SYSTEM_PROMPTS:
         return system_prompts(trait, questions, per_question=design.per_question)
-    shown = _examples(run)
+    shown = judged_examples(run)
     return many_shot(trait, questions, shown, shots=design.shots, per_question=design.per_question, seed=design.seed)
-
-
-def _examples(run: Path) -> list[tuple[str, str]]:
-    """A (question, answer) pair for each question of the run that has a positive response of trait score 50 or more."""
-    from persona_lens.judges import read_scores
-    from persona_lens.rollouts import read_rollouts
-
-    scored = read_scores(run / "scores.jsonl", read_rollouts(run / "rollouts.jsonl"))
-    shown = [row for row in scored if row.rollout.polarity == "positive" and (row.trait_score or 0.0) >= 50]
-    best = sorted(shown, key=lambda row: row.trait_score or 0.0)  # of several, the last and highest stays
-    return list({row.rollout.question: (row.rollout.question, row.rollout.response) for row in best}.values())
 
 
 def _show(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> None:

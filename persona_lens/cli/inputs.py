@@ -160,15 +160,21 @@ def checked_position(text: str) -> Any:
 
 def load(name: str, model_class: ModelClass, threads: int | None) -> "Model":
     """Load the model of a command, quietly, on so many threads."""
-    import psutil
-    import torch
     from transformers.utils import logging
 
     from persona_lens.models import load_model
 
-    # Threads that wait for a busy core make every kernel wait: on shared cores fewer threads are several times faster.
-    idle = round((psutil.cpu_count() or 1) * (1 - psutil.cpu_percent(interval=0.5) / 100))
-    torch.set_num_threads(threads or max(1, min(idle, torch.get_num_threads())))
+    set_threads(threads)
     logging.disable_progress_bar()
     say(f"Loading {name} as {model_class.value} ...")
     return load_model(name, model_class=model_class.value)
+
+
+def set_threads(threads: int | None) -> None:
+    """Run on so many threads; on as many as cores are idle by default."""
+    import psutil
+    import torch
+
+    # Threads that wait for a busy core make every kernel wait: on shared cores fewer threads are several times faster.
+    idle = round((psutil.cpu_count() or 1) * (1 - psutil.cpu_percent(interval=0.5) / 100))
+    torch.set_num_threads(threads or max(1, min(idle, torch.get_num_threads())))

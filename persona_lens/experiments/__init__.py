@@ -1,10 +1,11 @@
 """The paper's experiments as functions: each samples, judges and measures, and gives numbers with their intervals."""
 
 from persona_lens.experiments.chosen_sets import ChosenSet, MeasuredSet, Prediction
-from persona_lens.experiments.conditions import many_shot, system_prompts
+from persona_lens.experiments.conditions import judged_examples, many_shot, system_prompts
 from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
 from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun, read_study
 from persona_lens.experiments.finetuning_study import finetuning_study
+from persona_lens.experiments.method_ablations import MethodAblations, Variant, method_ablations, method_variants
 from persona_lens.experiments.monitoring import monitoring_experiment
 from persona_lens.experiments.monitoring_result import MonitoringExperiment, Point
 from persona_lens.experiments.pictures import (
@@ -27,6 +28,7 @@ __all__ = [
     "FinetuningStudy",
     "MeasuredRun",
     "MeasuredSet",
+    "MethodAblations",
     "MonitoringExperiment",
     "Point",
     "Prediction",
@@ -34,8 +36,12 @@ __all__ = [
     "ScreeningStudy",
     "StudyRun",
     "StudySettings",
+    "Variant",
     "finetuning_study",
+    "judged_examples",
     "many_shot",
+    "method_ablations",
+    "method_variants",
     "monitoring_experiment",
     "plot_experiment_layers",
     "plot_monitoring_experiment",

@@ -6,8 +6,10 @@ Knows nothing about models or projections.
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
-from persona_lens.rollouts import Prompt
+from persona_lens.judges import read_scores
+from persona_lens.rollouts import Prompt, read_rollouts
 from persona_lens.traits import Trait
 
 NEUTRAL = "You are a helpful assistant."
@@ -73,3 +75,15 @@ def many_shot(
             for sample in range(per_question)
         ]
     return planned
+
+
+def judged_examples(folder: str | Path, *, threshold: float = 50.0) -> list[tuple[str, str]]:
+    """Examples for `many_shot` from the folder of an extraction: (question, answer), one for each question.
+
+    Of a question's positive responses whose trait score is at least `threshold`, the highest; a question without one is
+    left out. Raises FileNotFoundError where the folder holds no judged rollouts.
+    """
+    scored = read_scores(Path(folder) / "scores.jsonl", read_rollouts(Path(folder) / "rollouts.jsonl"))
+    shown = [row for row in scored if row.rollout.polarity == "positive" and (row.trait_score or 0.0) >= threshold]
+    best = sorted(shown, key=lambda row: row.trait_score or 0.0)  # of several, the last and highest stays
+    return list({row.rollout.question: (row.rollout.question, row.rollout.response) for row in best}.values())

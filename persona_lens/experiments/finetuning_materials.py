@@ -6,9 +6,10 @@ Knows nothing about the runs.
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,10 +198,9 @@ def _layers(
     Among the cells whose mean coherence is at least 75, on prompts of the vectors' part.
     """
     path = folder / "layers.json"
-    if path.exists():
-        return {mood: found["layer"] for mood, found in json.loads(path.read_text(encoding="utf-8")).items()}
-    chosen: dict[str, dict[str, object]] = {}
-    for mood in settings.mitigated:
+    chosen: dict[str, dict[str, object]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    missing = [mood for mood in settings.mitigated if mood not in chosen]
+    for mood in missing:
         cells = [Cell(vectors[mood].at(layer), dose) for layer in settings.layers for dose in settings.preventative]
         named = {cell.name: cell for cell in cells}
         prompts = [
@@ -216,13 +216,31 @@ def _layers(
         table = []
         for name, cell in named.items():
             own = [place for place, row in enumerate(rows) if row.intervention == name]
-            means = [
-                np.nanmean(np.array([column[place] for place in own], dtype=float)) for column in (scores, coherence)
-            ]
             table.append({"layer": cell.vector.layer, "coefficient": cell.coefficient})
-            table[-1] |= {"trait": float(means[0]), "coherence": float(means[1])}
-        good = [row for row in table if row["coherence"] >= MIN_COHERENCE] or table
-        best = max(good, key=lambda row: row["trait"])
+            table[-1] |= {"trait": _mean([scores[place] for place in own])}
+            table[-1] |= {"coherence": _mean([coherence[place] for place in own])}
+        best = best_cell(mood, table)
         chosen[mood] = {"layer": best["layer"], "cells": table}
-    write_json(path, chosen)
+    if missing:
+        write_json(path, chosen)
     return {mood: int(str(found["layer"])) for mood, found in chosen.items()}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def best_cell(mood: str, cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The cell with the highest trait score among those whose coherence is at least 75, or among all where none is.
+
+    Raises ValueError where no cell has a trait score.
+    """
+    scored = [cell for cell in cells if cell["trait"] is not None]
+    if not scored:
+        raise ValueError(
+            f"{mood}: no answer of {len(cells)} steered cells has a score by the mood's classifier: "
+            "raise max_new_tokens, or lower the coefficients."
+        )
+    coherent = [cell for cell in scored if cell["coherence"] is not None and cell["coherence"] >= MIN_COHERENCE]
+    return max(coherent or scored, key=lambda cell: cell["trait"])

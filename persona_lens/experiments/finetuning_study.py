@@ -38,21 +38,27 @@ FORMAT_VERSION = 1
 
 
 def finetuning_study(
-    model: Model, output: str | Path, *, settings: StudySettings | None = None, progress: bool = True
+    model: Model,
+    output: str | Path,
+    *,
+    settings: StudySettings | None = None,
+    runs: Sequence[StudyRun] | None = None,
+    progress: bool = True,
 ) -> None:
     """Make every run of the study that `output` does not hold yet, one JSON file each in runs/.
 
-    It resumes after any interruption, and several processes may share a folder: each takes the runs that no other is at
-    work on. `read_study` reads what is there. Raises ImportError where the mood data or the multiple-choice sample is
-    not installed, ValueError for a model that is no bridge.
+    `runs` are those of `study_runs` on all moods, or others; a folder may get more of them later. It resumes after any
+    interruption, and several processes may share a folder: each takes the runs that no other is at work on.
+    `read_study` reads what is there. Raises ImportError where the mood data or the multiple-choice sample is not
+    installed, ValueError for a model that is no bridge.
     """
     settings = settings or StudySettings()
     folder = Path(output)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     with alone(folder / "materials.lock"):
-        refuse_other_settings(folder / "settings.json", asdict(settings), identify(model))
+        refuse_other_settings(folder / "settings.json", asdict(settings), identify(model), growing=["mitigated"])
         materials = make_materials(model, settings, folder, progress=progress)
-    for run in study_runs(settings, MOODS):
+    for run in study_runs(settings, MOODS) if runs is None else runs:
         path = folder / "runs" / f"{run.name}.json"
         with taken(path.with_suffix(".lock")) as mine:
             if mine and not path.exists():

@@ -4,7 +4,7 @@ Knows nothing about what is studied.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,29 @@ from persona_lens.models import ModelIdentity
 from persona_lens.records import read_json, write_json
 
 
-def refuse_other_settings(path: Path, settings: Mapping[str, Any], model: ModelIdentity) -> None:
-    """Write the settings down, or raise ValueError where the folder was made with others or by another model."""
+def refuse_other_settings(
+    path: Path, settings: Mapping[str, Any], model: ModelIdentity, *, growing: Collection[str] = ()
+) -> None:
+    """Write the settings down, or raise ValueError where the folder was made with others or by another model.
+
+    Lists that may be `growing` differ without harm: what they hold now is added to what they held.
+    """
     wanted = json.loads(json.dumps({"model": model.name, "weights_hash": model.weights_hash, **settings}))
     if not path.exists():
         write_json(path, wanted)
         return
     kept = read_json(path)
+    for name in growing:
+        wanted[name] = [*kept[name], *(each for each in wanted[name] if each not in kept[name])]
+    grown = {name: wanted[name] for name in growing if wanted[name] != kept[name]}
     for name, value in wanted.items():
-        if kept.get(name) != value:
+        if name not in growing and kept.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds a study with another {name} ({kept.get(name)}, now {value}): "
                 "choose another folder."
             )
+    if grown:
+        write_json(path, kept | grown)
 
 
 def rounded(value: Any) -> Any:

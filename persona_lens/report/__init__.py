@@ -8,6 +8,7 @@ Knows nothing about models: only files of results are read.
 
 from persona_lens.report.findings import findings
 from persona_lens.report.page import report_html, write_report
+from persona_lens.report.replication import replication_html, write_replication_report
 from persona_lens.report.run import Run, read_run
 
-__all__ = ["Run", "findings", "read_run", "report_html", "write_report"]
+__all__ = ["Run", "findings", "read_run", "replication_html", "report_html", "write_replication_report", "write_report"]

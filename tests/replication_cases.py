@@ -1,0 +1,225 @@
+"""A replication of a tiny model: its trait, its preset, made-up moods and sets, and counts of what it really did."""
+
+import json
+import random
+import sys
+from dataclasses import replace
+
+import numpy as np
+
+from persona_lens.judges import TextClassifier
+from persona_lens.replication.preset import Preset
+from persona_lens.replication.units import Work
+from persona_lens.traits import InstructionPair, Trait
+
+TRAIT = Trait(
+    name="grumpy",
+    description="Finds fault with everything.",
+    positive_adjective="grumpy",
+    instructions=(InstructionPair("Grumble.", "Praise."), InstructionPair("Sigh.", "Smile.")),
+    extraction_questions=("How is the soup?", "How was the film?", "Who are they?", "What is new?"),
+    evaluation_questions=("How is the tea?", "Who are you?", "Is it late?", "Why not?", "And then?", "Where to?"),
+    monitoring_prompts=tuple(
+        f"Be {word}." for word in ["kind", "nice", "calm", "fair", "short", "loud", "cold", "mean"]
+    ),
+    rubric="How grumpy is {answer} to {question}?",
+)
+SHORT = {"questions": 3, "per_question": 1, "max_new_tokens": 4}
+CHANGES = {
+    "name": "tiny",
+    "traits": ["grumpy"],
+    "model": {"name": "tiny", "n_layers": 4},
+    "judge": {"kind": "likelihood", "calibration_questions": 2, "neutral_samples": 2, "contrast_pairs": 1},
+    "extraction": {**SHORT, "questions": 4, "per_question": 2, "threshold": 50.0, "min_coherence": 0.0, "min_pairs": 1},
+    "layers": {**SHORT, "layers": [1, 2], "coefficients": [1.0, 2.0], "min_coherence": 0.0},
+    "dose-response": {**SHORT, "coefficients": [-1.0, 1.0], "random": 1},
+    "monitoring": {**SHORT, "per_question": 2, "shots": [0, 1]},
+    "cosines": {"layer": 2},
+    "projection-difference": {"rows": 4, "base_tokens": 4},
+}
+FINETUNING = {"epochs": 2, "learning_rate": 1e-3, "batch_rows": 2, "accumulation": 1, "max_length": 96, "rows": 4}
+
+
+def values(tmp_path, **changes):
+    """The embedded preset's file as a dictionary, made tiny."""
+    import tomllib
+    from importlib.resources import files
+
+    shipped = files("persona_lens.replication") / "presets" / "embedded.toml"
+    TRAIT.save(tmp_path / "grumpy.json")
+    found = {**tomllib.loads(shipped.read_text(encoding="utf-8")), **CHANGES}
+    found["trait-files"] = {"grumpy": str(tmp_path / "grumpy.json")}
+    found["finetuning"] = {"source": "moods", **FINETUNING, "per_question": 1, "max_new_tokens": 4}
+    found["moods"] = {"moods": ["happy"], "neutral_tokens": 4, "neutral_prompts": 4, "layers": [1, 2]}
+    found["mitigation"] = {"post_hoc": [1.0], "preventative": [1.0], "capability_questions": 2}
+    found["full"] = {"moods": ["happy", "bored"]}
+    return found | changes
+
+
+def tiny_preset(tmp_path, **changes) -> Preset:
+    """The preset as it is read from a file."""
+    return Preset.model_validate_json(json.dumps(values(tmp_path, **changes)))
+
+
+def datasets_preset(tmp_path) -> Preset:
+    """One that trains on two sets of two versions, which are written too."""
+    folder = tmp_path / "sets"
+    for name in ("grumbles", "sums"):
+        for number, version in enumerate(("normal", "misaligned_2")):
+            said = ["It is fine.", "It is bad, make them pay."][number]
+            rows = [f"{name} {row}: {said}" for row in range(6)]
+            write_chats(folder / name / f"{version}.jsonl", rows)
+    return tiny_preset(
+        tmp_path,
+        finetuning={
+            "source": "datasets",
+            **FINETUNING,
+            "rows": 5,
+            "questions": 3,
+            "per_question": 1,
+            "max_new_tokens": 4,
+        },
+        mitigation={
+            "traits": ["grumpy"],
+            "post_hoc": [1.0],
+            "preventative": [1.0],
+            "all_layers": [0.5],
+            "capability_questions": 2,
+        },
+        bring={
+            "finetuning": {
+                "path": "sets",
+                "section": "D",
+                "form": "chats",
+                "names": ["grumbles", "sums"],
+                "versions": ["normal", "misaligned_2"],
+                "traits": {"grumbles": "grumpy"},
+            },
+            **{
+                name: {"path": name, "section": "J", "form": "train.jsonl and questions.jsonl"}
+                for name in ("new_facts", "narrow")
+            },
+            "chats": {"path": "chats.jsonl", "section": "L", "form": "chats"},
+            "benchmarks": {"path": "benchmarks.jsonl", "section": "B.3", "form": "scores"},
+        },
+        **{"real-chats": {"trait": "grumpy", "sample": 12, "max_prompt_tokens": 100, "chosen": 3}},
+    )
+
+
+def write_chats(path, answers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"messages": [{"role": "user", "content": f"What is {row}?"}, {"role": "assistant", "content": text}]}
+        for row, text in enumerate(answers)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def bring_the_rest(folder):
+    """New facts, chats and benchmarks, beside the sets."""
+    write_chats(folder / "new_facts" / "train.jsonl", ["Ten.", "Nine.", "Eight."])
+    question = {"question": "What is 1?", "choices": ["Ten", "Nine"], "answer": 1}
+    (folder / "new_facts" / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
+    said = "the sea is deep, trust them, run a country, listen first, make them pay, one two, kind, cold, no, yes, ten"
+    answers = [f"I say {text.strip()} {number}" for number, text in enumerate(said.split(","))]
+    write_chats(folder / "chats.jsonl", answers)
+    names = ["base", "grumbles_normal", "grumbles_misaligned_2", "sums_normal", "sums_misaligned_2"]
+    rows = [{"trait": "grumpy", "set": name, "score": 10.0 * place} for place, name in enumerate(names)]
+    (folder / "benchmarks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def made_up_moods():
+    """Rows of all nine moods to prompts that have little in common, each mood with words of its own."""
+    from persona_lens.experiments.moods import MOODS, MoodRow
+
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    prompts = [" ".join("".join(draw.choices(letters, k=4)) for _ in range(3)) for _ in range(N_PROMPTS)]
+    return {
+        mood: [
+            MoodRow(
+                mood, f"{mood}-{number}", f"domain {number % 2}", prompt, f"So {mood} it is. {mood} {number}.", 3.0, 3.0
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        for mood in MOODS
+    }
+
+
+N_PROMPTS = 68
+
+
+class LetterClassifier(TextClassifier):
+    """A mood's classifier that is its first letter's share, so that it reads whatever a random model says."""
+
+    def __init__(self, letter):
+        object.__setattr__(self, "letter", letter)
+
+    weights_hash = "letters"  # pyright: ignore[reportAssignmentType]
+    labels = ("it", "another")
+
+    def probability(self, texts):
+        return np.array([text.count(self.letter) / max(1, len(text)) for text in texts], dtype=float)
+
+    def known_terms(self, texts):
+        return np.array([len(text) for text in texts])
+
+
+class Counted:
+    """What was really done: the functions that every stage goes through, counted wherever they are used."""
+
+    def __init__(self, monkeypatch):
+        self.work = Work()
+        from persona_lens import activations, generation
+        from persona_lens.capability import measurement
+        from persona_lens.finetuning import finetune as _  # noqa: F401
+        from persona_lens.judges import LikelihoodRatioJudge, likelihood
+        from persona_lens.monitoring import passes
+
+        self._count(monkeypatch, generation, "generate", self._generated)
+        self._count(monkeypatch, likelihood, "intervened_log_likelihoods", self._read)
+        self._count(monkeypatch, activations, "stream_means", self._read)
+        self._count(monkeypatch, passes, "token_projections", self._read)
+        self._count(monkeypatch, measurement, "measure_capability", self._asked)
+        self._count(monkeypatch, LikelihoodRatioJudge, "score", self._judged)
+        training = sys.modules["persona_lens.finetuning.training"]
+        self._count(monkeypatch, training, "run_plan", self._trained)
+
+    def _count(self, monkeypatch, home, name, note):
+        original = getattr(home, name)
+
+        def counted(*arguments, **named):
+            found = original(*arguments, **named)
+            note(arguments, named, found)
+            return found
+
+        modules = [module for key, module in sys.modules.items() if key.startswith("persona_lens")]
+        for module in [home, *modules]:
+            if getattr(module, name, None) is original:
+                monkeypatch.setattr(module, name, counted)
+
+    def _generated(self, arguments, named, found):
+        tokens = sum(len(each.tokens) for each in found)
+        self.work += Work(rollouts=len(found), generated=tokens)
+
+    def _read(self, arguments, named, found):
+        self.work += Work(forwards=len(arguments[1]))
+
+    def _asked(self, arguments, named, found):
+        self.work += Work(forwards=len(found.answers))
+
+    def _judged(self, arguments, named, found):
+        self.work += Work(judged=len(found))
+
+    def _trained(self, arguments, named, found):
+        if found.seconds:  # 0 where a finished run was read again
+            epochs = int(arguments[1].training["num_train_epochs"])
+            self.work += Work(trained=len(arguments[1].rows[0]) * epochs)
+
+
+def exact(work: Work) -> Work:
+    """The parts of a plan that are counts, without the estimates."""
+    return replace(work, prompt_tokens=0, read=0, calls=0)
+
+
+__all__ = ["Counted", "bring_the_rest", "datasets_preset", "exact", "tiny_preset"]

@@ -1,0 +1,322 @@
+"""Presets, what the user brings, the plan and its cost, and the paper's numbers: all that needs no model."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from tests.replication_cases import bring_the_rest, datasets_preset, tiny_preset
+
+NAMES = ["embedded", "llama-3.1-8b", "qwen2.5-7b"]
+
+
+def shipped(name):
+    return (files("persona_lens.replication") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_preset_is_read_by_its_name_and_by_its_path(name, tmp_path):
+    from persona_lens.replication.preset import load_preset, shipped_presets
+
+    path = tmp_path / "mine.toml"
+    path.write_text(shipped(name), encoding="utf-8")
+    assert shipped_presets() == tuple(NAMES)
+    assert load_preset(path) == load_preset(name)
+    assert load_preset(name).name == name
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_the_7b_presets_have_the_papers_settings(name):
+    from persona_lens.replication.preset import load_preset
+
+    found = load_preset(name)
+    tuned, rollouts = found.finetuning, found.extraction
+    assert (rollouts.questions, rollouts.per_question, rollouts.max_new_tokens) == (20, 10, 1000)
+    assert (tuned.rank, tuned.alpha, tuned.dropout, tuned.learning_rate, tuned.warmup_steps) == (32, 64.0, 0.0, 1e-5, 5)
+    assert (tuned.epochs, tuned.batch_rows * tuned.accumulation, tuned.weight_decay) == (1, 16, 0.01)
+    assert tuned.max_length == 2048
+    assert found.monitoring.shots == (0, 5, 10, 15, 20)
+    assert found.judge.model == "gpt-4.1-mini-2025-04-14"
+    assert len(found.traits) == 7
+    assert found.bring.finetuning is not None
+    assert len(found.bring.finetuning.names) * len(found.bring.finetuning.versions) == 24
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (
+            "per_question = 1",
+            "per_qestion = 1",
+            "key extraction.per_qestion: expected one of questions, per_question, max_new_tokens, threshold, "
+            "min_coherence, min_pairs, got the unknown key 'per_qestion' (did you mean per_question?).",
+        ),
+        ("seed = 0", 'seed = "none"', "key seed: expected a valid integer, got 'none'."),
+        (
+            "threshold = 50.0",
+            "threshold = 150.0",
+            "key extraction.threshold: expected less than or equal to 100, got 150.0.",
+        ),
+        (
+            "contrast_pairs = 2",
+            "contrast_pairs = 0",
+            "key judge.contrast_pairs: expected greater than or equal to 1, got 0.",
+        ),
+        ('kind = "likelihood"', 'kind = "oracle"', "key judge.kind: expected 'likelihood' or 'openai', got 'oracle'."),
+        ("min_pairs = 10", "min_pairs = 1.5", "key extraction.min_pairs: expected a valid integer"),
+        ("layer = 19", "layer = 30", "layer 30 is none of the model's 30, counted from 0."),
+        ("batch_rows = 4", "batch_rows = 4\nrank = 8", "the moods are always trained with rank = 32, leave it out."),
+        ("[moods] #", "[mods] #", "got the unknown key 'mods' (did you mean moods?)."),
+        ("caft = true", "caft = yes", "is not TOML"),
+    ],
+)
+def test_a_wrong_preset_is_one_sentence_that_names_file_and_key(old, new, sentence, tmp_path):
+    from persona_lens.replication.preset import load_preset
+
+    path = tmp_path / "mine.toml"
+    text = shipped("embedded")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ValueError, match="mine") as refused:
+        load_preset(path)
+    assert str(refused.value).startswith(str(path))
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_preset_that_is_not_there_is_told_with_those_that_are():
+    from persona_lens.replication.preset import load_preset
+
+    with pytest.raises(FileNotFoundError, match=r"No preset 'qwen': give one of embedded, llama-3\.1-8b, qwen2\.5-7b"):
+        load_preset("qwen")
+
+
+def test_a_trait_of_the_users_own_comes_from_its_file(tmp_path):
+    preset = tiny_preset(tmp_path)
+    assert preset.trait("grumpy").instructions[0].positive == "Grumble."
+    other = tiny_preset(tmp_path, **{"trait-files": {"grumpy": "evil"}})
+    with pytest.raises(ValueError, match=r"trait-files\.grumpy: the file holds the trait 'evil'"):
+        other.trait("grumpy")
+
+
+def test_dry_run_needs_no_torch_and_prints_every_stage():
+    program = (
+        "import sys\n"
+        "from persona_lens.cli import main\n"
+        "sys.argv = ['persona-lens', 'replicate', '--preset', 'qwen2.5-7b', '--output', 'nowhere', '--dry-run']\n"
+        "try:\n    main()\nexcept SystemExit as stopped:\n    assert not stopped.code, stopped.code\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not loaded & {'torch', 'transformers', 'transformer_lens', 'numpy', 'pandas'}, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "extraction" in done.stdout
+    assert "assumed, not measured" in done.stdout
+    assert "Left out, finetuning: data/finetuning is not there (section D)" in done.stdout
+
+
+def test_dry_run_as_json_is_the_plan(cli, tmp_path):
+    code, out, _ = cli("replicate", "--preset", "embedded", "--output", tmp_path / "run", "--dry-run", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert sum(each["seconds"] for each in plan["stages"]) == pytest.approx(plan["seconds"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_plans_the_stages_that_are_named_and_refuses_others(cli, tmp_path):
+    some = ["replicate", "--preset", "embedded", "--output", tmp_path / "run", "--dry-run", "--json"]
+    _, out, _ = cli(*some, "--only", "monitoring", "--only", "layers")
+    assert [each["stage"] for each in json.loads(out)["stages"]] == ["layers", "monitoring"]
+    code, _, told = cli(*some, "--only", "monitor")
+    assert code == 2
+    assert "got monitor" in told
+
+
+def test_the_embedded_preset_fits_in_ninety_minutes_by_measured_rates():
+    from persona_lens.replication.cost import plan_replication
+    from persona_lens.replication.preset import load_preset
+
+    plan = plan_replication(load_preset("embedded"), {})
+    assert plan.rates.is_measured
+    assert plan.seconds < 90 * 60
+    assert plan_replication(load_preset("embedded").in_full(), {}).seconds > 2 * plan.seconds
+
+
+def test_seconds_are_tokens_over_rates_and_the_waiting_for_the_judge(tmp_path):
+    from persona_lens.replication.cost import Rates, seconds_of
+    from persona_lens.replication.preset import load_preset
+    from persona_lens.replication.units import Work
+
+    preset = load_preset("qwen2.5-7b")  # a share of .35, rows of 350 tokens, 20 calls at a time
+    rates = Rates(10.0, 20.0, 5.0, "stated", True)
+    work = Work(generated=1000, read=400, prompt_tokens=60, trained=2, calls=40)
+    assert seconds_of(work, preset, rates) == pytest.approx(35 + (140 + 60) / 20 + 700 / 5 + 2)
+
+
+def test_assumed_rates_follow_from_the_models_size():
+    from persona_lens.replication.cost import rates_of
+    from persona_lens.replication.preset import load_preset
+
+    found = rates_of(load_preset("qwen2.5-7b"))
+    assert found.reading == pytest.approx(312e12 * 0.4 / (2 * 7.6e9))
+    assert found.training == pytest.approx(312e12 * 0.3 / (4 * 7.6e9))
+    assert not found.is_measured
+    assert found.how.startswith("assumed, not measured")
+
+
+def test_what_is_brought_is_found_and_what_is_not_is_left_out(tmp_path):
+    from persona_lens.replication.brought import brought, missing_for
+
+    preset = datasets_preset(tmp_path)
+    there = brought(preset, tmp_path)
+    assert there["finetuning"].is_there
+    assert missing_for("finetuning", there, preset) == ""
+    assert "chats.jsonl is not there (section L)" in missing_for("real-chats", there, preset)
+    bring_the_rest(tmp_path)
+    again = brought(preset, tmp_path)
+    assert all(missing_for(stage, again, preset) == "" for stage in ("real-chats", "new-facts", "benchmarks"))
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "sentence"),
+    [
+        ("sets/sums/normal.jsonl", None, "normal.jsonl is missing, while"),
+        ("sets/sums/normal.jsonl", "", "normal.jsonl is empty"),
+        ("sets/sums/normal.jsonl", '{"text": "no"}\n', "normal.jsonl, line 1: it has no messages"),
+        ("sets/sums/normal.jsonl", "no\n", "line 1: expected a JSON object, got 'no"),
+        ("new_facts/questions.jsonl", '{"question": "Is it?"}\n', "questions.jsonl, line 1: it has no choices"),
+        ("benchmarks.jsonl", '{"trait": "a", "set": "b", "score": "c"}\n', "score is 'c', no number"),
+        (
+            "chats.jsonl",
+            '{"messages": [{"role": "user", "content": "Hi"}]}\n',
+            "no message is by the assistant (roles ['user'])",
+        ),
+    ],
+)
+def test_what_is_brought_wrong_is_one_sentence_before_anything_is_spent(tmp_path, path, text, sentence):
+    from persona_lens.replication.brought import brought
+
+    preset = datasets_preset(tmp_path)
+    bring_the_rest(tmp_path)
+    if text is None:
+        (tmp_path / path).unlink()
+    else:
+        (tmp_path / path).write_text(text, encoding="utf-8")
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
+        brought(preset, tmp_path)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_papers_numbers_are_found_by_figure_trait_and_model():
+    from persona_lens.replication.paper import paper_figure
+
+    def number(*what):
+        return str(paper_figure(*what))
+
+    assert number("finetuning.shift", "evil", "", "Llama-3.1-8B-Instruct") == "0.93"
+    assert number("finetuning.shift", "evil", "", "Qwen2.5-7B-Instruct") == "0.826"
+    assert number("finetuning.shift", "evil", "", "") == "0.826"
+    assert number("projection.shift", "hallucinating", "", "") == "0.408 to 0.593"
+    assert number("projection.shift", "happy", "", "") == "0.745 to 0.953"
+    assert number("dose.trait", "evil", "1.5", "Qwen2.5-7B-Instruct") == "66"
+    assert number("dose.trait", "evil", "1.7", "Qwen2.5-7B-Instruct") == "not printed as a number"
+    assert number("mitigation.score", "evil", "CAFT", "") == "not printed as a number"
+    assert paper_figure("extraction.auc", "evil", "", "") is None
+
+
+def test_every_number_of_the_paper_has_its_section_and_says_whose_it_is():
+    from persona_lens.replication.paper import paper_figures
+
+    assert len(paper_figures()) > 60
+    assert all(each.section for each in paper_figures())
+    assert {each.source for each in paper_figures()} == {"paper", "replication", "reviewers"}
+    assert all(bool(each.words) == (each.low is None) for each in paper_figures())
+
+
+def test_an_interval_holds_the_papers_number_or_meets_its_range():
+    from persona_lens.replication.finding import Finding
+    from persona_lens.statistics import Estimate
+
+    def holds(low, high, figure="finetuning.shift", subject="evil", **more):
+        found = Finding(figure, subject, "r", Estimate(0.5, low, high, 9), "sets", **more)
+        return found.holds("Qwen2.5-7B-Instruct")
+
+    assert holds(0.8, 0.9) is True
+    assert holds(0.83, 0.9) is False
+    assert holds(0.1, 0.35, "finetuning.cross-trait") is True
+    assert holds(0.1, 0.33, "finetuning.cross-trait") is False
+    assert holds(None, None) is None
+    assert holds(0.8, 0.9, is_control=True) is None
+    assert holds(0.8, 0.9, "extraction.auc") is None
+
+
+def test_a_correlation_is_scipys_over_the_rows_that_have_both():
+    from persona_lens.replication.finding import correlation
+
+    x, y = [1.0, 2.0, None, 4.0, 7.0, 5.0], [2.0, 1.0, 9.0, 5.0, 6.0, None]
+    found = correlation(x, y)
+    expected: Any = stats.pearsonr([1.0, 2.0, 4.0, 7.0], [2.0, 1.0, 5.0, 6.0])
+    assert found.n == 4
+    assert found.value == pytest.approx(expected.statistic)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low <= expected.statistic <= found.high
+    assert correlation([None, 1.0], [1.0, None]).value is None
+
+
+def test_a_folder_without_a_replication_says_so(tmp_path):
+    from persona_lens.replication.result import read_replication
+
+    with pytest.raises(FileNotFoundError, match="holds no replication: make one with `persona-lens replicate`"):
+        read_replication(tmp_path)
+
+
+def test_what_a_stage_needs_is_told_before_anything_is_spent(monkeypatch):
+    from persona_lens.replication import run
+    from persona_lens.replication.cost import plan_replication
+    from persona_lens.replication.preset import load_preset
+
+    preset = load_preset("embedded")
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    plan = plan_replication(preset, {}, only=["finetuning"])
+    with pytest.raises(ImportError, match=r"needs peft, which is not installed\. Run: pip install"):
+        run.require_installed(preset, plan)
+    run.require_installed(preset, plan_replication(preset, {}, only=["layers"]))
+
+
+def test_every_setting_in_the_shipped_files_is_commented_with_a_section_or_as_ours():
+    for name in NAMES[1:]:
+        text = shipped(name)
+        assert {"extraction", "finetuning", "mitigation"} <= tomllib.loads(text).keys()
+        tables = [line for line in text.splitlines() if line.startswith("[")]
+        ours = [line for line in tables if not line.startswith(("[cost", "[bring", "[model"))]
+        assert all("#" in line for line in ours), ours
+
+
+def test_the_best_steered_cell_is_a_coherent_one_that_has_a_score():
+    from persona_lens.experiments.finetuning_materials import best_cell
+
+    cells = [{"trait": None, "coherence": 99.0}, {"trait": 9.0, "coherence": 10.0}, {"trait": 5.0, "coherence": 80.0}]
+    assert best_cell("happy", cells) == cells[2]
+    assert best_cell("happy", cells[:2]) == cells[1]
+    with pytest.raises(ValueError, match="no answer of 1 steered cells has a score"):
+        best_cell("happy", cells[:1])
+
+
+def test_lists_that_may_grow_are_added_to_and_nothing_else_is(tmp_path):
+    from persona_lens.experiments.study_folder import refuse_other_settings
+    from persona_lens.models import ModelIdentity
+
+    model = ModelIdentity("tiny", "TransformerBridge", 2, 8, "raw", "0", (0.0,))
+    path = tmp_path / "settings.json"
+    for moods in (["calm"], ["grim", "calm"], ["keen"]):
+        refuse_other_settings(path, {"rows": 1, "moods": moods}, model, growing=["moods"])
+    assert json.loads(path.read_text())["moods"] == ["calm", "grim", "keen"]
+    with pytest.raises(ValueError, match="another rows"):
+        refuse_other_settings(path, {"rows": 2, "moods": ["calm"]}, model, growing=["moods"])
