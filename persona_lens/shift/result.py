@@ -170,9 +170,14 @@ class FinetuningShift:
             if saved["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {saved['format_version']}, and this reads {FORMAT_VERSION}")
             # numpy takes None for the NaN that it stands for.
-            tensors = {name: torch.from_numpy(np.array(saved[name], dtype=np.float32)) for name in _TENSORS}
+            with np.errstate(over="raise"):  # a number that float32 has not
+                tensors = {name: torch.from_numpy(np.array(saved[name], dtype=np.float32)) for name in _TENSORS}
             names = {name: tuple(saved[name]) for name in ("traits", "questions")}
             checked(saved["seed"], int, low=0)
+            checked(saved["d_model"], int, low=1)
+            checked(saved["settings"], dict)
+            for each in (*saved["traits"], *saved["questions"]):
+                checked(each, str)
             return cls(**names, **tensors, **{name: saved[name] for name in ("d_model", "settings", "seed")})
         except DAMAGE as error:
             raise ValueError(f"{path} is not a finetuning shift ({error}): measure it again.") from error
