@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 
 import pytest
 
@@ -36,6 +37,7 @@ def babble():
     The moods are made up, and so are the multiple-choice questions: real ones exceed the tiny context.
     """
     pytest.importorskip("peft")
+    from persona_lens import extract_from_responses
     from persona_lens.capability import Question
     from persona_lens.experiments import finetuning_study as _  # noqa: F401 (its module is patched below)
 
@@ -45,6 +47,8 @@ def babble():
         patch.setattr("persona_lens.generation.stop_tokens", lambda _: frozenset())
         patch.setattr("persona_lens.judges.likelihood_ratio.MIN_COHERENCE", 0.0)
         patch.setattr("persona_lens.experiments.moods._sounds", dict)
+        few = partial(extract_from_responses, n_resamples=20, n_placebo=5)
+        patch.setattr("persona_lens.pipeline.extract_from_responses", few)
         patch.setattr(f"{materials}.load_moods", made_up_moods)
         patch.setattr(f"{materials}._whole_sentences", lambda row: row)
         patch.setattr(f"{materials}._judge", lambda split, mood, neutral, folder: LetterClassifier(mood[0]))
@@ -157,6 +161,7 @@ def test_the_report_has_every_stage_and_says_what_was_left_out(on_moods):
     assert set(found["extraction"]["record"]["versions"]) >= {"python", "torch", "transformer-lens"}
 
 
+@pytest.mark.soak
 def test_more_moods_are_added_to_what_is_there(on_moods, tiny_bridge, tmp_path):
     from persona_lens.replication.run import replicate
 
