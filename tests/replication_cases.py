@@ -4,6 +4,8 @@ import json
 import random
 import sys
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 
 import numpy as np
 
@@ -163,6 +165,31 @@ class LetterClassifier(TextClassifier):
 
     def known_terms(self, texts):
         return np.array([len(text) for text in texts])
+
+
+def make_tiny(patch):
+    """Patch what a random model of few words cannot do.
+
+    Responses have their full length, and what it says passes for coherent. The moods are made up, and so are the
+    multiple-choice questions: real ones exceed its context.
+    """
+    from persona_lens import extract_from_responses
+    from persona_lens.capability import Question
+
+    asked = tuple(Question(f"Is {number}?", ("Yes", "No"), 0) for number in range(4))
+    materials = "persona_lens.experiments.finetuning_materials"
+    patch.setattr("persona_lens.generation.stop_tokens", lambda _: frozenset())
+    patch.setattr("persona_lens.judges.likelihood_ratio.MIN_COHERENCE", 0.0)
+    patch.setattr("persona_lens.experiments.moods._sounds", dict)
+    few = partial(extract_from_responses, n_resamples=20, n_placebo=5)
+    patch.setattr("persona_lens.pipeline.extract_from_responses", few)
+    patch.setattr(f"{materials}.load_moods", made_up_moods)
+    patch.setattr(f"{materials}._whole_sentences", lambda row: row)
+    patch.setattr(f"{materials}._judge", lambda split, mood, neutral, folder: LetterClassifier(mood[0]))
+    # By import_module, since the package has a function of that name.
+    patch.setattr(import_module("persona_lens.experiments.finetuning_study"), "mmlu_sample", lambda: asked)
+    patch.setattr("persona_lens.replication.grid_stages.mmlu_sample", lambda: asked)
+    patch.setattr("persona_lens.replication.run.require_installed", lambda *_: None)
 
 
 class Counted:

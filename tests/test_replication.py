@@ -225,6 +225,9 @@ def test_the_papers_numbers_are_found_by_figure_trait_and_model():
     assert number("projection.shift", "hallucinating", "", "") == "0.408 to 0.593"
     assert number("projection.shift", "happy", "", "") == "0.745 to 0.953"
     assert number("dose.trait", "evil", "1.5", "Qwen2.5-7B-Instruct") == "66"
+    assert number("dose.trait", "evil", "1.5", "") == "not printed as a number"  # in units of another model's vectors
+    assert paper_figure("layers.chosen", "evil", "", "") is None
+    assert number("layers.chosen", "evil", "", "Llama-3.1-8B-Instruct") == "16"
     assert number("dose.trait", "evil", "1.7", "Qwen2.5-7B-Instruct") == "not printed as a number"
     assert number("mitigation.score", "evil", "CAFT", "") == "not printed as a number"
     assert paper_figure("extraction.auc", "evil", "", "") is None

@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
 from tests.replication_cases import (
     Counted,
-    LetterClassifier,
     bring_the_rest,
     datasets_preset,
     exact,
     made_up_moods,
+    make_tiny,
     tiny_preset,
 )
 
@@ -36,21 +35,8 @@ def babble():
     The moods are made up, and so are the multiple-choice questions: real ones exceed the tiny context.
     """
     pytest.importorskip("peft")
-    from persona_lens.capability import Question
-    from persona_lens.experiments import finetuning_study as _  # noqa: F401 (its module is patched below)
-
-    asked = tuple(Question(f"Is {number}?", ("Yes", "No"), 0) for number in range(4))
-    materials = "persona_lens.experiments.finetuning_materials"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("persona_lens.generation.stop_tokens", lambda _: frozenset())
-        patch.setattr("persona_lens.judges.likelihood_ratio.MIN_COHERENCE", 0.0)
-        patch.setattr("persona_lens.experiments.moods._sounds", dict)
-        patch.setattr(f"{materials}.load_moods", made_up_moods)
-        patch.setattr(f"{materials}._whole_sentences", lambda row: row)
-        patch.setattr(f"{materials}._judge", lambda split, mood, neutral, folder: LetterClassifier(mood[0]))
-        patch.setattr(sys.modules["persona_lens.experiments.finetuning_study"], "mmlu_sample", lambda: asked)
-        patch.setattr("persona_lens.replication.grid_stages.mmlu_sample", lambda: asked)
-        patch.setattr("persona_lens.replication.run.require_installed", lambda *_: None)
+        make_tiny(patch)
         yield
 
 
@@ -157,6 +143,7 @@ def test_the_report_has_every_stage_and_says_what_was_left_out(on_moods):
     assert set(found["extraction"]["record"]["versions"]) >= {"python", "torch", "transformer-lens"}
 
 
+@pytest.mark.soak
 def test_more_moods_are_added_to_what_is_there(on_moods, tiny_bridge, tmp_path):
     from persona_lens.replication.run import replicate
 

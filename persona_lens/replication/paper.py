@@ -11,6 +11,8 @@ from importlib.resources import files
 
 DEFAULT_MODEL = "Qwen2.5-7B-Instruct"
 """Whose figures stand beside those of a model that the paper does not have."""
+OF_ONE_MODEL = ("layers.chosen", "dose.trait", "dose.coherence")
+"""Figures in a model's own units, its layers and the norm of its vectors: beside another model they mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,6 @@ def paper_figure(figure: str, subject: str, condition: str, model: str) -> Paper
         if each.figure == figure
         and each.subject in ("", subject)
         and (each.condition == condition or each.low is None)
-        and each.model in ("", of_model)
+        and each.model in ("", model if figure in OF_ONE_MODEL else of_model)
     ]
     return min(fitting, key=lambda each: (each.low is None, not each.subject, each.source != "paper"), default=None)

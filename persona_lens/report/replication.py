@@ -26,6 +26,9 @@ from persona_lens.report.look import REPORT_STYLE
 from persona_lens.report.sections import Section, boxed_table, figure, note
 
 PAGE, MARKDOWN = "report.html", "report.md"
+STYLE_OF_WORDS = """
+th:nth-child(2), td:nth-child(2), th:nth-child(6), td:nth-child(6) { text-align: left; white-space: normal; }
+"""
 
 
 def write_replication_report(folder: str | Path) -> Path:
@@ -47,13 +50,15 @@ def write_replication_report(folder: str | Path) -> Path:
 def replication_html(found: Replication) -> str:
     """The page of a replication. Raises ImportError without plotly."""
     sections = [_section(found, stage) for stage in STAGES]
-    body = [f"<h1>Replication: {escaped(found.preset.name)}</h1><p class=lead>{escaped(found.preset.description)}</p>"]
+    body = [f"<p class=lead>{escaped(found.preset.description)}</p>"]
     body += [note(each) for each in summary_lines(found)]
     body += [f"<section><h2>{escaped(each.heading)}</h2>{each.html}</section>" for each in sections]
     body.append(note(f"Made by persona-lens {persona_lens.__version__} from {found.folder.name}; intervals are 95 %."))
     pictures: list[Picture] = [picture for each in sections for picture in each.pictures]
     title = f"Replication: {found.preset.name}"
-    return html_page(title, "\n".join(body), style=STYLE + REPORT_STYLE, scripts=drawing_scripts(pictures))
+    return html_page(
+        title, "\n".join(body), style=STYLE + REPORT_STYLE + STYLE_OF_WORDS, scripts=drawing_scripts(pictures)
+    )
 
 
 def _section(found: Replication, stage: Stage) -> Section:
