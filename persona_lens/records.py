@@ -12,9 +12,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What may go wrong in taking a file apart that someone else has written: a reader makes one sentence of it."""
@@ -153,11 +154,13 @@ def write_whole(path: Path, contents: bytes) -> None:
             unfinished.unlink()
 
 
-def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...]) -> "np.memmap":
     """A `.npy` file of zeros, mapped into memory, that is there whole or not at all and has its room on the disk.
 
     Raises OSError in one sentence where it has not: a mapped file that finds no room later ends the process.
     """
+    import numpy as np  # not above: a plan and the command line's help need none
+
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

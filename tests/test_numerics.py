@@ -238,7 +238,7 @@ def test_a_seed_repeats_a_whole_run_bit_by_bit_and_leaves_no_hook(tmp_path):
     assert numeric_run.run(tmp_path / "second") == first
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_seed_repeats_a_whole_run_bit_by_bit_in_another_process(tmp_path):
     here = numeric_run.run(tmp_path / "here")
     command = [sys.executable, "-m", "tests.numeric_run", str(tmp_path / "there")]

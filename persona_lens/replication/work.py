@@ -47,6 +47,10 @@ def stage_work(preset: Preset, stage: Stage, there: Mapping[str, Brought]) -> Wo
     return by_set[stage](preset, there) if stage in by_set else Work()
 
 
+EXAMPLES = 3
+"""Kept pairs that are read token by token for the page."""
+
+
 def extraction_work(preset: Preset, trait: Trait) -> Work:
     """Rollouts of both polarities, the judge's calibration where it needs one, and the scores."""
     how, judge, pairs = preset.extraction, preset.judge, len(trait.instructions)
@@ -54,6 +58,7 @@ def extraction_work(preset: Preset, trait: Trait) -> Work:
     rows = asked * 2 * pairs * how.per_question
     found = sampling(preset, rows, how.max_new_tokens, prompts=asked * 2 * pairs)
     found += judging(preset, pairs, rows, how.max_new_tokens, questions=asked, contrastive=True)
+    found += Work(forwards=2 * EXAMPLES, read=2 * EXAMPLES * how.max_new_tokens)
     if judge.kind != "likelihood":
         return found
     questions = min(judge.calibration_questions, len(trait.evaluation_questions))
