@@ -49,7 +49,7 @@ def test_a_save_that_fails_leaves_the_older_file_whole(classifier, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match=r"Cannot write .*c.safetensors \(No space left on device\): name a file in"):
+    with pytest.raises(OSError, match=r"Cannot write .*c.safetensors \(No space left on device\): free disk space"):
         fit(POSITIVE[:9], NEGATIVE).save(tmp_path / "c.safetensors")
     assert os.listdir(tmp_path) == ["c.safetensors"]
     assert TextClassifier.load(tmp_path / "c.safetensors").weights_hash == classifier.weights_hash

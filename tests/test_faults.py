@@ -187,8 +187,8 @@ output, how = sys.argv[1:]
 
 def work(_):
     persona_lens.records.JsonLines(output).append([{"row": 1}])
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         if how == "slow":

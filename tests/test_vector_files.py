@@ -70,7 +70,7 @@ def test_a_save_that_fails_leaves_the_older_file_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match=r"Cannot write .*evil.safetensors \(No space left on device\): name a file in"):
+    with pytest.raises(OSError, match=r"Cannot write .*evil.safetensors \(No space left on device\): free disk space"):
         make_vectors(seed=3).save(path)
     assert os.listdir(tmp_path) == ["evil.safetensors"]
     assert_same_value(PersonaVectors.load(path), make_vectors())
