@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -65,10 +66,11 @@ def writes_file(path: Path | None) -> Iterator[None]:
 
 def writes_output(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function that holds the folder `output=` of its call, where it is given one, while it runs."""
+    given = signature(function)
 
     @wraps(function)
     def held(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        output: Any = kwargs.get("output")
+        output: Any = given.bind_partial(*args, **kwargs).arguments.get("output")
         with writes_folder(None if output is None else Path(output)):
             return function(*args, **kwargs)
 

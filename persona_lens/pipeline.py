@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 from persona_lens.captured import CapturedMeans
+from persona_lens.chat import tokenize_chat
 from persona_lens.extraction import extract_from_responses
 from persona_lens.judges import (
     Calibration,
@@ -261,11 +262,18 @@ def example_pairs(kept: Sequence[Pair], count: int = 3) -> Sequence[Pair]:
 def read_examples(
     model: Model, vectors: PersonaVectors, kept: Sequence[tuple[ScoredRollout, ScoredRollout]], output: Path
 ) -> None:
-    """Write every token's projection, at every layer, for the responses of `example_pairs`: a page colours them."""
+    """Write every token's projection, at every layer, for the responses of `example_pairs`: a page colours them.
+
+    A response that a server sampled may be too long for the context: extraction cuts it, and here it is left out.
+    """
     rollouts = [side.rollout for pair in example_pairs(kept) for side in pair]
     chats = [
-        Transcript([*row.prompt.messages, {"role": "assistant", "content": row.response}], row.key) for row in rollouts
+        Transcript([*row.prompt.messages, {"role": "assistant", "content": row.response}], row.key)
+        for row in rollouts
+        if len(tokenize_chat(model.tokenizer, row.prompt.messages, row.response)) <= model.cfg.n_ctx
     ]
+    if not chats:
+        return
     directions = [vectors.at(layer) for layer in vectors.known_layers]
     monitor(model, chats, directions, tokens=True, output=output, progress=False)
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,16 +142,8 @@ def write_whole(path: Path, contents: bytes) -> None:
 
     Raises OSError in one sentence where the folder is missing or cannot be written to.
     """
-    # Beside the target, so that the move stays on one file system; not by tempfile, whose files only their owner reads.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with _finished(path, "name a file in an existing folder that you may write to") as unfinished:
         unfinished.write_bytes(contents)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise _unwritable(path, error, "name a file in an existing folder that you may write to") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
 
 
 def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...]) -> "np.memmap":
@@ -161,20 +153,28 @@ def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...]) -> "np.memmap"
     """
     import numpy as np  # not above: a plan and the command line's help need none
 
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with _finished(path, "name another output") as unfinished:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):
             with unfinished.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, unfinished.stat().st_size))
+    return np.lib.format.open_memmap(path, mode="r+")
+
+
+@contextmanager
+def _finished(path: Path, remedy: str) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once all of it is written."""
+    # Beside the target, so that the move stays on one file system; not by tempfile, whose files only their owner reads.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
         os.replace(unfinished, path)
     except OSError as error:
-        raise _unwritable(path, error, "name another output") from error
+        raise _unwritable(path, error, remedy) from error
     finally:
         with suppress(OSError):
             unfinished.unlink()
-    return np.lib.format.open_memmap(path, mode="r+")
 
 
 def _unwritable(path: Path, error: OSError, remedy: str) -> OSError:

@@ -53,9 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         names = getattr(item, "fixturenames", [])
         if "llama_server" in names or any(name.startswith("embedded_") for name in names):
             item.add_marker("embedded")
-            # On the embedded model the slower class runs from end to end; the rest of it is for the long runs.
+            # On the embedded model the slower class always runs from end to end; the rest of it is no quick test.
             if "HookedTransformer" in item.name and not item.get_closest_marker("end_to_end"):
-                item.add_marker("soak")
+                item.add_marker("slow")
         if any("model" in name or "bridge" in name for name in names):
             runs_model.add(item.path)
     for item in items:

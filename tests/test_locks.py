@@ -7,10 +7,12 @@ import threading
 import pytest
 
 from persona_lens.evaluation import evaluate
+from persona_lens.experiments.method_ablations import method_ablations
 from persona_lens.judges import score_rollouts
 from persona_lens.layer_selection import dose_response, select_layer
 from persona_lens.locks import writes_file, writes_folder
 from persona_lens.pipeline import extract_persona_vectors
+from persona_lens.replication.run import replicate
 from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts
 from tests.evaluation_cases import SHORT, TRAIT, LetterJudge, make_rollout
 from tests.fault_cases import another_process
@@ -32,8 +34,10 @@ def refused(name, holder):
         ),
         lambda model, run: evaluate(model, TRAIT, LetterJudge(), output=run, **SHORT),
         lambda model, run: train(model, output=run),
+        lambda model, run: replicate("embedded", run, model=model, progress=False),
+        lambda model, run: method_ablations(model, TRAIT, run, judge=LetterJudge(), layer=1, output=run),
     ],
-    ids=["extract", "select_layer", "dose_response", "evaluate", "finetune"],
+    ids=["extract", "select_layer", "dose_response", "evaluate", "finetune", "replicate", "method_ablations"],
 )
 def test_a_folder_that_another_process_writes_is_refused_and_left_alone(tiny_bridge, tmp_path, command):
     with another_process(tmp_path / "run" / ".lock") as holder:

@@ -145,3 +145,19 @@ def test_the_plan_counts_what_will_be_spent():
 
     text = str(ExtractionPlan("evil", "a model", rollouts=40, calibration_rollouts=26, max_new_tokens=12))
     assert "40 rollouts and 26 to calibrate the judge, at most 792 sampled tokens; 40 judgements" in text
+
+
+def test_a_response_beyond_the_context_is_left_out_of_the_examples(tiny_model, tmp_path):
+    from persona_lens.judges import ScoredRollout
+    from persona_lens.monitoring import Monitoring
+    from persona_lens.pipeline import read_examples
+    from tests.evaluation_cases import make_rollout
+    from tests.intervention_cases import some_vectors
+
+    words = "yes " * 2 * tiny_model.cfg.n_ctx
+    short, long = make_rollout("Why?", 0), replace(make_rollout("Why?", 1), response=words, response_tokens=None)
+    pairs = [(ScoredRollout(short, 90.0, 90.0), ScoredRollout(long, 10.0, 90.0))]
+    read_examples(tiny_model, some_vectors(tiny_model), pairs, tmp_path / "example_tokens.jsonl")
+    assert [chat.name for chat in Monitoring.load(tmp_path / "example_tokens.jsonl").chats] == [short.key]
+    read_examples(tiny_model, some_vectors(tiny_model), [(pairs[0][1], pairs[0][1])], tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()

@@ -1,14 +1,14 @@
 """The command that makes the paper's tables: planned, costed, run stage by stage, and reported beside the paper's."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from persona_lens.cli.ending import claim
 from persona_lens.cli.inputs import set_threads
 from persona_lens.cli.options import JsonOption, ThreadsOption, app
-from persona_lens.cli.output import print_table, say
+from persona_lens.cli.output import print_table, say, tell, tell_json
 
 if TYPE_CHECKING:
     from persona_lens.replication.preset import Preset
@@ -47,11 +47,11 @@ def replicate(
     wanted: list[Stage] = [each for each in STAGES if each in stages]
     plan = plan_replication(chosen, brought(chosen, data), only=wanted)
     if dry_run and as_json:
-        print(json.dumps(plan.as_json()))
+        tell_json(plan.as_json())
     elif not as_json:
         print_table(HEADS, plan.rows())
         for line in plan.notes():
-            print(line)
+            tell(line)
     if not dry_run:
         _run(chosen, output, wanted, data, threads, as_json=as_json)
 
@@ -68,10 +68,11 @@ def _run(
     from persona_lens.replication.run import replicate as run_stages
     from persona_lens.report import write_replication_report
 
+    claim(output)
     set_threads(threads)
     found = run_stages(preset, output, only=only, data=data)
     if as_json:
-        print(json.dumps(found.as_json()))
+        tell_json(found.as_json())
     try:
         say(f"The page is {write_replication_report(output)}; report.json and report.md have the same numbers.")
     except ImportError as error:

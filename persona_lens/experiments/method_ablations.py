@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from persona_lens.activations import stream_means
 from persona_lens.evaluation import Cell, Evaluation, evaluate_cells
 from persona_lens.judges import Judge, ScoredRollout, keep_pairs, pair_rollouts, read_scores, scorable_questions
+from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable, write_json
 from persona_lens.rollouts import read_rollouts
@@ -142,6 +143,7 @@ class _Pair(NamedTuple):
     scores: tuple[ScoredRollout, ScoredRollout]
 
 
+@writes_output
 def method_ablations(
     model: Model,
     trait: Trait,
@@ -313,6 +315,6 @@ def _change(plain: Evaluation, steered: Evaluation) -> Estimate:
     """Trait score under steering minus that without, paired over questions."""
     before, after = plain.trait_score, steered.trait_score
     if before.value is None or after.value is None:
-        return Estimate(None, None, None, 0)
+        return NOTHING
     resampled = steered.trait_score_resamples - plain.trait_score_resamples
     return Estimate.of(after.value - before.value, resampled, after.n)

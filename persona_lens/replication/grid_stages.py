@@ -19,7 +19,7 @@ from persona_lens.finetuning import Dataset, Finetuning, finetune
 from persona_lens.interventions import Ablate, Intervention, Steer
 from persona_lens.judges import scorable_questions
 from persona_lens.records import JsonLines, write_json
-from persona_lens.replication.context import Context, NotYet
+from persona_lens.replication.context import Context
 from persona_lens.replication.preset import Preset
 from persona_lens.screening import screen
 from persona_lens.shift import finetuning_shift
@@ -186,8 +186,12 @@ def mitigate_sets(run: Context) -> None:
             )
         worst = f"{name}_{item.table.versions[-1]}"
         for method, dose in methods(run.preset):
-            file = folder / "mitigation" / f"{trait}_{method.replace(',', '').replace(' ', '-')}_x{dose:g}.json"
+            file = folder / "mitigation" / f"{_method_name(trait, method, dose)}.json"
             made_once(file, lambda trait=trait, worst=worst, what=(method, dose): _mitigate(run, trait, worst, what))
+
+
+def _method_name(trait: str, method: str, dose: float) -> str:
+    return f"{trait}_{method.replace(',', '').replace(' ', '-')}_x{dose:g}"
 
 
 def _mitigate(run: Context, trait: str, name: str, what: Method) -> dict[str, Any]:
@@ -199,7 +203,7 @@ def _mitigate(run: Context, trait: str, name: str, what: Method) -> dict[str, An
         "CAFT": [Ablate(vectors)],
     }
     acting: list[Intervention] = [Steer(vector, dose)] if method == "post-hoc" else []
-    trained = f"{trait}_{method.replace(',', '').replace(' ', '-')}_x{dose:g}"
+    trained = _method_name(trait, method, dose)
     rows = train_rows(run, run.there["finetuning"].sets[name])
     place = folder / "adapters" / (trained if method in during else name)
     tuned = train(run, rows, place, during=during.get(method, []))
@@ -223,10 +227,3 @@ def _mitigate(run: Context, trait: str, name: str, what: Method) -> dict[str, An
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """So many rows, evenly over all."""
     return [rows[place * len(rows) // count] for place in range(min(count, len(rows)))]
-
-
-def require_sets(run: Context) -> None:
-    """Raise NotYet where the finetuning of the sets has not begun."""
-    path = grid_folder(run.folder) / "runs" / f"{BASE}.json"
-    if not path.exists():
-        raise NotYet(f"{path} is not there: run the stage finetuning first.")

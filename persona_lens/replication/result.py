@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persona_lens.records import JsonLines, write_json
+from persona_lens.records import JsonLines, read_json, write_json
 from persona_lens.replication.finding import Finding
 from persona_lens.replication.preset import STAGES, Preset
 from persona_lens.replication.set_findings import (
@@ -114,7 +114,7 @@ def read_replication(folder: str | Path) -> Replication:
     folder = Path(folder)
     if not (folder / PRESET).exists():
         raise FileNotFoundError(f"{folder} holds no replication: make one with `persona-lens replicate`.")
-    kept = json.loads((folder / PRESET).read_text(encoding="utf-8"))
+    kept = read_json(folder / PRESET)
     preset = Preset.model_validate_json(json.dumps(kept["preset"]))
     findings: dict[Stage, tuple[Finding, ...]] = {
         stage: tuple(read(preset, folder)) for stage, read in _READERS.items()
@@ -125,12 +125,10 @@ def read_replication(folder: str | Path) -> Replication:
     rows = JsonLines(folder / BENCHMARKS).read()
     findings["benchmarks"] = tuple(benchmark_findings(preset, folder, rows))
     records: dict[Stage, dict[str, Any]] = {
-        stage: json.loads(path.read_text(encoding="utf-8"))
-        for stage in STAGES
-        if (path := stage_record(folder, stage)).exists()
+        stage: read_json(path) for stage in STAGES if (path := stage_record(folder, stage)).exists()
     }
     failed = folder / FAILURES
-    failures = json.loads(failed.read_text(encoding="utf-8")) if failed.exists() else {}
+    failures = read_json(failed) if failed.exists() else {}
     return Replication(folder, preset, findings, records, kept["left_out"], failures)
 
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.experiments.study_folder import refuse_other_settings
 from persona_lens.judges import Judge
+from persona_lens.locks import writes_output
 from persona_lens.models import Model, identify, load_model
 from persona_lens.records import JsonLines, ensure_writable, write_json, write_whole
 from persona_lens.replication import brought_stages, grid_stages, mood_stages, trait_stages
@@ -44,6 +45,7 @@ _PACKAGES = ("persona-lens", "torch", "transformers", "transformer-lens", "peft"
 Pieces = dict[str, Callable[[], None]]
 
 
+@writes_output
 def replicate(
     preset: Preset | str | Path,
     output: str | Path,

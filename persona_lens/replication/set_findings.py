@@ -4,7 +4,6 @@ The moods' study and the user's own grid are read into one form, so that both ar
 Knows nothing about models: a folder comes in, findings go out.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from persona_lens.experiments import FinetuningStudy, read_study
+from persona_lens.records import read_json
 from persona_lens.replication.brought_stages import CHOICES
 from persona_lens.replication.finding import Finding, alone, correlation
 from persona_lens.replication.grid_stages import BASE, grid_folder
@@ -58,7 +58,7 @@ def measured_sets(preset: Preset, folder: Path) -> list[MeasuredSet]:
     found: list[MeasuredSet] = []
     made_for = {} if preset.bring.finetuning is None else preset.bring.finetuning.traits
     for path in sorted((grid_folder(folder) / "runs").glob("*.json"), key=lambda path: (path.stem != BASE, path.stem)):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         scores = {trait: Estimate(**each) for trait, each in record["traits"].items()}
         own = made_for.get(path.stem.partition("_")[0], "")
         rows = _screening(grid_folder(folder) / "screened" / path.stem)
@@ -187,7 +187,7 @@ def mitigation_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
         yield from _mood_mitigation(study, preset.moods.moods)
         return
     for path in sorted((grid_folder(folder) / "mitigation").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         method, trait = _named(record["method"], record["coefficient"]), record["trait"]
         yield from _method(trait, method, *(Estimate(**record[name]) for name in ("score", "coherence", "capability")))
 
@@ -220,13 +220,13 @@ def _named(method: str, coefficient: float) -> str:
 def brought_findings(folder: Path) -> Iterator[Finding]:
     """Facts learnt, sets of real chats, and the benchmarks that the user scored."""
     for path in sorted((folder / "facts").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         what = f"questions right, {record['how']}"
         yield Finding("facts.accuracy", record["set"], what, Estimate(**record["accuracy"]), "questions", record["how"])
     for choice in CHOICES:
         path = folder / "chats" / f"{choice}.json"
         if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             what = f"{record['trait']} score after the {choice} samples"
             yield Finding("chats.score", choice, what, Estimate(**record["score"]), "questions")
 

@@ -3,7 +3,6 @@
 Knows nothing about models: a folder comes in, findings go out.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from persona_lens.experiments import MonitoringExperiment
 from persona_lens.judges import keep_pairs, pair_rollouts, read_scores
 from persona_lens.layer_selection import DoseResponse, LayerChoice, LayerSweep
+from persona_lens.pipeline import best_layer
+from persona_lens.records import read_json
 from persona_lens.replication.context import selected_layer, trait_folder
 from persona_lens.replication.finding import Finding, alone
 from persona_lens.replication.preset import Preset
@@ -31,7 +32,7 @@ def extraction_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
         here = trait_folder(folder, name)
         if not (here / "summary.json").exists():
             continue
-        pairs = json.loads((here / "summary.json").read_text(encoding="utf-8"))["pairs"]
+        pairs = read_json(here / "summary.json")["pairs"]
         share = alone(pairs["kept"] / pairs["pairs"], pairs["pairs"])
         yield Finding("extraction.kept", name, "pairs kept by the judge, share of all", share)
         vectors = PersonaVectors.load(here / "vectors.safetensors")
@@ -56,8 +57,7 @@ def _layer(folder: Path, name: str, preset: Preset, vectors: PersonaVectors) -> 
     try:
         return selected_layer(folder, name, preset)
     except ValueError:
-        assert vectors.statistics is not None
-        return int(vectors.statistics.held_out_auc.nan_to_num(nan=-1.0).argmax())
+        return best_layer(vectors) or 0
 
 
 def _statistic(vectors: PersonaVectors, name: str, layer: int, n: int) -> Estimate:
