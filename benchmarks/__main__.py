@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 # Read as torch and the hub client are first imported: one thread, and no download in the middle of a timing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,7 +30,7 @@ from benchmarks import (
     startup,
     steering,
 )
-from benchmarks.report import Outcome, as_json, show
+from benchmarks.report import Outcome, as_json, machine, merged, show
 
 BENCHMARKS: dict[str, Callable[[int], Sequence[Outcome]]] = {
     "extraction-texts": extraction.extraction_texts,
@@ -57,14 +57,15 @@ BENCHMARKS: dict[str, Callable[[int], Sequence[Outcome]]] = {
 def main(
     names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(BENCHMARKS)}; all without one.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which every contestant runs once.")] = 3,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for the results, which keeps those of benchmarks not run now.")
+    ] = None,
 ) -> None:
     """Measure persona_lens. Exits with 1 where a result differs from the oracle; a missed goal is only printed."""
     unknown = [name for name in names or [] if not any(each.startswith(name) for each in BENCHMARKS)]
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: expected one of {', '.join(BENCHMARKS)}, or a beginning.")
-    if output is not None and not output.parent.is_dir():
-        raise typer.BadParameter(f"{output.parent} is no folder: make it first.")  # before minutes of work, not after
+    earlier = None if output is None else _earlier(output)  # refused before minutes of work, not after
     chosen = [name for name in BENCHMARKS if not names or name.startswith(tuple(names))]
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -81,10 +82,25 @@ def main(
         outcomes += found
     console.print(f"{time.perf_counter() - started:.0f} s in all.")
     if output is not None:
-        output.write_text(json.dumps(as_json(outcomes), indent=2) + "\n")
+        output.write_text(json.dumps(merged(earlier, as_json(outcomes)), indent=2) + "\n")
     if unequal := [f"{outcome.name}: {each.name}" for outcome in outcomes for each in outcome.unequal]:
         console.print(f"[red]Not what it should be: {'; '.join(unequal)}")
         raise typer.Exit(1)
+
+
+def _earlier(output: Path) -> dict[str, Any] | None:
+    """The results that a file has already; refused where they come from another machine or other versions."""
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"{output.parent} is no folder: make it first.")
+    if not output.exists():
+        return None
+    found: dict[str, Any] = json.loads(output.read_text("utf-8"))
+    if found["machine"] != machine():
+        raise typer.BadParameter(
+            f"{output} has results of {found['machine']}, this is {machine()}: their seconds do not compare; "
+            "name another file."
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ Time is taken at several sizes of one axis while the others stay, and fitted by 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from benchmarks.texts import Workload, many_rollouts
 from benchmarks.timing import Result, inspect, race
 from persona_lens.models import Model, bridge_from_transformers
 
+GROWTH = "Growth with "
 SIZES = (16, 32, 64, 128)
 LAYERS = (8, 15, 30)
 WIDTHS = (288, 576, 1152)
@@ -52,11 +52,6 @@ class Axis:
     tokens: Sequence[int]
 
     @property
-    def seconds(self) -> list[float]:
-        """CPU time at each size, the median over rounds."""
-        return [median(result.cpu) for result in self.results]
-
-    @property
     def exponents(self) -> list[float]:
         """The slope of log time over log size, of each round."""
         rounds = zip(*(result.cpu for result in self.results), strict=True)
@@ -65,25 +60,24 @@ class Axis:
 
 def growth(repeats: int) -> list[Measures]:
     """Exponents of rollouts, response length, layers, width and traits, and the seconds that they are fitted to."""
-    return [_as_measures(axis) for axis in measure_growth(repeats)]
+    return [_as_measures(_measure(name, points, repeats)) for name, points in _axes()]
 
 
-def measure_growth(repeats: int) -> list[Axis]:
-    """Every axis, its sizes taking turns."""
-    return [_measure(name, points, repeats) for name, points in _axes()]
-
-
-def plot_growth(axes: Sequence[Axis]) -> Any:
-    """A plotly figure of time over size on logarithmic axes, each axis relative to its smallest size."""
+def plot_growth(measures: Sequence[Mapping[str, Any]]) -> Any:
+    """Of a results file's measures: a plotly figure of time over size, both relative to the smallest, logarithmic."""
     from persona_lens.plots.style import DASHED, graph_objects, styled_figure
 
     figure = styled_figure("CPU time of extraction by size", ["relative to each axis's smallest; dashed: linear"])
     go = graph_objects()
     largest = 1.0
-    for axis in axes:
-        sizes, seconds = np.array(axis.sizes) / axis.sizes[0], np.array(axis.seconds) / axis.seconds[0]
+    for found in measures:
+        if not found["name"].startswith(GROWTH):
+            continue
+        exponent, *points = found["measures"]
+        sizes = np.array([point["size"] for point in points]) / points[0]["size"]
+        seconds = np.array([point["median"] for point in points]) / points[0]["median"]
         largest = max(largest, float(sizes[-1]))
-        name = f"{axis.name}, exponent {median(axis.exponents):.2f}"
+        name = f"{found['name'].removeprefix(GROWTH)}, exponent {exponent['median']:.2f}"
         figure.add_trace(go.Scatter(x=sizes.tolist(), y=seconds.tolist(), name=name, mode="lines+markers"))
     figure.add_trace(go.Scatter(x=[1, largest], y=[1, largest], mode="lines", line=DASHED, showlegend=False))
     figure.update_xaxes(type="log", title="size / smallest size")
@@ -109,8 +103,8 @@ def _as_measures(axis: Axis) -> Measures:
     measures = [Measure("exponent", axis.exponents, "")]
     for size, result, tokens in zip(axis.sizes, axis.results, axis.tokens, strict=True):
         name = f"{axis.name} {size}, {tokens} tokens, {result.forwards} forwards"
-        measures.append(Measure(name, result.cpu, "CPU s", agreement=result.agreement))
-    return Measures(f"Growth with {axis.name}", f"{axis.sizes[0]} to {axis.sizes[-1]}", measures)
+        measures.append(Measure(name, result.cpu, "CPU s", agreement=result.agreement, size=size))
+    return Measures(f"{GROWTH}{axis.name}", f"{axis.sizes[0]} to {axis.sizes[-1]}", measures)
 
 
 def _axes() -> Iterator[tuple[str, list[Point]]]:

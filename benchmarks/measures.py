@@ -20,6 +20,8 @@ class Measure:
     limit: float | None = None
     agreement: float | None = None
     """Of what was computed with what it should be; None for a quantity of something that gives no numbers."""
+    size: int | None = None
+    """Of the workload, where the same is measured at several."""
 
     @property
     def held(self) -> bool | None:

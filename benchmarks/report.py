@@ -139,6 +139,18 @@ def as_json(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
+def merged(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
+    """Both files' results; where both have a workload, the later's, in the earlier's place."""
+    if earlier is None:
+        return later
+    both = dict(later)
+    for kind in ("comparisons", "measures"):
+        found = {(each["name"], each["workload"]): each for each in earlier[kind]}
+        found |= {(each["name"], each["workload"]): each for each in later[kind]}
+        both[kind] = list(found.values())
+    return both
+
+
 def _as_values(measure: Measure) -> dict[str, Any]:
     return asdict(measure) | {"median": median(measure.values), "held": measure.held}
 

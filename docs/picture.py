@@ -1,11 +1,14 @@
-"""Draws the README's picture from a run's folder, with a headless Chromium.
+"""Draws the pictures of the documentation, with a headless Chromium.
 
-python docs/picture.py runs/demo    # writes docs/images/readme.png
+python docs/picture.py readme runs/demo                     # a run's folder: docs/images/readme.png
+python docs/picture.py growth benchmarks/results.json       # from the repository's root: docs/images/growth.png
 """
 
 import argparse
+import json
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +23,7 @@ from persona_lens.report.examples import coloured_texts
 from persona_lens.report.look import REPORT_STYLE
 from persona_lens.report.run import Run
 
-OUTPUT = Path(__file__).parent / "images" / "readme.png"
-WIDTH, HEIGHT = 1280, 660
+IMAGES = Path(__file__).parent / "images"
 MIN_COHERENCE = 75.0
 STYLE = """
 :root { --ink: #1d1d1f; --grey: #6b6b70; --line: #d9d9de; --ground: #fff; --card: #fff; }
@@ -36,19 +38,35 @@ p { margin: 0 0 4px; color: var(--grey); }
 
 
 def main() -> None:
-    """Read the run that is named, and draw it."""
-    parser = argparse.ArgumentParser(description="Draws the README's picture from a run's folder.")
-    parser.add_argument("run", type=Path)
+    """Read what is named, and draw it."""
+    parser = argparse.ArgumentParser(description="Draws the pictures of the documentation.")
+    parser.add_argument("picture", choices=["readme", "growth"])
+    parser.add_argument("source", type=Path, help="a run's folder, or the results of benchmarks")
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
     chosen = parser.parse_args()
-    OUTPUT.parent.mkdir(exist_ok=True)
+    if chosen.picture == "readme":
+        page, size = page_of(read_run(chosen.source)), (1280, 660)
+    else:
+        page, size = growth_page(chosen.source), (820, 520)
+    output = IMAGES / f"{chosen.picture}.png"
     with tempfile.TemporaryDirectory() as scratch:
-        page = Path(scratch) / "page.html"
-        page.write_text(page_of(read_run(chosen.run)), encoding="utf-8")
+        written = Path(scratch) / "page.html"
+        written.write_text(page, encoding="utf-8")
         flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=10000"]
-        size = [f"--window-size={WIDTH},{HEIGHT}", "--force-device-scale-factor=1.5", f"--screenshot={OUTPUT}"]
-        subprocess.run([chosen.chromium, *flags, *size, page.as_uri()], check=True, capture_output=True)
-    print(OUTPUT)
+        sized = [f"--window-size={size[0]},{size[1]}", "--force-device-scale-factor=1.5", f"--screenshot={output}"]
+        subprocess.run([chosen.chromium, *flags, *sized, written.as_uri()], check=True, capture_output=True)
+    print(output)
+
+
+def growth_page(results: Path) -> str:
+    """How the time of extraction grows with what is asked of it."""
+    sys.path.insert(0, str(Path.cwd()))  # the benchmarks are not installed
+    from benchmarks.growth import plot_growth
+
+    figure = plot_growth(json.loads(results.read_text("utf-8"))["measures"])
+    figure.update_layout(width=800, height=500)
+    drawn = plotly.io.to_html(figure, full_html=False, include_plotlyjs=True, config={"staticPlot": True})
+    return f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{drawn}"
 
 
 def page_of(run: Run) -> str:
