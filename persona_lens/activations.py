@@ -15,7 +15,7 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.chat import ChatBatch, ChatTokens, collate, fit_context, length_sorted_batches
+from persona_lens.chat import ChatBatch, ChatTokens, collate, fit_context
 from persona_lens.models import (
     KnownPass,
     Model,
@@ -25,6 +25,7 @@ from persona_lens.models import (
     model_device,
     residual_points,
 )
+from persona_lens.packing import length_sorted_batches
 from persona_lens.prefix import prefix_batches
 from persona_lens.vectors import PersonaVector, Position, units_of
 

@@ -6,7 +6,7 @@ Knows tokenizers and chat templates; knows nothing about traits or vectors.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -216,19 +216,6 @@ def collate(
 def chat_batch(tokenizer: Any, conversations: Sequence[Conversation], *, after: str | None = None) -> ChatBatch:
     """Conversations as one padded batch with their masks, ready for `mean_activations`; see `tokenize_chat`."""
     return collate([conversation.tokenize(tokenizer, after=after) for conversation in conversations])
-
-
-def length_sorted_batches(lengths: Sequence[int], token_budget: int = 4096) -> Iterator[list[int]]:
-    """Indices of rows, longest first, in batches of at most `token_budget` padded tokens (one row at the least).
-
-    Neighbours in length waste little padding, and the longest batch comes first, so memory that suffices suffices.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start = 0
-    while start < len(order):
-        size = max(1, token_budget // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
 
 
 def fit_context(

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_lens.chat import ChatTokens, length_sorted_batches
+from persona_lens.chat import ChatTokens
 from persona_lens.models import KnownPass, Model, Past, forward
+from persona_lens.packing import length_sorted_batches
 
 
 class TokenCount(NamedTuple):

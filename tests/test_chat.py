@@ -198,16 +198,6 @@ def test_shown_tokens_go_on_after_the_averaged_ones(chat):
     assert chat.show_tokens(Letters(), batch) == "a|b|c|d"
 
 
-@given(lengths=st.lists(st.integers(0, 50), max_size=40), budget=st.integers(1, 200))
-def test_length_sorted_batches_hold_every_index_once_within_the_budget(chat, lengths, budget):
-    batches = list(chat.length_sorted_batches(lengths, budget))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
-    ordered = [lengths[index] for batch in batches for index in batch]
-    assert ordered == sorted(lengths, reverse=True)
-
-
 # --- the context ---------------------------------------------------------------------------------------------------
 
 

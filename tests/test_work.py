@@ -68,6 +68,12 @@ def test_ragged_responses_are_padded_to_their_neighbours_in_length(tiny_model):
     assert found == Work(forwards=3, tokens=3 + 3 * 16 + 3 * 6, unembeddings=0, unembedded=0)
 
 
+def test_texts_of_two_lengths_run_in_two_passes_where_padding_would_cost_more(tiny_model):
+    two = [ChatTokens((number + 1, 8, 9), tuple(range(20, 20 + n))) for number, n in enumerate((61, 5, 61, 5, 61, 5))]
+    found = work(tiny_model, lambda: list(stream_means(tiny_model, two)))
+    assert found == Work(forwards=2, tokens=3 * 64 + 3 * 8, unembeddings=0, unembedded=0)
+
+
 def test_generation_runs_each_prompt_once_and_one_token_a_row_and_step(tiny_model, monkeypatch):
     monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _: frozenset())
     prompts = [row.prompt for row in rows(2, 5)]

@@ -20,17 +20,11 @@ from tqdm.auto import tqdm
 from persona_lens.adapters import Adapter, adapted, carries_adapter
 from persona_lens.capability.questions import SYSTEM_PROMPT, Question, mmlu_sample
 from persona_lens.capability.result import AnsweredQuestion, Capability, TextLikelihood
-from persona_lens.chat import (
-    ChatTokens,
-    Conversation,
-    chat_messages,
-    encode,
-    length_sorted_batches,
-    tokenize_chat,
-)
+from persona_lens.chat import ChatTokens, Conversation, chat_messages, encode, tokenize_chat
 from persona_lens.interventions import Intervention, NamedPositions, attachments, intervene
 from persona_lens.judges.likelihood import intervened_log_likelihoods
 from persona_lens.models import Model, backing_off
+from persona_lens.packing import length_sorted_batches
 from persona_lens.prefix import prompt_batch
 
 Text = Conversation | tuple[str, str]

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from persona_lens.activations import NotFinite, attached_projections, check_vectors
-from persona_lens.chat import Message, length_sorted_batches
+from persona_lens.chat import Message
 from persona_lens.interventions import attachments
 from persona_lens.models import KnownPass, Model, backing_off, forward
 from persona_lens.monitoring.result import (
@@ -27,6 +27,7 @@ from persona_lens.monitoring.result import (
     TurnProjections,
     checked_output,
 )
+from persona_lens.packing import length_sorted_batches
 from persona_lens.prefix import pad
 from persona_lens.transcripts import Segment, Transcript, Turn, chat_segments, read_transcripts, text_pieces
 from persona_lens.vectors import PersonaVector
