@@ -70,6 +70,11 @@ def test_the_7b_presets_have_the_papers_settings(name):
         ('kind = "likelihood"', 'kind = "oracle"', "key judge.kind: expected 'likelihood' or 'openai', got 'oracle'."),
         ("min_pairs = 10", "min_pairs = 1.5", "key extraction.min_pairs: expected a valid integer"),
         ("layer = 19", "layer = 30", "layer 30 is none of the model's 30, counted from 0."),
+        (
+            'traits = ["optimistic",',
+            'traits = ["Evil",',
+            "traits: a name stands there twice, upper and lower case being one",
+        ),
         ("batch_rows = 4", "batch_rows = 4\nrank = 8", "the moods are always trained with rank = 32, leave it out."),
         ("[moods] #", "[mods] #", "got the unknown key 'mods' (did you mean moods?)."),
         ("caft = true", "caft = yes", "is not TOML"),

@@ -75,6 +75,9 @@ class Preset(Table):
             raise ValueError("finetuning.source is datasets: add the table bring.finetuning")
         if self.bring.chats is not None and self.real_chats is None:
             raise ValueError("bring.chats needs the table real-chats")
+        for key, names in {"traits": self.traits, "full.traits": self.full.traits}.items():
+            if len({name.casefold() for name in names}) < len(names):
+                raise ValueError(f"{key}: a name stands there twice, upper and lower case being one: each has a folder")
         for layer in (*self.layers.layers, self.cosines.layer):
             if not 0 <= layer < self.model.n_layers:
                 raise ValueError(f"layer {layer} is none of the model's {self.model.n_layers}, counted from 0")
