@@ -19,7 +19,7 @@ import persona_lens
 GROUPS: dict[str, tuple[str, str]] = {
     "models": (
         "Models and chats: what runs, and which tokens count",
-        "load_model from_paper_layer suspended generate Conversation ChatBatch chat_batch show_tokens "
+        "load_model from_paper_layer suspended generate generate_text Conversation ChatBatch chat_batch show_tokens "
         "Transcript read_transcripts",
     ),
     "traits": (

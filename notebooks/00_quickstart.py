@@ -27,7 +27,6 @@ from pathlib import Path
 import pandas as pd
 
 import persona_lens as pl
-from persona_lens.chat import tokenize_chat
 
 pd.set_option("display.max_colwidth", 300)
 
@@ -79,12 +78,10 @@ pl.plot_layer_statistics(vectors)
 vector = vectors.at(22)
 question = trait.evaluation_questions[10]
 ask = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": question}]
-prompt = tokenize_chat(model.tokenizer, ask).prompt
 
 
 def answer():
-    tokens = pl.generate(model, [prompt], max_new_tokens=24, temperature=0)[0].tokens
-    return model.tokenizer.decode(tokens)
+    return pl.generate_text(model, [ask], max_new_tokens=24, temperature=0)[0]
 
 
 texts = {0: answer()}

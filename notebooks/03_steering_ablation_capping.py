@@ -30,7 +30,6 @@ import pandas as pd
 from plotly.subplots import make_subplots
 
 import persona_lens as pl
-from persona_lens.chat import tokenize_chat
 from persona_lens.plots import plot_layer_estimates
 from persona_lens.statistics import mean_estimate
 
@@ -216,11 +215,10 @@ ask = [
     {"role": "system", "content": "You are a helpful assistant."},
     {"role": "user", "content": trait.evaluation_questions[8]},
 ]
-prompt = tokenize_chat(model.tokenizer, ask).prompt
 
 
 def answer():
-    return model.tokenizer.decode(pl.generate(model, [prompt], max_new_tokens=24, temperature=0)[0].tokens)
+    return pl.generate_text(model, [ask], max_new_tokens=24, temperature=0)[0]
 
 
 answers = {"nothing": answer()}

@@ -23,7 +23,6 @@
 import pandas as pd
 
 import persona_lens as pl
-from persona_lens.chat import tokenize_chat
 from persona_lens.experiments import plot_study_mitigation, plot_study_shifts, plot_study_trade_off, read_study
 from persona_lens.experiments.mood_texts import contrast_with_moods
 from persona_lens.experiments.moods import load_moods, split_prompts
@@ -128,11 +127,10 @@ for name, shift in shifts.items():
 
 # %%
 ask = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": prompts[0]}]
-prompt = tokenize_chat(model.tokenizer, ask).prompt
 
 
 def answer():
-    return model.tokenizer.decode(pl.generate(model, [prompt], max_new_tokens=32, temperature=0)[0].tokens)
+    return pl.generate_text(model, [ask], max_new_tokens=32, temperature=0)[0]
 
 
 answers = {"before": answer()}

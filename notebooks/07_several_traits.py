@@ -22,7 +22,6 @@ import pandas as pd
 from plotly.subplots import make_subplots
 
 import persona_lens as pl
-from persona_lens.chat import tokenize_chat
 
 pd.set_option("display.max_colwidth", 200)
 model = pl.load_model("smollm2-135m-instruct")
@@ -69,12 +68,11 @@ ask = [
     {"role": "system", "content": "You are a helpful assistant."},
     {"role": "user", "content": "Should I start learning the piano at fifty?"},
 ]
-prompt = tokenize_chat(model.tokenizer, ask).prompt
 
 
 def answer(*interventions):
     with pl.intervene(model, *interventions, at="response"):
-        return model.tokenizer.decode(pl.generate(model, [prompt], max_new_tokens=28, temperature=0)[0].tokens)
+        return pl.generate_text(model, [ask], max_new_tokens=28, temperature=0)[0]
 
 
 answers = {

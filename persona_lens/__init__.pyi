@@ -101,6 +101,7 @@ from .screening import read_screening as read_screening
 from .screening import screen as screen
 from .shift import FinetuningShift as FinetuningShift
 from .shift import finetuning_shift as finetuning_shift
+from .text_generation import generate_text as generate_text
 from .thresholds import Detection as Detection
 from .thresholds import Threshold as Threshold
 from .thresholds import calibrate_threshold as calibrate_threshold

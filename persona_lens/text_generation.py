@@ -1,0 +1,42 @@
+"""Chats in, texts out: the decode loop for people who read.
+
+Knows nothing about how tokens are drawn.
+"""
+
+from collections.abc import Sequence
+
+from persona_lens.chat import Message, tokenize_chat
+from persona_lens.generation import generate
+from persona_lens.models import Model
+
+
+def generate_text(
+    model: Model,
+    chats: Sequence[str | Sequence[Message]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_rows: int = 100,
+    progress: bool = False,
+) -> list[str]:
+    """The model's reply to each chat, without special tokens: `generate`, for texts instead of token ids.
+
+    A chat is what a user says, or messages (`role`, `content`) that the tokenizer's chat template takes. Interventions
+    that are attached act. Raises ValueError for one text where a list is expected, and for what `generate` refuses.
+    """
+    if isinstance(chats, str):
+        raise ValueError(f"chats is a list, got one text: pass [{chats[:40]!r}].")
+    messages = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in chats]
+    completions = generate(
+        model,
+        [tokenize_chat(model.tokenizer, chat).prompt for chat in messages],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_rows=batch_rows,
+        progress=progress,
+    )
+    return [model.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in completions]

@@ -1,0 +1,43 @@
+"""Chats in, texts out: the same tokens as the decode loop, under the same interventions."""
+
+import pytest
+
+import persona_lens as pl
+from persona_lens.chat import tokenize_chat
+from tests.intervention_cases import some_vectors
+
+ASKED = "What should I do today?"
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ASKED}]
+
+
+def by_hand(model, messages, **options):
+    tokenizer = model.tokenizer
+    prompts = [tokenize_chat(tokenizer, each).prompt for each in messages]
+    return [tokenizer.decode(each.tokens, skip_special_tokens=True) for each in pl.generate(model, prompts, **options)]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"seed": 4}, {"top_p": 0.5, "seed": 1}])
+def test_texts_are_those_of_the_decode_loop(tiny_model, options):
+    found = pl.generate_text(tiny_model, [ASKED, CHAT], max_new_tokens=8, **options)
+    assert found == by_hand(tiny_model, [CHAT[1:], CHAT], max_new_tokens=8, **options)
+    assert len(set(found)) == 2
+
+
+def test_attached_interventions_act(tiny_model):
+    vector = some_vectors(tiny_model).at(1)
+    plain = pl.generate_text(tiny_model, [ASKED], max_new_tokens=8, temperature=0.0)
+    with pl.steer(tiny_model, vector, 50.0):
+        steered = pl.generate_text(tiny_model, [ASKED], max_new_tokens=8, temperature=0.0)
+    assert steered != plain == pl.generate_text(tiny_model, [ASKED], max_new_tokens=8, temperature=0.0)
+
+
+def test_one_text_instead_of_a_list_is_refused_before_it_is_read_letter_by_letter(tiny_model):
+    with pytest.raises(ValueError, match=r"chats is a list, got one text: pass \['What should I do today\?'\]"):
+        pl.generate_text(tiny_model, ASKED)
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_answers_in_words(embedded_model):
+    (found,) = pl.generate_text(embedded_model, ["What is the capital of France?"], max_new_tokens=24, temperature=0.0)
+    assert "Paris" in found
+    assert "<|" not in found
