@@ -120,9 +120,9 @@ assert cosines.min() > 0.9999
 # %% [markdown]
 # ## Everything that was measured
 #
-# `make bench` writes `benchmarks/results.json`. Each row is a claim: this is faster than that by so much. A dot is the
-# median of the paired ratios, a line their range, a tick the goal that was set beforehand. Hollow dots missed it. A
-# goal below 1 is for work that is done beside other work, and says how little slower it may make it.
+# `benchmarks/results.json` keeps what `python -m benchmarks` measured. Each row is a claim: this is faster than that by
+# so much. A dot is the median of the paired ratios, a line their range, a tick the goal that was set beforehand. Hollow
+# dots missed it. A goal below 1 is for work that is done beside other work, and says how little slower it may make it.
 
 # %%
 file = next(
