@@ -110,8 +110,11 @@ def _beside_peers(fewest: int, most: int, sizes: Sequence[int], repeats: int) ->
                 result.cpu.append(turn["cpu"])
     results = {label: result for label, (_, _, result) in racing.items()}
     verdicts = [verdict(claim, results[claim.faster], results[claim.than]) for claim in _claims(entrants)]
-    name = f"Last token at all layers, {fewest} to {most} words"
-    return [Comparison(name, work.workload, repeats, list(results.values()), tried, verdicts, MINIMUM_COSINE)]
+    return [
+        Comparison(
+            "Last token at all layers", work.workload, repeats, list(results.values()), tried, verdicts, MINIMUM_COSINE
+        )
+    ]
 
 
 def _entrants(sizes: Sequence[int]) -> list[Entrant]:

@@ -91,8 +91,14 @@ def _contestant(comparison: dict[str, Any], one: dict[str, Any]) -> list[str]:
         str(one["padded_tokens"]),
         f"{min(one['wall']):.2f} / {median(one['wall']):.2f}",
         f"{median(one['cpu']):.2f}",
-        "-" if agreement is None else f"{1 - agreement:.0e}",
+        _distance(agreement),
     ]
+
+
+def _distance(agreement: float | None) -> str:
+    if agreement is None:
+        return "-"
+    return "equal" if agreement == 1 else f"{1 - agreement:.0e}"
 
 
 def _spread(ratios: Sequence[float]) -> str:
