@@ -45,7 +45,8 @@ def extract_from_responses(
     """Persona vectors from responses that show the trait and responses that do not.
 
     All positive rows and all negative rows are averaged: the keep rule, where it applies, comes before. Empty responses
-    are never averaged and are counted (`counts["positive_empty"]`). With `after="</think>"` only what follows that text
+    are left out and counted (`counts["positive_empty"]`), unless `position` reads the prompt: then plain texts may be
+    compared, as `Conversation(text, "")`. With `after="</think>"` only what follows that text
     is averaged, and a response that never closes its block is an error, or with `unclosed="drop"` left out and counted
     (`counts["positive_unclosed"]`). Row means [row, stream, d_model] are spooled to `spool` (a `.npy` file), so memory
     stays flat in the number of rows; without it a temporary file serves. Means in `captured`, kept while the responses
@@ -56,12 +57,12 @@ def extract_from_responses(
     counted), or activations are not finite. Source: arXiv:2507.21509, section 2.2.
     """
     sides = {
-        "positive": _tokenize(model.tokenizer, positive, after, unclosed),
-        "negative": _tokenize(model.tokenizer, negative, after, unclosed),
+        side: _tokenize(model.tokenizer, _with_tokens(given, position), after, unclosed)
+        for side, given in (("positive", positive), ("negative", negative))
     }
     counts: dict[str, int] = {}
     for side, given in (("positive", positive), ("negative", negative)):
-        empty = sum(row.is_empty for row in given)
+        empty = len(given) - len(_with_tokens(given, position))
         lost = len(given) - empty - len(sides[side])
         if not sides[side]:
             raise ValueError(
@@ -98,14 +99,17 @@ def extract_from_responses(
     )
 
 
+def _with_tokens(given: Sequence[Conversation], position: Position) -> list[Conversation]:
+    """The rows that have something at the position: an empty response has no mean, its prompt has."""
+    return [row for row in given if position != "response_mean" or not row.is_empty]
+
+
 def _tokenize(
     tokenizer: Any, given: Sequence[Conversation], after: str | None, unclosed: Literal["error", "drop"]
 ) -> list[tuple[Conversation, ChatTokens]]:
-    """The rows that have something to average, as token ids."""
+    """The rows as token ids, without those that never close a block."""
     rows: list[tuple[Conversation, ChatTokens]] = []
     for row in given:
-        if row.is_empty:
-            continue
         try:
             rows.append((row, row.tokenize(tokenizer, after=after)))
         except UnclosedBlock as error:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.chat import Conversation
+from persona_lens.chat import Conversation, encode
 from persona_lens.extraction import extract_from_responses
 from persona_lens.models import identify, resid_post_name
 from tests import naive
@@ -48,6 +48,20 @@ def test_an_empty_response_is_counted_and_never_averaged(tiny_model):
     assert torch.equal(stream(vectors), stream(whole))
     assert (vectors.counts["positive"], vectors.counts["positive_empty"]) == (6, 3)
     assert (vectors.counts["negative"], vectors.counts["negative_empty"]) == (6, 1)
+
+
+def test_plain_texts_are_compared_by_their_last_token(tiny_model):
+    texts = {"positive": ["I love rain", "Good news today"], "negative": ["I hate rain", "Bad news"]}
+    sides = {side: [Conversation(text, "") for text in given] for side, given in texts.items()}
+    vectors = extract_from_responses(tiny_model, *sides.values(), **QUICK, position="prompt_last")
+
+    def last(text):
+        _, cache = tiny_model.run_with_cache(torch.tensor([encode(tiny_model.tokenizer, text)]))
+        return cache["blocks.1.hook_resid_post"][0, -1]
+
+    means = [torch.stack([last(text) for text in given]).mean(dim=0) for given in texts.values()]
+    assert torch.allclose(vectors.directions[1].double(), (means[0] - means[1]).double(), atol=1e-5)
+    assert (vectors.counts["positive"], vectors.counts["positive_empty"]) == (2, 0)
 
 
 def test_a_side_of_empty_responses_is_an_error(tiny_model):
@@ -99,7 +113,7 @@ def test_a_truncated_row_is_counted_and_is_what_fits(tiny_model):
 def test_activations_that_are_not_finite_are_an_error_that_names_the_layer(tiny_model):
     with (
         tiny_model.hooks(fwd_hooks=[(resid_post_name(1), lambda resid, hook: resid * math.nan)]),
-        pytest.raises(ValueError, match=r"not finite at layer 1, in row 0\. Load it with a wider dtype"),
+        pytest.raises(ValueError, match=r"not finite at layer 1, in row \d+\. Load it with a wider dtype"),
     ):
         extract_from_responses(tiny_model, conversations(1), conversations(2), **QUICK)
 
