@@ -80,8 +80,9 @@ def plot_growth(measures: Sequence[Mapping[str, Any]]) -> Any:
         name = f"{found['name'].removeprefix(GROWTH)}, exponent {exponent['median']:.2f}"
         figure.add_trace(go.Scatter(x=sizes.tolist(), y=seconds.tolist(), name=name, mode="lines+markers"))
     figure.add_trace(go.Scatter(x=[1, largest], y=[1, largest], mode="lines", line=DASHED, showlegend=False))
-    figure.update_xaxes(type="log", title="size / smallest size")
-    figure.update_yaxes(type="log", title="CPU time / time of the smallest size")
+    doublings = {"type": "log", "tickvals": [1, 2, 4, 8, 16]}
+    figure.update_xaxes(**doublings, title="size / smallest size")
+    figure.update_yaxes(**doublings, title="CPU time / time of the smallest size")
     return figure
 
 
