@@ -8,7 +8,6 @@ Knows nothing about models.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from math import ceil, log2
 from pathlib import Path
 
@@ -154,15 +153,8 @@ def read_unit(folder: Path, number: int) -> list[PlannedRow]:
 
 def unit_batch(folder: Path, number: int) -> pa.RecordBatch:
     """The rows of one unit as they stand in its file."""
-    path = _path(folder, number)
-    found = path.stat()
-    # No other file has the number of one that is open, whatever its name and whatever the clock says.
-    return _opened(str(path), (found.st_dev, found.st_ino)).get_batch(number % FILE_UNITS)
-
-
-@lru_cache(maxsize=4)
-def _opened(path: str, _file: tuple[int, int]) -> pa.ipc.RecordBatchFileReader:
-    return pa.ipc.open_file(pa.OSFile(path))
+    with pa.OSFile(str(_path(folder, number))) as file, pa.ipc.open_file(file) as reader:
+        return reader.get_batch(number % FILE_UNITS)
 
 
 def spooled(rows: Iterable[PlannedRow], path: Path, *, each: Callable[[PlannedRow], None]) -> Iterator[PlannedRow]:
