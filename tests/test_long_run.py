@@ -1,4 +1,4 @@
-"""Two hours of mixed commands and calls in one process leave memory, handles, threads, hooks and files where they were."""
+"""Two hours of mixed commands in one process leave memory, handles, threads, hooks and files where they were."""
 
 import json
 import os
