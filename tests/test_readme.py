@@ -15,7 +15,6 @@ ELSEWHERE = ("make ", "pip ")
 
 
 @pytest.mark.slow
-@pytest.mark.end_to_end
 def test_every_block_of_the_readme_runs(embedded_bridge, llama_server, tmp_path, monkeypatch):
     import persona_lens
     from persona_lens import cli, models
