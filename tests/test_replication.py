@@ -328,3 +328,12 @@ def test_lists_that_may_grow_are_added_to_and_nothing_else_is(tmp_path):
     assert json.loads(path.read_text())["moods"] == ["calm", "grim", "keen"]
     with pytest.raises(ValueError, match="another rows"):
         refuse_other_settings(path, {"rows": 2, "moods": ["calm"]}, model, growing=["moods"])
+
+
+def test_a_judge_that_is_fitted_to_each_trait_is_told_by_what_all_have_in_common():
+    from persona_lens.replication.wording import _judges
+
+    judges = {"evil": "ratio by a model, slope 1", "impolite": "ratio by a model, slope 2", "humorous": None}
+    assert _judges({"judges": judges}, "layers") == "ratio by a model, fitted to each trait as stages/layers.json says"
+    assert _judges({"judges": {"evil": "gpt", "impolite": "gpt"}}, "layers") == "gpt"
+    assert _judges({"judges": {"evil": "one", "impolite": "other"}}, "layers").startswith("2 judges, ")

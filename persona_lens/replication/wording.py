@@ -4,6 +4,8 @@ Knows nothing about HTML.
 """
 
 from collections.abc import Iterator
+from itertools import takewhile
+from typing import Any
 
 from persona_lens.replication.finding import Finding
 from persona_lens.replication.paper import PaperFigure
@@ -108,7 +110,16 @@ def made_with(found: Replication, stage: Stage) -> str:
     if record is None:
         return "This stage is not finished."
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    judges = dict.fromkeys(each for each in record["judges"].values() if each)
     moods = found.preset.moods is not None and stage in ("finetuning", "projection-difference", "mitigation")
-    judge = "a text classifier of each mood" if moods else "; ".join(judges)
+    judge = "a text classifier of each mood" if moods else _judges(record, stage)
     return f"Made with seed {record['seed']} by {record['engine']}; judged by {judge}; {versions}."
+
+
+def _judges(record: dict[str, Any], stage: Stage) -> str:
+    """The judge's name; of one that is fitted to each trait what all have in common, and where the rest stands."""
+    names = list(dict.fromkeys(each for each in record["judges"].values() if each))
+    if len(names) < 2:
+        return "".join(names)
+    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(", ") for name in names), strict=False))
+    shared = ", ".join(parts[0] for parts in common) or f"{len(names)} judges"
+    return f"{shared}, fitted to each trait as stages/{stage}.json says"

@@ -27,6 +27,7 @@ from persona_lens.report.sections import Section, boxed_table, figure, note
 
 PAGE, MARKDOWN = "report.html", "report.md"
 STYLE_OF_WORDS = """
+.scroll { max-height: none; }
 th:nth-child(2), td:nth-child(2), th:nth-child(6), td:nth-child(6) { text-align: left; white-space: normal; }
 """
 
