@@ -16,6 +16,8 @@ PLAIN := -o addopts="--strict-markers --benchmark-skip"
 # Which notebooks `make notebooks` executes, and, by the beginnings of their names, `make notebook-outputs`.
 NOTEBOOKS ?= notebooks/*.ipynb
 NAMES ?=
+# Where `make soak` keeps what it printed.
+SOAK_REPORT ?= docs/reliability/soak.txt
 # Further pytest arguments, such as PYTEST_ARGS='-k means'.
 PYTEST_ARGS ?=
 
@@ -79,9 +81,9 @@ notebooks: $(VENV)/.installed ## executes every notebook, changing none; NOTEBOO
 notebook-outputs: $(VENV)/.installed ## executes their .py halves and keeps the outputs; NAMES='00 03' only some
 	$(VENV)/bin/python notebooks/execute.py $(NAMES)
 
-soak: $(VENV)/.installed ## the long runs; their report is kept
-	@mkdir -p docs
-	$(VENV)/bin/python -m pytest -m soak -o timeout=0 --no-header -rA --durations=0 $(PYTEST_ARGS) | tee docs/soak-report.txt
+soak: $(VENV)/.installed ## the long runs, hours of them; their report is kept
+	{ git log -1 --format='commit %h of %cs'; \
+	$(VENV)/bin/python -m pytest -m soak -o timeout=0 --no-header -rA --durations=0 $(PYTEST_ARGS); } | tee $(SOAK_REPORT)
 
 # torch goes first and alone: its exact version lets pip take a CPU-only build from an index or folder that offers one,
 # where resolving it with the rest would fetch gigabytes of CUDA libraries. Bytecode is compiled as it is first needed:
