@@ -43,7 +43,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 # What a class inherits from one of ours is its own to a reader; what Python's classes bring along is not.
-autodoc_default_options = {"members": True, "inherited-members": "object, tuple, Protocol, Generic"}
+autodoc_default_options = {"members": True, "inherited-members": "object, tuple, Protocol, Generic, BaseModel"}
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 add_module_names = False

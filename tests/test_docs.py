@@ -4,6 +4,8 @@ import ast
 import inspect
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,15 @@ def test_the_reference_has_every_public_name_once_and_the_commands_page_every_co
 
     assert generate["reference_pages"]()  # raises where a name is in no group, or in two
     assert re.findall(r"^## (\S+)$", generate["commands_page"](), re.MULTILINE) == list(commands)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_its_examples_hold(tmp_path):
+    pytest.importorskip("sphinx")
+    for builder in ("html", "doctest"):
+        command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
+        done = subprocess.run(
+            [*command, "-b", builder, str(DOCS), str(tmp_path / builder)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    assert (tmp_path / "html" / "index.html").exists()
