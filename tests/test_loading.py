@@ -200,3 +200,16 @@ def test_an_interrupted_unpacking_leaves_nothing_behind(models, monkeypatch, tmp
     with pytest.raises(KeyboardInterrupt):
         embedded.embedded_model_directory()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_transformers_whose_cache_has_another_name_is_refused(monkeypatch, make_tiny_model):
+    from persona_lens.models import residual_points
+
+    model = make_tiny_model("TransformerBridge")
+
+    def forward(self, input_ids=None, attention_mask=None, cache=None, use_cache=None):
+        raise AssertionError("asked for its arguments only")
+
+    monkeypatch.setattr(type(model.original_model.get_decoder()), "forward", forward)
+    with pytest.raises(ValueError, match=r'would forget the prompt\. Run: pip install "transformers<5\.24"'):
+        residual_points(model)

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from inspect import signature
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
@@ -74,13 +75,18 @@ def from_paper_layer(layer: int) -> int:
 def refuse_other_kinds(hf_model: Any) -> None:
     """Raise ValueError for a Hugging Face model that is no decoder with attention: its stream means another thing.
 
-    TransformerLens bridges encoders and state-space models too.
+    TransformerLens bridges encoders and state-space models too. Transformers 5.24 is refused as well.
     """
     if getattr(hf_model.config, "is_encoder_decoder", False):
         kind = "an encoder with a decoder"
     elif not hf_model.can_generate():
         kind = "an encoder, or a decoder without its unembedding"
-    elif "past_key_values" not in signature(hf_model.get_decoder().forward).parameters:
+    elif "past_key_values" not in (taken := signature(hf_model.get_decoder().forward).parameters):
+        if "cache" in taken:
+            raise ValueError(
+                f"transformers {version('transformers')} hands keys and values on by a name that TransformerLens does "
+                'not know, and cached passes would forget the prompt. Run: pip install "transformers<5.24"'
+            )
         kind = "a state-space model, which keeps no keys and values"
     else:
         return
