@@ -128,8 +128,9 @@ def main(folder: Path, seconds: float) -> None:
         shutil.rmtree(folder / "command", ignore_errors=True)
         (folder / "command").mkdir()
         sys.argv = ["persona-lens", *typed]
+        said = io.StringIO()
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
                 command()
         except SystemExit as ended:
             if ended.code:
