@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.comparison import Comparison, Verdict
+from benchmarks.figures import distance, held_word, spread
 from benchmarks.measures import Measure, Measures
 from benchmarks.timing import Result
 
@@ -46,8 +47,8 @@ def _show_measures(console: Console, found: Measures) -> None:
             str(len(values)),
             measure.unit,
             "-" if measure.limit is None else f"{measure.limit:g}",
-            _held(measure.held),
-            _distance(measure.agreement),
+            held_word(measure.held),
+            distance(measure.agreement),
         )
     console.print(table)
 
@@ -83,26 +84,15 @@ def _times(result: Result, n_tokens: int) -> list[str]:
 
 def _facts(result: Result) -> list[str]:
     peak = "-" if result.peak_extra_mib is None else f"{result.peak_extra_mib:.0f}"
-    return [str(result.padded_tokens), str(result.forwards), peak, _distance(result.agreement)]
-
-
-def _distance(agreement: float | None) -> str:
-    return "-" if agreement is None else f"{1 - agreement:.0e}"
-
-
-def _held(held: bool | None) -> str:
-    return {None: "", True: "held", False: "not held"}[held]
+    return [str(result.padded_tokens), str(result.forwards), peak, distance(result.agreement)]
 
 
 def _ratios(verdict: Verdict) -> list[str]:
     return [
-        *(
-            f"{median(each):.3f} ({min(each):.2f} to {max(each):.2f})"
-            for each in (verdict.paired_wall, verdict.paired_cpu)
-        ),
+        *map(spread, (verdict.paired_wall, verdict.paired_cpu)),
         f"{verdict.ratio_of_medians:.3f}",
         "-" if verdict.goal is None else f"{verdict.goal:.2f}",
-        _held(verdict.held),
+        held_word(verdict.held),
     ]
 
 

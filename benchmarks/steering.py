@@ -22,7 +22,7 @@ from persona_lens.rollouts import ModelEngine, Prompt, plan_rollouts
 
 Texts = list[tuple[int, ...]]
 
-OVERHEAD_GOAL = 1 / 1.04
+OVERHEAD_GOAL = 1 / 1.03
 SWEEP_GOAL = 4.0
 EQUAL_ROWS = 0.98
 """Greedy texts may part where two tokens are all but equally likely, since batch shapes round differently."""

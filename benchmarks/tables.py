@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.figures import distance, held_word, spread
+
 PAGE = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).with_name("results.json")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -54,7 +56,7 @@ def with_tables(page: str, results: dict[str, Any]) -> str:
 
 
 def _claim(comparison: dict[str, Any], claim: dict[str, Any]) -> list[str]:
-    cpu = _spread(claim["paired_cpu"]) if claim["cpu_counts"] else "-"
+    cpu = spread(claim["paired_cpu"]) if claim["cpu_counts"] else "-"
     goal = "-" if claim["goal"] is None else f"{claim['goal']:.2f}"
     work = f"{comparison['name']}: {comparison['workload']}"
     return [
@@ -62,10 +64,10 @@ def _claim(comparison: dict[str, Any], claim: dict[str, Any]) -> list[str]:
         str(comparison["repeats"]),
         claim["faster"],
         claim["than"],
-        _spread(claim["paired_wall"]),
+        spread(claim["paired_wall"]),
         cpu,
         goal,
-        _held(claim["held"]),
+        held_word(claim["held"]),
     ]
 
 
@@ -78,7 +80,7 @@ def _measure(found: dict[str, Any], measure: dict[str, Any]) -> list[str]:
         str(len(values)),
         f"{median(values):.3g}{spread} {measure['unit']}".strip(),
         "-" if limit is None else f"{limit:g}",
-        _held(measure["held"]),
+        held_word(measure["held"]),
     ]
 
 
@@ -91,22 +93,8 @@ def _contestant(comparison: dict[str, Any], one: dict[str, Any]) -> list[str]:
         str(one["padded_tokens"]),
         f"{min(one['wall']):.2f} / {median(one['wall']):.2f}",
         f"{median(one['cpu']):.2f}",
-        _distance(agreement),
+        distance(agreement),
     ]
-
-
-def _distance(agreement: float | None) -> str:
-    if agreement is None:
-        return "-"
-    return "equal" if agreement == 1 else f"{1 - agreement:.0e}"
-
-
-def _spread(ratios: Sequence[float]) -> str:
-    return f"{median(ratios):.3f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else "")
-
-
-def _held(held: bool | None) -> str:
-    return {None: "", True: "held", False: "**did not hold**"}[held]
 
 
 def _table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
