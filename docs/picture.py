@@ -1,7 +1,7 @@
 """Draws the pictures of the documentation, with a headless Chromium.
 
 python docs/picture.py readme runs/demo                     # a run's folder: docs/images/readme.png
-python docs/picture.py growth benchmarks/results.json       # from the repository's root: docs/images/growth.png
+python docs/picture.py growth benchmarks/results.json       # results of benchmarks: docs/images/growth.png
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
 
 def growth_page(results: Path) -> str:
     """How the time of extraction grows with what is asked of it."""
-    sys.path.insert(0, str(Path.cwd()))  # the benchmarks are not installed
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not installed
     from benchmarks.growth import plot_growth
 
     figure = plot_growth(json.loads(results.read_text("utf-8"))["measures"])

@@ -3,7 +3,7 @@
 Knows nothing about how tokens are drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from persona_lens.chat import Message, tokenize_chat
 from persona_lens.generation import generate
@@ -24,10 +24,10 @@ def generate_text(
     """The model's reply to each chat, without special tokens: `generate`, for texts instead of token ids.
 
     A chat is what a user says, or messages (`role`, `content`) that the tokenizer's chat template takes. Interventions
-    that are attached act. Raises ValueError for one text where a list is expected, and for what `generate` refuses.
+    that are attached act. Raises ValueError for one chat where a list is expected, and for what `generate` refuses.
     """
-    if isinstance(chats, str):
-        raise ValueError(f"chats is a list, got one text: pass [{chats[:40]!r}].")
+    if isinstance(chats, str) or any(isinstance(chat, Mapping) for chat in chats):
+        raise ValueError("chats is a list of chats, got a single one: put it into brackets, [chat].")
     messages = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in chats]
     completions = generate(
         model,

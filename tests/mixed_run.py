@@ -43,7 +43,8 @@ def calls(model: Any, vectors: Any, trait: Any, judge: Any, folder: Path) -> lis
     asked = trait.evaluation_questions[10:12]
 
     def steered() -> None:
-        with pl.steer(model, vector, 2.0), pl.ablate(model, vectors.at(9)), contextlib.suppress(KeyboardInterrupt):
+        # Suppressed outside of both contexts, so that the interrupt crosses them.
+        with contextlib.suppress(KeyboardInterrupt), pl.steer(model, vector, 2.0), pl.ablate(model, vectors.at(9)):
             pl.generate_text(model, ["Hello?"] * 4, max_new_tokens=8)
             raise KeyboardInterrupt
 
@@ -124,8 +125,6 @@ def main(folder: Path, seconds: float) -> None:
     for number, typed in enumerate(itertools.cycle(commands(folder))):
         if time.monotonic() - began > seconds:
             return
-        shutil.rmtree(folder / "work", ignore_errors=True)
-        shutil.rmtree(folder / "command", ignore_errors=True)
         (folder / "command").mkdir()
         sys.argv = ["persona-lens", *typed]
         said = io.StringIO()

@@ -134,9 +134,10 @@ def test_blocks_above_the_highest_vector_and_the_unembedding_do_not_run(tiny_mod
     assert ran == {"layer -1": 1, "layer 0": 1, "layer 1": 0, "layer 2": 0, "layer 3": 0, "unembed": 0}
 
 
-def test_all_vectors_and_turns_of_chats_of_one_length_share_one_pass(tiny_model):
-    ran = counted(tiny_model, lambda: monitor(tiny_model, CHATS[:1] * 3, several(tiny_model), **QUIET))
-    assert (ran["layer 2"], ran["layer 3"]) == (1, 0)
+@pytest.mark.parametrize(("chats", "passes"), [(CHATS[:1] * 3, 1), (CHATS, 2)], ids=["one length", "long and short"])
+def test_all_vectors_and_turns_of_many_chats_share_their_passes(tiny_model, chats, passes):
+    ran = counted(tiny_model, lambda: monitor(tiny_model, chats, several(tiny_model), **QUIET))
+    assert (ran["layer 2"], ran["layer 3"]) == (passes, 0)
 
 
 def test_an_intervention_above_the_vectors_runs_and_changes_nothing_there(tiny_model):

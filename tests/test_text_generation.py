@@ -31,9 +31,15 @@ def test_attached_interventions_act(tiny_model):
     assert steered != plain == pl.generate_text(tiny_model, [ASKED], max_new_tokens=8, temperature=0.0)
 
 
-def test_one_text_instead_of_a_list_is_refused_before_it_is_read_letter_by_letter(tiny_model):
-    with pytest.raises(ValueError, match=r"chats is a list, got one text: pass \['What should I do today\?'\]"):
-        pl.generate_text(tiny_model, ASKED)
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("chat", [ASKED, CHAT], ids=["text", "messages"])
+def test_one_chat_instead_of_a_list_is_refused_before_it_is_read_in_pieces(tiny_model, chat):
+    with pytest.raises(ValueError, match=r"chats is a list of chats, got a single one: put it into brackets"):
+        pl.generate_text(tiny_model, chat)
+
+
+def test_no_chats_have_no_replies(tiny_model):
+    assert pl.generate_text(tiny_model, []) == []
 
 
 @pytest.mark.embedded
