@@ -87,7 +87,7 @@ def run(bridge, tokenizer, folder, *during):
 
 
 @pytest.mark.skipif(
-    Version(version("transformers")) < Version("5.17"), reason="TRL fills the model's generation config in there"
+    Version(version("transformers")) < Version("5.17"), reason="there TRL writes the model's end token as a list of one"
 )
 def test_sft_trains_under_steering_and_evaluates_without(bridge, tiny_tokenizer, tiny_hf_model, tmp_path):
     before = state_of(bridge)
