@@ -177,10 +177,23 @@ def _finished(path: Path, remedy: str) -> Iterator[Path]:
             unfinished.unlink()
 
 
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Around a library's writing: raises OSError in one sentence where the disk is full; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise _unwritable(path, error, "") from error
+
+
 def _unwritable(path: Path, error: OSError, remedy: str) -> OSError:
+    reason = error.strerror or error
     if error.errno in _NO_ROOM:
-        remedy = "free disk space and run again, which goes on from what is there"
-    return OSError(f"Cannot write {path} ({error.strerror or error}): {remedy}.")
+        # Not the error's own words: a library may have put its own there.
+        reason, remedy = os.strerror(error.errno), "free disk space and run again, which goes on from what is there"
+    return OSError(f"Cannot write {path} ({reason}): {remedy}.")
 
 
 def ensure_writable(path: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 HOLD = """
@@ -46,6 +47,19 @@ def full_disk(limit: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A file system of its own in a new folder; skips where mounting is not permitted."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield
+    finally:
+        # Lazily: an error keeps files open as long as its traceback lasts.
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def small_memory(forward: Callable[..., Any], most_rows: int, sizes: list[int]) -> Any:

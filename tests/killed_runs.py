@@ -74,17 +74,19 @@ KINDS: dict[str, Callable[[Any, Path], None]] = {
 }
 
 
+class StoppedClock(datetime):
+    """For the one thing in a file that says when it was made."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        """Always the same moment."""
+        return datetime(2020, 1, 1, tzinfo=UTC)
+
+
 def load() -> Any:
     """The tiny model."""
     from persona_lens import models
     from persona_lens.vectors import provenance
-
-    class StoppedClock(datetime):
-        """The one thing in a file that says when it was made."""
-
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime(2020, 1, 1, tzinfo=UTC)
 
     provenance.datetime = StoppedClock  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from persona_lens.screening import ShardsMissing, screen
 from persona_lens.screening.scores import scored_units
 from persona_lens.vectors import PersonaVectors
 from tests.evaluation_cases import make_rollout
-from tests.fault_cases import full_disk
+from tests.fault_cases import full_disk, mounted
 from tests.screening_cases import QUIET, pair_of_vectors, rows
 from tests.vector_cases import make_vectors
 
@@ -92,12 +92,8 @@ def test_an_answer_that_finds_no_room_is_told_and_the_others_stay(tmp_path):
 @pytest.fixture
 def read_only(tmp_path):
     """A folder on a file system that is mounted read-only, which binds root too."""
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", folder], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with mounted(tmp_path / "read-only", "ro,size=1m"):
+        yield tmp_path / "read-only"
 
 
 def test_a_read_only_folder_is_refused_in_one_sentence(tiny_bridge, read_only):

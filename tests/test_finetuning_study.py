@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -340,7 +341,7 @@ module(load_model(), sys.argv[1], settings=settings, progress=False)
     assert start(whole).wait() == 0
     interrupted = start(killed)
     while interrupted.poll() is None and not list(killed.glob("answers/*.jsonl")):
-        pass
+        time.sleep(0.05)
     interrupted.kill()
     interrupted.wait()
     assert start(killed).wait() == 0

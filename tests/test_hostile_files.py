@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -55,7 +58,7 @@ from tests.test_thresholds import drawn
 from tests.trait_cases import reference_content
 from tests.vector_cases import make_provenance, make_statistics, make_vectors
 
-QUICK, MANY = 12, 300
+QUICK, MANY, GUIDED = 12, 300, 10_000
 CHATS = [
     {"messages": chat("Why?", "So."), "id": "a", "base_response": "Well."},
     {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
@@ -244,3 +247,15 @@ def test_any_changed_file_is_read_or_refused_by_its_name(readers, tmp_path):
 def test_any_of_many_changed_files_is_read_or_refused_by_its_name(readers, tmp_path):
     counts = fuzz(readers, tmp_path, MANY)
     print(f"{len(readers)} kinds of file, {sum(counts.values())} inputs: {dict(counts)}")
+
+
+@pytest.mark.soak
+def test_what_reaches_further_into_a_reader_is_read_or_refused_by_its_name(tmp_path):
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-m", "tests.coverage_fuzz", tmp_path / "fuzz", str(GUIDED)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [each for each in found if "code" in each] == []
+    assert min(each["inputs"] for each in found) >= GUIDED
+    inputs, further = (sum(each[name] for each in found) for name in ("inputs", "reaching_further"))
+    print(f"{len(found)} kinds of file, {inputs} inputs, of which {further} reached further")

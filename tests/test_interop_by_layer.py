@@ -85,7 +85,7 @@ with vector.apply(model, layer_config={"decoder_block": "layers.{num}"}):
         ({1: torch.ones(1, 6)}, r"layer 1: expected a tensor \[d_model\], got the shape \[1, 6\]"),
         ({1: "kind"}, r"layer 1: expected a floating-point tensor \[d_model\], got str"),
         ({1: torch.ones(6), 2: torch.ones(7)}, "directions of 6 and 7 numbers are of no one model"),
-        ({1: torch.ones(6) / 0}, "the direction at layer 1 holds NaN or infinite values"),
+        ({1: torch.ones(6) / 0}, r"v\.pt: v: the direction at layer 1 holds NaN or infinite values"),
         ({"layer_activations": {1: torch.ones(6)}, "layer_type": "mlp"}, "has directions for 'mlp'"),
     ],
 )

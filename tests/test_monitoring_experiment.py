@@ -1,5 +1,6 @@
 """The monitoring experiments: their conditions, their correlations, and a run from end to end."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -128,9 +129,26 @@ def test_an_experiment_is_read_back_as_it_was(noisy, tmp_path):
 
     assert again == noisy
     assert again.summary() == noisy.summary()
-    (tmp_path / "experiment.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a monitoring experiment"):
-        MonitoringExperiment.load(tmp_path / "experiment.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"points": []}, "it has no points"),
+        ({"layer": 2}, "expected a number from 0 to 1, got 2"),
+        ({"seed": None}, "got None"),
+    ],
+)
+def test_a_damaged_experiment_is_refused_with_its_file(noisy, tmp_path, change, words):
+    from persona_lens.experiments import MonitoringExperiment
+
+    path = tmp_path / "experiment.json"
+    noisy.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        ValueError, match=rf"experiment.json is not a monitoring experiment \(.*{words}\): run it again"
+    ):
+        MonitoringExperiment.load(path)
 
 
 def test_every_question_is_asked_under_each_of_the_eight_prompts():

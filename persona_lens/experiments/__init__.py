@@ -5,7 +5,8 @@ from persona_lens.experiments.conditions import judged_examples, many_shot, syst
 from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
 from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun, read_study
 from persona_lens.experiments.finetuning_study import finetuning_study
-from persona_lens.experiments.method_ablations import MethodAblations, Variant, method_ablations, method_variants
+from persona_lens.experiments.method_ablations import MethodAblations, method_ablations
+from persona_lens.experiments.method_variants import Variant, method_variants
 from persona_lens.experiments.monitoring import monitoring_experiment
 from persona_lens.experiments.monitoring_result import MonitoringExperiment, Point
 from persona_lens.experiments.pictures import (

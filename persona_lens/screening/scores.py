@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from persona_lens.records import JsonLines
+from persona_lens.records import JsonLines, room_for
 from persona_lens.screening.plan import Plan
 from persona_lens.screening.scoring import RowScore
 from persona_lens.screening.units import PlannedRow
@@ -68,17 +68,17 @@ def write_table(output: Path, plan: Plan, vectors: Sequence[str]) -> None:
     Memory is bounded by a chunk of rows, however many there are: rows are first dealt out to chunks on the disk.
     """
     schema = table_schema(vectors)
-    scratch = output / ".chunks.unfinished"
+    scratch, unfinished = output / ".chunks.unfinished", output / f".{TABLE}.unfinished"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    unfinished = output / f".{TABLE}.unfinished"
     try:
-        chunks = _dealt(_records(output, plan, vectors), schema, scratch)
-        with pyarrow.parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
-            for path in chunks:
-                with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                    writer.write_table(reader.read_all().sort_by("row"), row_group_size=CHUNK)
-        os.replace(unfinished, output / TABLE)
+        with room_for(output / TABLE):
+            scratch.mkdir()
+            chunks = _dealt(_records(output, plan, vectors), schema, scratch)
+            with pyarrow.parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+                for path in chunks:
+                    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
+                        writer.write_table(reader.read_all().sort_by("row"), row_group_size=CHUNK)
+            os.replace(unfinished, output / TABLE)
     finally:
         unfinished.unlink(missing_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
