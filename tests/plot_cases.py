@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+from persona_lens.plots.mitigation import MitigationPoint
+from persona_lens.statistics import Estimate
 from tests.evaluation_cases import make_evaluation
 
+MISSING = Estimate(None, None, None, 0)
 CELLS = {
     (2, 1.0): ([20.0, 30.0, 25.0], 90.0),
     (2, 2.0): ([60.0, 70.0, 62.0], 80.0),
@@ -33,3 +36,25 @@ def traces(figure, name, **wanted):
 def shown(figure):
     """All text of a figure, as it is sent to the browser."""
     return str(figure.to_dict())
+
+
+def estimate(value, below=2.0, above=3.0, n=9):
+    return Estimate(value, value - below, value + above, n)
+
+
+def steered(coefficient, trait_score=50.0, coherence=90.0, capability=1.5, method="post-hoc"):
+    numbers = (None if each is None else estimate(each) for each in (coherence, capability))
+    return MitigationPoint(method, coefficient, MISSING if trait_score is None else estimate(trait_score), *numbers)
+
+
+def points(figure, name, axis):
+    """The points of a name on an axis of scores, by their place across."""
+    found = [trace for trace in traces(figure, name) if trace.yaxis == axis]
+    return {x: y for trace in found for x, y in zip(trace.x, trace.y, strict=True)}
+
+
+def whiskers(bars, values):
+    """The ends of the bars, from plotly's distances to the values."""
+    return [
+        (value - below, value + above) for value, below, above in zip(values, bars.arrayminus, bars.array, strict=True)
+    ]
