@@ -96,6 +96,22 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         Monitoring.load(tmp_path / "absent.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (lambda lines: lines[:-1], "it has 10 of 11 turns"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "turn 2 of chat 0 is not where it belongs"),
+        (lambda lines: [json.dumps(json.loads(lines[0]) | {"vectors": []}), *lines[1:]], "it names no vector"),
+    ],
+)
+def test_a_file_that_somebody_changed_is_refused(tiny_model, tmp_path, keep, words):
+    path = tmp_path / "a.jsonl"
+    monitor(tiny_model, CHATS, several(tiny_model), output=path, **QUIET)
+    path.write_text("\n".join(keep(path.read_text().splitlines())) + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl is damaged: ValueError {words}"):
+        Monitoring.load(path)
+
+
 def test_the_table_has_a_row_for_each_turn(tiny_model):
     vectors = several(tiny_model)[:2]
     table = monitor(tiny_model, [Transcript(CHATS[0], "sea"), CHATS[1], Transcript(CHATS[3], "sea")], vectors, **QUIET)

@@ -128,9 +128,10 @@ class Monitoring:
         """
         import pandas as pd
 
-        table = pd.DataFrame([self._row(chat, number) for chat in self.chats for number in range(len(chat.turns))])
-        columns = [name for each in self.vectors for name in _columns(each)]
-        return table.drop(columns="unclosed").astype(dict.fromkeys(columns, float))
+        rows = [self._row(chat, number) for chat in self.chats for number in range(len(chat.turns))]
+        projections = [name for each in self.vectors for name in _columns(each)]
+        columns = ["chat", "turn", "message", "n_tokens", "dropped_messages", *projections]
+        return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(projections, float))
 
     def save(self, path: str | Path) -> None:
         """Write a .jsonl or .parquet file, whole or not at all.
@@ -140,7 +141,7 @@ class Monitoring:
         path = checked_output(path)
         found = self.to_dict()
         rows = found.pop("turns")
-        head = json.dumps(found, ensure_ascii=False)
+        head = json.dumps({**found, "n_turns": len(rows)}, ensure_ascii=False)
         if path.suffix == ".jsonl":
             lines = [head, *(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)]
             contents = ("\n".join(lines) + "\n").encode()
@@ -277,7 +278,13 @@ def _number(value: Any) -> float | None:
 def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Monitoring:
     vectors = tuple(MonitoredVector(**each) for each in head["vectors"])
     turns: list[list[TurnProjections]] = [[] for _ in head["chats"]]
+    if not vectors:
+        raise ValueError("it names no vector")
+    if (written := head.get("n_turns", len(rows))) != len(rows):
+        raise ValueError(f"it has {len(rows)} of {written} turns")
     for row in rows:
+        if row["turn"] != len(turns[row["chat_index"]]) + 1:
+            raise ValueError(f"turn {row['turn']} of chat {row['chat_index']} is not where it belongs")
         prompt, response = zip(*([_number(row[name]) for name in _columns(each)] for each in vectors), strict=True)
         if None in prompt:
             raise ValueError("a prompt has no projection")
@@ -288,5 +295,7 @@ def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         said = None if response[0] is None else response
         counts = {name: row[name] for name in ("message", "n_tokens", "dropped_messages", "unclosed")}
         turns[row["chat_index"]].append(TurnProjections(prompt=prompt, response=said, tokens=tokens, **counts))
+    if not all(turns):
+        raise ValueError(f"chat {turns.index([])} has no turns")
     chats = tuple(ChatProjections(name, tuple(each)) for name, each in zip(head["chats"], turns, strict=True))
     return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]))
