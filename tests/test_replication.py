@@ -51,7 +51,10 @@ def test_the_embedded_preset_fits_in_ninety_minutes_by_measured_rates():
     plan = plan_replication(load_preset("embedded"), {})
     assert plan.rates.is_measured
     assert plan.seconds < 90 * 60
-    assert plan_replication(load_preset("embedded").in_full(), {}).seconds > 2 * plan.seconds
+    in_full = load_preset("embedded").in_full()
+    assert plan_replication(in_full, {}).seconds > 2 * plan.seconds
+    assert (len(in_full.traits), len(in_full.moods.moods)) == (7, 9)
+    assert in_full.description.startswith("Seven traits and nine moods")
 
 
 def test_seconds_are_tokens_over_rates_and_the_waiting_for_the_judge(tmp_path):

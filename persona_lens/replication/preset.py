@@ -91,11 +91,12 @@ class Preset(Table):
         return found
 
     def in_full(self) -> "Preset":
-        """The preset with the traits and moods of its table `full`."""
-        moods = self.moods
+        """The preset with the traits, moods and description of its table `full`."""
+        moods, own = self.moods, {"traits": self.traits, "description": self.description}
         if moods is not None and self.full.moods:
             moods = moods.model_copy(update={"moods": self.full.moods})
-        return self.model_copy(update={"traits": self.full.traits or self.traits, "moods": moods})
+        taken = {name: getattr(self.full, name) or value for name, value in own.items()}
+        return self.model_copy(update={**taken, "moods": moods})
 
     def settings(self) -> dict[str, Any]:
         """What a folder is made with and may not change: all but traits, moods, prices and words."""

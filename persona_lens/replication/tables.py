@@ -232,7 +232,8 @@ class CostTable(Table):
 
 
 class FullTable(Table):
-    """What `--full` takes instead."""
+    """What `--full` takes instead, and says of it."""
 
+    description: str = ""
     traits: tuple[str, ...] = ()
     moods: tuple[str, ...] = ()
