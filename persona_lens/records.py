@@ -6,6 +6,7 @@ Knows nothing about what the rows mean.
 """
 
 import errno
+import glob
 import json
 import math
 import os
@@ -167,6 +168,7 @@ def _finished(path: Path, remedy: str) -> Iterator[Path]:
     """A file to write, which takes the place of `path` once all of it is written."""
     # Beside the target, so that the move stays on one file system; not by tempfile, whose files only their owner reads.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    _sweep_up_after_killed(path)
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -175,6 +177,19 @@ def _finished(path: Path, remedy: str) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def _sweep_up_after_killed(path: Path) -> None:
+    """Remove what processes that were killed in the middle left of this file."""
+    if os.name != "posix":
+        return  # elsewhere asking whether a process lives may end it
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+        number = left.name.removesuffix(".unfinished").rpartition(".")[2]
+        with suppress(OSError, ValueError, OverflowError):
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                left.unlink()
 
 
 @contextmanager

@@ -86,6 +86,16 @@ def test_an_answer_that_finds_no_room_is_told_and_the_others_stay(tmp_path):
     assert CallCache(tmp_path / "calls.sqlite").get("last").text == "two"
 
 
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_writing(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    killed.wait()
+    left, others = tmp_path / f".a.json.{killed.pid}.unfinished", tmp_path / f".a.json.{os.getppid()}.unfinished"
+    for path in (left, others):
+        path.write_text("half")
+    write_json(tmp_path / "a.json", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", others.name}
+
+
 # A folder that cannot be written to
 
 
