@@ -43,15 +43,19 @@ def writes_folder(folder: Path | None) -> Iterator[None]:
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         with _holding(folder / ".lock", folder):
-            # Of a process that was killed while it wrote a file whole.
-            for left in folder.glob(".*.*.unfinished"):
-                left.unlink(missing_ok=True)
+            sweep_up(folder)
             yield
     finally:
         # A run that was refused before it wrote anything leaves no empty folder.
         with suppress(OSError):
             for each in made:
                 each.rmdir()
+
+
+def sweep_up(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote a file whole left there; the folder's lock is held."""
+    for left in folder.glob(".*.*.unfinished"):
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

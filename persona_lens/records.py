@@ -6,12 +6,9 @@ Knows nothing about what the rows mean.
 """
 
 import errno
-import glob
 import json
 import math
 import os
-import socket
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -169,8 +166,7 @@ def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...]) -> "np.memmap"
 def _finished(path: Path, remedy: str) -> Iterator[Path]:
     """A file to write, which takes the place of `path` once all of it is written."""
     # Beside the target, so that the move stays on one file system; not by tempfile, whose files only their owner reads.
-    unfinished = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.unfinished")
-    _sweep_up_after_killed(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -179,24 +175,6 @@ def _finished(path: Path, remedy: str) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             unfinished.unlink()
-
-
-def _machine() -> str:
-    """Eight letters for this machine: others may write to the same folder, and their processes are not seen here."""
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-
-
-def _sweep_up_after_killed(path: Path) -> None:
-    """Remove what processes of this machine that were killed in the middle left of this file."""
-    if os.name != "posix":
-        return  # elsewhere asking whether a process lives may end it
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{_machine()}-*.unfinished"):
-        number = left.name.removesuffix(".unfinished").rpartition("-")[2]
-        with suppress(OSError, ValueError, OverflowError):
-            try:
-                os.kill(int(number), 0)
-            except ProcessLookupError:
-                left.unlink()
 
 
 @contextmanager

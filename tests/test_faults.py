@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from persona_lens import records
 from persona_lens.captured import CapturedMeans
 from persona_lens.clients import ChatCompletion
 from persona_lens.clients.cache import CallCache
@@ -77,6 +76,12 @@ def test_a_screening_on_a_full_disk_goes_on_to_the_same_files(tiny_bridge, tmp_p
         assert (tmp_path / "full" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_what_a_killed_screening_left_of_a_file_is_taken_away(tiny_bridge, tmp_path):
+    (tmp_path / ".settings.json.4711.unfinished").write_text("{")
+    screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output=tmp_path, base="proxy", **QUIET)
+    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+
+
 def test_an_answer_that_finds_no_room_is_told_and_the_others_stay(tmp_path):
     cache = CallCache(tmp_path / "calls.sqlite")
     cache.put("first", ChatCompletion("one", "stop", "m"))
@@ -85,19 +90,6 @@ def test_an_answer_that_finds_no_room_is_told_and_the_others_stay(tmp_path):
     assert cache.get("first").text == "one"
     cache.put("last", ChatCompletion("two", "stop", "m"))
     assert CallCache(tmp_path / "calls.sqlite").get("last").text == "two"
-
-
-def test_what_a_killed_process_left_of_a_file_goes_with_the_next_writing(tmp_path):
-    killed = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    killed.wait()
-    here, elsewhere = records._machine(), "00000000"
-    owners = [f"{here}-{killed.pid}", f"{here}-{os.getppid()}", f"{elsewhere}-{killed.pid}"]
-    names = [f".a.json.{owner}.unfinished" for owner in owners]
-    for name in names:
-        (tmp_path / name).write_text("half")
-    write_json(tmp_path / "a.json", 1)
-    # Whether another machine's process lives cannot be known here.
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *names[1:]}
 
 
 # A folder that cannot be written to

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from persona_lens.chat import chat_messages, render_prompt
-from persona_lens.locks import alone
+from persona_lens.locks import alone, sweep_up
 from persona_lens.records import JsonLines, read_json, room_for, write_json
 from persona_lens.screening.families import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
@@ -77,6 +77,7 @@ def make_plan(
     wanted = json.loads(json.dumps({**settings, **asdict(choices), "datasets": given}))
     output.mkdir(parents=True, exist_ok=True)
     with alone(output / ".plan.lock"):
+        sweep_up(output)
         refuse_other_run(output, wanted)
         if not (output / PLAN).exists():
             _make(tokenizer, room, datasets, choices, output, progress)
