@@ -6,7 +6,7 @@ Knows nothing about traits or vectors: token ids and masks come in, means go out
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from persona_lens.chat import ChatBatch, ChatTokens, collate, fit_context
 from persona_lens.models import (
+    Hook,
     KnownPass,
     Model,
     backing_off,
     default_token_budget,
     forward,
+    hooked,
     model_device,
     residual_points,
 )
@@ -56,12 +58,8 @@ def pooled_residuals(
         norm = einsum(resid.norm(dim=-1), weight, "batch pos, pool batch pos -> pool batch")
         sums.append((total, norm))
 
-    handles = [point.register_forward_hook(pool) for point in residual_points(model)]
-    try:
+    with hooked(model, [Hook(point, pool) for point in residual_points(model)]):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -111,16 +109,17 @@ def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iter
     """`projected_residuals` of vectors that were checked before: the check reads every weight, once is enough."""
     found = Projections(tuple(vectors))
     points = residual_points(model)
-    with ExitStack() as stack:
-        for layer in found.layers:
-            units = units_of([vector for vector in vectors if vector.layer == layer]).to(model_device(model))
+    hooks = []
+    for layer in found.layers:
+        units = units_of([vector for vector in vectors if vector.layer == layer]).to(model_device(model))
 
-            def project(_: object, __: object, resid: Tensor, layer: int = layer, on: Tensor = units) -> None:
-                wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
-                pattern = "batch pos d_model, vector d_model -> batch pos vector"
-                found.by_layer[layer] = einsum(wide, on.to(wide), pattern)
+        def project(_: object, __: object, resid: Tensor, layer: int = layer, on: Tensor = units) -> None:
+            wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+            pattern = "batch pos d_model, vector d_model -> batch pos vector"
+            found.by_layer[layer] = einsum(wide, on.to(wide), pattern)
 
-            stack.callback(points[layer + 1].register_forward_hook(project).remove)
+        hooks.append(Hook(points[layer + 1], project))
+    with hooked(model, hooks):
         yield found
 
 

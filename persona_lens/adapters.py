@@ -20,7 +20,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from persona_lens.models import Model, is_bridge, model_device, suspended
+from persona_lens.models import (
+    ForwardGate,
+    Hook,
+    Model,
+    Scope,
+    gate_forward,
+    hooked,
+    is_bridge,
+    model_device,
+    model_lock,
+    scope_on,
+    suspended,
+)
 from persona_lens.records import write_json, write_whole
 
 INSTALL_COMMAND = 'pip install "persona-lens[finetune]"'
@@ -130,11 +142,15 @@ def lora(model: Model, config: dict[str, Any]) -> Iterator[Any]:
             for module, full in targets.items()
             if re.match(rf"(.*\.)?({pattern})$", module)
         }
-    with _put_back(model, list(targets.values())):
-        with warnings.catch_warnings():
+    with _put_back(model, list(targets.values())) as scope:
+        with model_lock(model), warnings.catch_warnings():
             # PEFT asks for a property that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             carrier = peft.get_peft_model(plain, peft.LoraConfig(**given))
+            for layer in carrier.modules():
+                if hasattr(layer, "enable_adapters") and "base_layer" in layer._modules:
+                    # Another thread that runs the model meanwhile runs it without the adapter.
+                    gate_forward(layer, ForwardGate(layer, scope, outside=layer._modules["base_layer"]))
         carrier.peft_config["default"].base_model_name_or_path = None
         yield carrier
 
@@ -163,7 +179,7 @@ _ABSENT = object()
 
 
 @contextmanager
-def _put_back(model: Model, names: Sequence[str]) -> Iterator[None]:
+def _put_back(model: Model, names: Sequence[str]) -> Iterator[Scope]:
     """Whatever PEFT and a Trainer change in a model is as it was on leaving; `names` are the modules to be wrapped."""
     plain = cast(Any, model).original_model
     places = [(plain.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
@@ -178,13 +194,13 @@ def _put_back(model: Model, names: Sequence[str]) -> Iterator[None]:
     embedding = plain.get_input_embeddings()._forward_hooks
     hooks = set(embedding)
     use_cache = getattr(plain.config, "use_cache", None)
-    try:
-        yield
-    finally:
+
+    def put_back(_: Scope) -> None:
+        # Every line sets what should be there, so that it may all be done again after an interrupt.
         # Not `disable_input_require_grads`, which forgets the first of those that were asked for twice.
         for key in set(embedding) - hooks:
             if getattr(embedding[key], "__name__", "") == "make_inputs_require_grads":
-                del embedding[key]
+                embedding.pop(key, None)
         # Not PEFT's own `unload`, which takes a wrapper of the bridge for the LoRA layer that it wraps.
         for (parent, last), module in zip(places, modules, strict=True):
             parent._modules[last] = module
@@ -197,6 +213,9 @@ def _put_back(model: Model, names: Sequence[str]) -> Iterator[None]:
                 vars(module).pop(name, None)
         if use_cache is not None:
             plain.config.use_cache = use_cache
+
+    with scope_on(model, put_back) as scope:
+        yield scope
 
 
 def target_modules(model: Model, targets: str | Sequence[str]) -> dict[str, str]:
@@ -237,15 +256,14 @@ def _linear_modules(model: Model) -> dict[str, str]:
         if isinstance(module, (nn.Linear, Conv1D)) and re.search(r"\.\d+\.", name)
     }
     ran: set[str] = set()
-    with ExitStack() as stack:
-        stack.enter_context(suspended(model))
-        stack.enter_context(torch.no_grad())
-        for name, module in linear.items():
+    hooks = []
+    for name, module in linear.items():
 
-            def note(_module: nn.Module, _inputs: Any, _output: Any, name: str = name) -> None:
-                ran.add(name.rpartition(".")[2])
+        def note(_module: nn.Module, _inputs: Any, _output: Any, name: str = name) -> None:
+            ran.add(name.rpartition(".")[2])
 
-            stack.callback(module.register_forward_hook(note).remove)
+        hooks.append(Hook(module, note))
+    with model_lock(model), suspended(model), torch.no_grad(), hooked(model, hooks):
         plain(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model_device(model)))
     # By last parts: a mixture of experts runs few of its experts on one token.
     return {name: full[module] for name, module in linear.items() if name.rpartition(".")[2] in ran}

@@ -8,7 +8,7 @@ Knows nothing about traits: token ids name the rows.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from persona_lens.chat import ChatTokens
 from persona_lens.generation import ReplyPass
 from persona_lens.interventions import attachments
-from persona_lens.models import Model, announced, identify, model_device, residual_points
+from persona_lens.models import Hook, Model, announced, hooked, identify, model_device, residual_points
 from persona_lens.records import ensure_writable, zeros_on_disk
 
 
@@ -78,15 +78,16 @@ def capturing(model: Model, n_rows: int) -> Iterator[Capture]:
     or float64 where the model is.
     """
     capture = Capture(model, n_rows)
-    with ExitStack() as stack:
-        for stream, point in enumerate(residual_points(model)):
+    hooks = []
+    for stream, point in enumerate(residual_points(model)):
 
-            def read(_module: nn.Module, _inputs: Any, resid: Tensor, stream: int = stream) -> None:
-                known = announced()
-                if isinstance(known, ReplyPass):
-                    capture.add(known, resid, stream)
+        def read(_module: nn.Module, _inputs: Any, resid: Tensor, stream: int = stream) -> None:
+            known = announced()
+            if isinstance(known, ReplyPass):
+                capture.add(known, resid, stream)
 
-            stack.callback(point.register_forward_hook(read).remove)
+        hooks.append(Hook(point, read))
+    with hooked(model, hooks):
         yield capture
 
 

@@ -69,13 +69,13 @@ def test_the_pass_computes_what_the_bridge_computes(bridge):
 
 
 def test_in_float32_the_fused_attention_agrees_with_the_one_in_steps(make_tiny_model, tiny_hf_model):
-    from persona_lens.models.interior import bare_interior
+    from persona_lens.models.interior import unhooked
 
     bridge = make_tiny_model("TransformerBridge", copy.deepcopy(tiny_hf_model).float())  # the fixture is everyone's
     mask = MASK.clone()
     mask[1, :2] = False
-    with bare_interior(bridge):
-        assert bridge.original_model.config._attn_implementation == "sdpa"
+    assert unhooked(bridge).get_decoder().layers[1].self_attn.config._attn_implementation == "sdpa"
+    assert bridge.original_model.config._attn_implementation == "eager"
     with torch.no_grad():
         expected = bridge(TOKENS, attention_mask=mask.long())
     torch.testing.assert_close(final(bridge, mask)[mask], expected[mask], atol=1e-5, rtol=0)

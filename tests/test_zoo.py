@@ -13,7 +13,7 @@ from persona_lens.chat import ChatTokens, collate
 from persona_lens.generation import generate
 from persona_lens.interventions import Ablate, Cap, Steer, ablate, intervene, steer
 from persona_lens.models.growing import ROOM
-from persona_lens.models.interior import bare_interior
+from persona_lens.models.interior import unhooked
 from tests import naive, tiny, zoo
 from tests.conftest import has_hooked_transformer
 from tests.intervention_cases import IDS, TOKENS, some_vectors, steered_greedy
@@ -267,8 +267,7 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 def test_in_float32_fused_attention_predicts_what_the_bridge_does(float32, texts, side):
     bridge, batch = float32.model, collate(as_rows(texts), pad_side=side)
     before = bridge.original_model.config._attn_implementation
-    with bare_interior(bridge):
-        assert bridge.original_model.config._attn_implementation in ("sdpa", "eager")
+    assert unhooked(bridge).config._attn_implementation in ("sdpa", "eager")
     found, _ = models.forward(bridge, batch.tokens, batch.attention_mask, last_logits=None)
     with torch.no_grad():
         expected = bridge(batch.tokens, attention_mask=batch.attention_mask.long())

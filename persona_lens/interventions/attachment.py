@@ -21,7 +21,19 @@ from persona_lens.interventions.directions import Vectors, as_given, layers_text
 from persona_lens.interventions.intervention import Intervention, When, rows_in_flight
 from persona_lens.interventions.positions import At, check_positions, positions_of
 from persona_lens.interventions.values import Ablate, Cap, Steer, refuse_conflicting_caps
-from persona_lens.models import CurrentPass, KnownPass, Model, announced, identify, residual_points, watch_passes
+from persona_lens.models import (
+    CurrentPass,
+    Hook,
+    KnownPass,
+    Model,
+    Scope,
+    announced,
+    hooked,
+    identify,
+    residual_points,
+    watch_passes,
+    would_act,
+)
 from persona_lens.vectors import Relation
 
 _NOWHERE = torch.zeros(0, dtype=torch.bool)
@@ -39,7 +51,7 @@ class Attachment:
         only_in_training: Whether passes of the model in evaluation mode are left alone.
         ran: The layers at which they have acted.
         seen: How often each point of the residual stream was passed, the entry of block 0 being 0.
-        handle: The id of its hook at the entry of block 0.
+        scope: In whose passes they act; None before they are attached.
     """
 
     interventions: tuple[Intervention, ...]
@@ -49,7 +61,7 @@ class Attachment:
     only_in_training: bool = False
     ran: set[int] = field(default_factory=set)
     seen: Counter[int] = field(default_factory=Counter, repr=False)
-    handle: int = field(default=-1, repr=False)
+    scope: Scope | None = field(default=None, repr=False)
     _current: CurrentPass = field(default_factory=CurrentPass, repr=False)
     _held: tuple[KnownPass | None, Any, Tensor | None] = field(default=(None, None, None), repr=False)
 
@@ -101,12 +113,18 @@ class Attachment:
         return positions
 
     def refuse_absent(self) -> None:
-        """Raise RuntimeError where the model ran and a layer did not."""
+        """Raise RuntimeError where the model ran and a layer did not, or where it ran in other threads alone."""
         absent = [layer for layer in self.layers if layer not in self.ran]
         if self.passes and absent:
             raise RuntimeError(
                 f"{self.interventions[0]}: the model ran {self.passes} times and never reached {layers_text(absent)}, "
                 "so the intervention did not act there: raise stop_at_layer, or attach it to layers that run."
+            )
+        if not self.passes and self.layers and self.scope is not None and self.scope.foreign_passes:
+            raise RuntimeError(
+                f"{self.interventions[0]}: the model ran in other threads only, and an intervention acts in the thread "
+                "that opened its context: open it in the thread that runs the model, or start that one by "
+                "asyncio.to_thread or contextvars.copy_context().run."
             )
 
 
@@ -114,9 +132,10 @@ _attached: WeakKeyDictionary[nn.Module, list[Attachment]] = WeakKeyDictionary()
 
 
 def attachments(model: Model) -> tuple[Attachment, ...]:
-    """The interventions that act on a model now, outermost first; none while they are suspended."""
-    entry = residual_points(model)[0]
-    return tuple(each for each in _attached.get(_module(model), ()) if each.handle in entry._forward_hooks)
+    """The interventions that act on a model in this thread now, outermost first; none while they are suspended."""
+    at_entry = list(residual_points(model)[0]._forward_hooks.values())
+    acting = {hook.scope for hook in at_entry if would_act(hook) and hasattr(hook, "scope")}
+    return tuple(each for each in list(_attached.get(_module(model), ())) if each.scope in acting)
 
 
 @contextmanager
@@ -157,8 +176,11 @@ def intervene(
         only_in_training,
     )
     with ExitStack() as stack:
-        _hook(model, attachment, stack)
-        yield attachment
+        if attachment.layers and isinstance(at, str) and at != "all":
+            attachment._current = stack.enter_context(watch_passes(model, attachment.layers))
+        attachment.scope = stack.enter_context(hooked(model, _hooks(model, attachment)))
+        with _listed(model, attachment):
+            yield attachment
         attachment.refuse_absent()
 
 
@@ -183,30 +205,35 @@ def _together(interventions: Sequence[Intervention]) -> tuple[Intervention, ...]
     return tuple(chosen)
 
 
-def _hook(model: Model, attachment: Attachment, stack: ExitStack) -> None:
-    """Attach the hooks; leaving the stack removes every one of them, also those of an entry that failed half way."""
+def _hooks(model: Model, attachment: Attachment) -> list[Hook]:
+    """Hooks that count the passes, at every layer since a pass may start above the first block, and those that act."""
     points = residual_points(model)
-    # At every layer, since a pass may start above the first block and stop below the last one.
+    hooks = []
     for index, point in enumerate(points):
 
         def count(point: nn.Module, _inputs: Any, _output: Any, index: int = index) -> None:
             attachment.seen[index] += attachment.concerns(point)
 
-        handle = point.register_forward_hook(count)
-        stack.callback(handle.remove)
-        if index == 0:
-            attachment.handle = handle.id
-    if attachment.layers and isinstance(attachment.at, str) and attachment.at != "all":
-        attachment._current = stack.enter_context(watch_passes(model, attachment.layers))
+        hooks.append(Hook(point, count))
     for layer in attachment.layers:
 
         def act(point: nn.Module, _inputs: Any, resid: Tensor, layer: int = layer) -> Tensor:
             return attachment.act(resid, layer) if attachment.concerns(point) else resid
 
-        stack.callback(points[layer + 1].register_forward_hook(act).remove)
-    held = _attached.setdefault(_module(model), [])
-    held.append(attachment)
-    stack.callback(held.remove, attachment)
+        hooks.append(Hook(points[layer + 1], act))
+    return hooks
+
+
+@contextmanager
+def _listed(model: Model, attachment: Attachment) -> Iterator[None]:
+    # The list follows the hooks: what an interrupt leaves on it is not among `attachments`, and goes with the next.
+    listed = _attached.setdefault(_module(model), [])
+    listed[:] = [each for each in listed if each.scope is not None and each.scope.is_open]
+    listed.append(attachment)
+    try:
+        yield
+    finally:
+        listed[:] = [each for each in listed if each is not attachment]
 
 
 def _module(model: Model) -> nn.Module:

@@ -6,7 +6,7 @@ Knows nothing about sampling: the loop announces whose tokens a pass runs (`Repl
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from persona_lens.interventions import Cap, Steer, Vectors
 from persona_lens.interventions.directions import each_vector
 from persona_lens.interventions.values import refuse_conflicting_caps
 from persona_lens.live.safeguards import Alert, Safeguard
-from persona_lens.models import Model, announced, identify, residual_points
+from persona_lens.models import Hook, Model, announced, hooked, identify, residual_points
 from persona_lens.records import JsonLines, ensure_writable
 from persona_lens.vectors import PersonaVector, PersonaVectors, units_of
 
@@ -116,13 +116,14 @@ class Watch:
         """While open, passes of the decode loop are read, after whatever was attached to the model before."""
         acting = {layer for each in self.safeguards if each.intervention for layer in each.intervention.acting_layers}
         points = residual_points(self.model)
-        with ExitStack() as stack:
-            for layer in sorted({*self.layers, *acting}):
+        hooks = []
+        for layer in sorted({*self.layers, *acting}):
 
-                def follow(_module: nn.Module, _inputs: Any, resid: Tensor, layer: int = layer) -> Tensor | None:
-                    return self._follow(resid, layer)
+            def follow(_module: nn.Module, _inputs: Any, resid: Tensor, layer: int = layer) -> Tensor | None:
+                return self._follow(resid, layer)
 
-                stack.callback(points[layer + 1].register_forward_hook(follow).remove)
+            hooks.append(Hook(points[layer + 1], follow))
+        with hooked(self.model, hooks):
             yield
 
     def _check(self, vectors: Vectors, allow_other_model: bool) -> None:

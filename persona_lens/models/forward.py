@@ -7,7 +7,7 @@ Knows nothing about traits, vectors or chats: token ids and masks come in.
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_lens.models.interior import bare_interior
+from persona_lens.models.interior import unhooked
 from persona_lens.models.passes import KnownPass, announce
+from persona_lens.models.scopes import Hook, hooked, model_lock, repair
 from persona_lens.models.structure import Model, is_bridge, model_device, residual_points
 
 
@@ -80,9 +81,10 @@ def forward(
     if stop_after is not None and (keep_past or last_logits != 0):
         raise ValueError("A pass that stops after a layer has no logits, and keys and values of some layers only.")
     logits = None
-    bare = bare_interior(model) if is_bridge(model) else nullcontext()
-    with announce(known, seen), _stopping(model, stop_after), bare:
-        logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
+    with model_lock(model):
+        repair(model)
+        with announce(known, seen), _stopping(model, stop_after):
+            logits, cache = run(cast(Any, model), tokens, mask, seen, cache, keep_past, last_logits)
     return logits, None if cache is None or stop_after is not None else Past(cache, seen)
 
 
@@ -100,19 +102,14 @@ def _stopping(model: Model, layer: int | None) -> Iterator[None]:
         raise _Enough
 
     # The last hook there, so that everything else at this layer has seen it.
-    handle = residual_points(model)[layer + 1].register_forward_hook(stop)
-    try:
+    with suppress(_Enough), hooked(model, [Hook(residual_points(model)[layer + 1], stop)]):
         yield
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
 
 
 def _forward_bridge(
     model: Any, tokens: Tensor, mask: Tensor, seen: Tensor, cache: Any, keep: bool, last: int | None
 ) -> tuple[Tensor | None, Any]:
-    hf_model = model.original_model
+    hf_model = unhooked(model)
     if cache is None and keep:
         from persona_lens.models.growing import growing_cache
 

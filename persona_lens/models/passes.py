@@ -5,8 +5,9 @@ caller, a loop that knows its rows and prompts and announces them.
 Knows nothing about traits, vectors or interventions.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
@@ -15,6 +16,7 @@ from typing import Any, cast
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from persona_lens.models.scopes import Hook, hooked
 from persona_lens.models.structure import Model, is_bridge
 
 
@@ -34,24 +36,40 @@ class KnownPass:
     response: Bool[Tensor, "batch pos"] | None = None
 
 
-_announced: ContextVar[KnownPass | None] = ContextVar("persona_lens_known_pass", default=None)
-_attended: ContextVar[Tensor | None] = ContextVar("persona_lens_attended", default=None)
+class _Announcement:
+    """What is known of a pass, for as long as the frame that runs it lives.
+
+    The context variable refers to it weakly, so that an interrupt leaves no announcement to a later pass.
+    """
+
+    def __init__(self, known: KnownPass | None, attended: Tensor | None):
+        self.known, self.attended = known, attended
+
+
+_announced: ContextVar["weakref.ref[_Announcement] | None"] = ContextVar("persona_lens_announced", default=None)
 
 
 @contextmanager
 def announce(known: KnownPass | None, attended: Bool[Tensor, "batch seen"] | None = None) -> Iterator[None]:
     """Say what is known of the forward pass inside, and which tokens, cached and new, are not padding."""
-    tokens = _announced.set(known), _attended.set(attended)
+    announcement, before = _Announcement(known, attended), _announced.get()
     try:
+        _announced.set(weakref.ref(announcement))
         yield
     finally:
-        _announced.reset(tokens[0])
-        _attended.reset(tokens[1])
+        announcement.known = announcement.attended = None
+        _announced.set(before)
 
 
 def announced() -> KnownPass | None:
     """What the caller of the running forward pass announced."""
-    return _announced.get()
+    announcement = _announcement()
+    return None if announcement is None else announcement.known
+
+
+def _announcement() -> _Announcement | None:
+    reference = _announced.get()
+    return None if reference is None else reference()
 
 
 @dataclass
@@ -73,19 +91,20 @@ class CurrentPass:
 def watch_passes(model: Model, layers: Sequence[int]) -> Iterator[CurrentPass]:
     """While open, the yielded value describes the forward pass that runs one of `layers`."""
     current = CurrentPass()
-    with ExitStack() as stack:
-        for module, read in _readers(model, layers):
+    hooks = []
+    for module, read in _readers(model, layers):
 
-            def before(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                read: Callable[..., CurrentPass] = read,
-            ) -> None:
-                seen = read(module, args, kwargs)
-                current.cached, current.mask, current.number = seen.cached, seen.mask, current.number + 1
+        def before(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            read: Callable[..., CurrentPass] = read,
+        ) -> None:
+            seen = read(module, args, kwargs)
+            current.cached, current.mask, current.number = seen.cached, seen.mask, current.number + 1
 
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        hooks.append(Hook(module, before, before=True))
+    with hooked(model, hooks):
         yield current
 
 
@@ -115,6 +134,7 @@ def _read_hooked_block(_block: nn.Module, _args: tuple[Any, ...], kwargs: dict[s
 
 def _plain_mask(mask: Any) -> Tensor | None:
     """Which tokens are no padding: as announced, or from a mask that says this and not which may attend to which."""
-    if (attended := _attended.get()) is not None:
-        return attended
+    announcement = _announcement()
+    if announcement is not None and announcement.attended is not None:
+        return announcement.attended
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -8,12 +8,15 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from inspect import signature
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from persona_lens.models.scopes import ForwardGate, gate_forward, gate_hooks, open_gates, scope_on
 
 ResidualBasis = Literal["raw", "centred"]
 
@@ -116,34 +119,60 @@ def residual_points(model: Model) -> list[nn.Module]:
 
 @contextmanager
 def suspended(model: Model, *, keep_adapters: bool = False) -> Iterator[None]:
-    """The model as it is without interventions: no hook acts and adapters are off; both come back on leaving.
+    """The model as it is without interventions: no hook acts and adapters are off, in the passes of this context.
 
+    Silenced are our hooks, everybody's hooks at hook points, and hooks that users registered on any module of the
+    model by PyTorch's own means; those by which TransformerLens, Transformers, PEFT or PyTorch run a model go on. What
+    is attached inside the context acts, there and after it. Passes of other threads are not touched.
     `keep_adapters` leaves adapters as they are.
 
-    Judges run inside it, so that what is measured never measures itself.
+    Judges run inside it, so that what is measured never measures itself. Raises ValueError for an adapter that is
+    merged into the weights it should be taken off from.
     """
-    modules = list(cast(nn.Module, model).modules())
-    hooks = [(point, point._forward_hooks) for point in modules if type(point).__name__ == "HookPoint"]
-    adapters = [
-        module for module in modules if hasattr(module, "enable_adapters") and hasattr(module, "active_adapter")
-    ]
-    switched_on = [module for module in adapters if not (keep_adapters or getattr(module, "disable_adapters", False))]
-    # PEFT makes every adapter that it switches on trainable, frozen ones too.
-    trainable = [(weight, weight.requires_grad) for module in switched_on for weight in module.parameters()]
-    try:
-        # Each point gets another dictionary, so that a handle whose hook is removed meanwhile still finds its own.
-        for point, held in hooks:
-            point._forward_hooks = type(held)()
-        for module in switched_on:
-            cast(Any, module).enable_adapters(False)
+    modules = _all_modules(model)
+    adapters = [] if keep_adapters else [module for module in modules if _is_switched_on(module)]
+    if any(getattr(module, "merged", False) for module in adapters):
+        raise ValueError(
+            "The model carries an adapter that is merged into its weights, so it cannot be judged without it: call "
+            "unmerge_adapter() first, or merge_and_unload() to make it the model."
+        )
+    with scope_on(model, partial(open_gates, modules)) as scope:
+        gate_hooks(modules, scope, _is_silenced)
+        for module in adapters:
+            gate_forward(module, ForwardGate(module, scope, inside=partial(_run_without_adapter, module)))
         yield
-    finally:
-        for module in switched_on:
-            cast(Any, module).enable_adapters(True)
-        for weight, wanted in trainable:
-            weight.requires_grad_(wanted)
-        for point, held in hooks:
-            point._forward_hooks = held
+
+
+def _all_modules(model: Model) -> list[nn.Module]:
+    """The modules of the model, and those of the Hugging Face model in a bridge: neither has all of the other's."""
+    inner = [cast(Any, model).original_model] if is_bridge(model) else []
+    return list(dict.fromkeys(module for root in (model, *inner) for module in cast(nn.Module, root).modules()))
+
+
+_RUNNING_THE_MODEL = ("torch", "transformers", "transformer_lens", "accelerate", "peft")
+
+
+def _is_silenced(module: nn.Module, hook: Any) -> bool:
+    """Whether a hook changes or reads activations on somebody's behalf, and is no part of how the model is run."""
+    if type(module).__name__ == "HookPoint" or hasattr(hook, "scope"):
+        return True
+    while isinstance(hook, partial):
+        hook = hook.func
+    source = getattr(hook, "__module__", None) or type(hook).__module__
+    return source.partition(".")[0] not in _RUNNING_THE_MODEL
+
+
+def _is_switched_on(module: nn.Module) -> bool:
+    """Whether it is a layer of PEFT's whose adapter acts."""
+    # By class: a wrapper of a bridge has the attributes of the module inside it too.
+    is_adapter = hasattr(type(module), "enable_adapters") and hasattr(type(module), "active_adapter")
+    return is_adapter and not getattr(module, "disable_adapters", False)
+
+
+def _run_without_adapter(module: nn.Module, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+    """What PEFT runs of a layer whose adapter is switched off."""
+    held = module._modules
+    return cast(nn.Module, held.get("base_layer") or held["original_module"])(*args, **kwargs)
 
 
 def model_device(model: Model) -> torch.device:

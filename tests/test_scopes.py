@@ -1,0 +1,317 @@
+"""What hangs on a model acts in its own passes, in its own thread, and comes off whatever interrupts it."""
+
+import _thread
+import asyncio
+import gc
+import sys
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from persona_lens.activations import attached_projections, mean_activations
+from persona_lens.chat import ChatTokens, collate
+from persona_lens.interventions import attachments, steer
+from persona_lens.models import Hook, forward, hooked, suspended
+from tests import tiny
+from tests.intervention_cases import TOKENS, logits, some_vectors
+
+ROWS = [ChatTokens(tuple(range(5, 5 + n)), tuple(range(40, 40 + m))) for n, m in [(6, 4), (3, 9), (8, 2)]]
+
+
+def in_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+# --- threads -------------------------------------------------------------------------------------------------------
+
+
+def test_two_threads_on_one_model_each_get_what_they_would_get_alone(tiny_model):
+    vector = some_vectors(tiny_model).at(1)
+    other = [ChatTokens(tuple(range(9, 40)), tuple(range(70, 75)))]
+
+    def steered():
+        with steer(tiny_model, vector, 3.0):
+            return logits(tiny_model)
+
+    work = [
+        lambda: mean_activations(tiny_model, collate(ROWS)),
+        lambda: mean_activations(tiny_model, collate(other)),
+        steered,
+        lambda: logits(tiny_model),
+        lambda: read_projections(tiny_model, vector),
+    ]
+    expected = [each() for each in work]
+    barrier, wrong = threading.Barrier(2), []
+
+    def run(order):
+        barrier.wait()
+        for index in order:
+            found = work[index]()
+            if not torch.equal(torch.as_tensor(found), torch.as_tensor(expected[index])):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=run, args=(order,)) for order in ([0, 2, 3, 4, 1] * 8, [3, 1, 4, 0, 2] * 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def read_projections(model, vector):
+    with attached_projections(model, [vector]) as found:
+        forward(model, TOKENS, torch.ones_like(TOKENS).bool())
+        return found.read()
+
+
+def test_a_pass_of_another_thread_goes_through_unread_and_unsteered(tiny_model):
+    plain, seen = logits(tiny_model), []
+    point = tiny_model.blocks[1]
+    with (
+        steer(tiny_model, some_vectors(tiny_model).at(1), 3.0),
+        hooked(tiny_model, [Hook(point, lambda *_: seen.append(threading.get_ident()))]),
+    ):
+        assert torch.equal(in_thread(lambda: logits(tiny_model)), plain)
+        assert not seen
+        assert in_thread(lambda: attachments(tiny_model)) == ()
+        assert not torch.equal(logits(tiny_model), plain)
+    assert set(seen) == {threading.get_ident()}
+
+
+def test_a_context_handed_to_another_thread_acts_there(tiny_model):
+    async def main():
+        with steer(tiny_model, some_vectors(tiny_model).at(1), 3.0):
+            return await asyncio.to_thread(logits, tiny_model), logits(tiny_model)
+
+    there, here = asyncio.run(main())
+    assert torch.equal(there, here)
+    assert not torch.equal(there, logits(tiny_model))
+
+
+def test_a_task_is_not_steered_by_the_context_that_another_one_waits_in(tiny_model):
+    plain = logits(tiny_model)
+
+    async def steered(entered, done):
+        with steer(tiny_model, some_vectors(tiny_model).at(1), 3.0):
+            entered.set()
+            await done.wait()
+            return logits(tiny_model)
+
+    async def main():
+        entered, done = asyncio.Event(), asyncio.Event()
+        other = asyncio.create_task(steered(entered, done))
+        await entered.wait()
+        found = logits(tiny_model)
+        done.set()
+        return found, await other
+
+    here, there = asyncio.run(main())
+    assert torch.equal(here, plain)
+    assert not torch.equal(there, plain)
+
+
+def test_a_context_entered_by_hand_in_one_task_acts_in_the_next_as_cells_of_a_notebook_do(tiny_model):
+    context = steer(tiny_model, some_vectors(tiny_model).at(1), 3.0)
+
+    async def enter():
+        context.__enter__()
+
+    async def run():
+        return logits(tiny_model)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(enter())
+    found = loop.run_until_complete(run())
+    loop.close()
+    context.__exit__(None, None, None)
+    assert not torch.equal(found, logits(tiny_model))
+
+
+def test_an_intervention_whose_model_ran_in_other_threads_alone_is_an_error(tiny_model):
+    with (
+        pytest.raises(RuntimeError, match="the model ran in other threads only"),
+        steer(tiny_model, some_vectors(tiny_model).at(1), 3.0),
+    ):
+        in_thread(lambda: logits(tiny_model))
+
+
+def test_a_pass_that_autograd_runs_again_in_its_own_thread_is_steered(tiny_bridge, monkeypatch):
+    """On an accelerator, checkpointed activations are computed again in threads that Python did not start."""
+    found, done = [], threading.Event()
+
+    def recompute():
+        found.append(logits(tiny_bridge))
+        done.set()
+
+    with steer(tiny_bridge, some_vectors(tiny_bridge).at(1), 3.0):
+        expected = logits(tiny_bridge)
+        monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 7)
+        _thread.start_new_thread(recompute, ())
+        assert done.wait(60)
+    assert torch.equal(found[0], expected)
+
+
+# --- suspension ----------------------------------------------------------------------------------------------------
+
+
+def test_a_hook_of_pytorchs_own_is_silent_while_a_judge_scores(tiny_model):
+    plain = logits(tiny_model)
+    inner = tiny_model.original_model if hasattr(tiny_model, "original_model") else tiny_model
+    module = next(child for name, child in inner.named_modules() if name.endswith("mlp"))
+    handle = module.register_forward_hook(lambda _module, _inputs, out: out * 3)
+    before = module.register_forward_pre_hook(lambda _module, given: (given[0] * 2, *given[1:]))
+    try:
+        hooked_logits = logits(tiny_model)
+        assert not torch.equal(hooked_logits, plain)
+        with suspended(tiny_model):
+            assert torch.equal(logits(tiny_model), plain)
+        assert torch.equal(logits(tiny_model), hooked_logits)
+    finally:
+        handle.remove()
+        before.remove()
+    assert torch.equal(logits(tiny_model), plain)
+
+
+def test_a_steer_entered_inside_a_suspension_acts_after_it_ends(tiny_model):
+    vector = some_vectors(tiny_model).at(1)
+    with steer(tiny_model, vector, 3.0):
+        expected = logits(tiny_model)
+    with ExitStack() as steering:
+        with suspended(tiny_model):
+            steering.enter_context(steer(tiny_model, vector, 3.0))
+            assert torch.equal(logits(tiny_model), expected)
+        assert torch.equal(logits(tiny_model), expected)
+        assert len(attachments(tiny_model)) == 1
+    assert not torch.equal(logits(tiny_model), expected)
+
+
+def test_a_suspension_in_one_thread_leaves_the_steering_of_another(tiny_model):
+    vector, plain = some_vectors(tiny_model).at(1), logits(tiny_model)
+    with steer(tiny_model, vector, 3.0):
+        expected = logits(tiny_model)
+    inside, done = threading.Event(), threading.Event()
+
+    def judge():
+        with suspended(tiny_model):
+            inside.set()
+            done.wait(60)
+            return logits(tiny_model)
+
+    with ThreadPoolExecutor(1) as pool, steer(tiny_model, vector, 3.0):
+        judging = pool.submit(judge)
+        inside.wait(60)
+        found = logits(tiny_model)
+        done.set()
+        judged = judging.result()
+        assert torch.equal(found, expected)
+        assert torch.equal(judged, plain)
+
+
+def test_suspensions_of_two_threads_that_end_in_the_order_they_began_leave_no_gate(tiny_model):
+    before = tiny.hook_counts(tiny_model)
+    handle = tiny_model.blocks[0].register_forward_hook(lambda *_: None)
+    inside, done = threading.Event(), threading.Event()
+
+    def hold():
+        with suspended(tiny_model):
+            inside.set()
+            done.wait(60)
+
+    with ThreadPoolExecutor(1) as pool, ExitStack() as first:
+        first.enter_context(suspended(tiny_model))
+        second = pool.submit(hold)
+        inside.wait(60)
+        first.close()
+        done.set()
+        second.result()
+    kept = list(tiny_model.blocks[0]._forward_hooks.values())
+    assert [type(hook).__name__ for hook in kept] == ["function"]
+    handle.remove()
+    assert tiny.hook_counts(tiny_model) == before
+
+
+# --- interrupts ----------------------------------------------------------------------------------------------------
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the `at`-th line that this package or contextlib runs; counts them without."""
+
+    FILES = ("persona_lens", "contextlib.py")
+
+    def __init__(self, at=None):
+        self.at, self.lines = at, 0
+
+    def __enter__(self):
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+    def _trace(self, frame, event, _):
+        return self._trace_line if any(part in frame.f_code.co_filename for part in self.FILES) else None
+
+    def _trace_line(self, frame, event, _):
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._trace_line
+
+
+def use(model, vector):
+    with steer(model, vector, 2.0), attached_projections(model, [vector]) as found, suspended(model):
+        forward(model, TOKENS[:1], torch.ones_like(TOKENS[:1]).bool())
+    with steer(model, vector, 2.0, at="response", prompt_lengths=[3]), hooked(model, []):
+        forward(model, TOKENS[:1], torch.ones_like(TOKENS[:1]).bool(), stop_after=2)
+    return found
+
+
+def test_an_interrupt_at_any_line_of_attaching_and_detaching_leaves_nothing(fresh_tiny_model):
+    model = fresh_tiny_model
+    vector = some_vectors(model).at(1)
+    use(model, vector)
+    with Interrupter() as whole:
+        use(model, vector)
+    before, plain = tiny.hook_counts(model), logits(model)
+    left = []
+    for at in range(1, whole.lines, max(1, whole.lines // 100)):
+        where = None
+        try:
+            with Interrupter(at):
+                use(model, vector)
+        except KeyboardInterrupt as error:
+            where = [(line.name, line.lineno) for line in traceback.extract_tb(error.__traceback__)[-2:]]
+        gc.collect(1)  # frames under executed annotations refer to each other
+        acting = not torch.equal(logits(model), plain)
+        forward(model, TOKENS[:1], torch.ones_like(TOKENS[:1]).bool())  # whoever uses it next repairs it
+        if acting or tiny.hook_counts(model) != before:
+            left.append((at, where))
+    assert left == []
+
+
+def test_what_an_interrupted_closing_left_acts_no_more_and_goes_with_the_next_use(fresh_tiny_model, monkeypatch):
+    from persona_lens.models import scopes
+
+    model = fresh_tiny_model
+    vector, plain = some_vectors(model).at(1), logits(fresh_tiny_model)
+    before = tiny.hook_counts(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught, steer(model, vector, 3.0):
+        assert not torch.equal(logits(model), plain)
+        patch.setattr(scopes, "_hook_tables", interrupt)
+    assert tiny.hook_counts(model) != before, "the interrupt came before anything was taken off"
+    assert torch.equal(logits(model), plain), "what is closing does not act"
+    forward(model, TOKENS, torch.ones_like(TOKENS).bool())
+    assert tiny.hook_counts(model) == before
+    del caught
+    gc.collect()
