@@ -80,23 +80,29 @@ class _Node:
     part: _Part | None = None
     branches: dict[str, "_Node"] = field(default_factory=dict)
 
-    def is_current(self) -> bool:
-        """Whether the model's tree still is as it was found."""
-        children = self.module._modules
-        return all(
+    def edges(self) -> Iterator[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+        """The children that it and the nodes below it were found to have, and where they stand."""
+        for name, node in self.branches.items():
             # What has no nodes below it is looked up for each view: an adapter may have been put around it.
-            (children.get(name) is node.module or (name == _INNER and not node.branches)) and node.is_current()
-            for name, node in self.branches.items()
-        )
+            if name != _INNER or node.branches:
+                yield self.module._modules, name, node.module
+            yield from node.edges()
 
 
 @dataclass(frozen=True)
 class _Survey:
     root: _Node
+    edges: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
     parts: tuple[_Part, ...]
     n_attention: int
     """Attention wrappers in all blocks, those too that are never left out."""
     n_wiring: int
+
+    def is_current(self, bridge: Any) -> bool:
+        """Whether the model's tree still is as it was found."""
+        if self.n_wiring != len(_wiring(bridge)):
+            return False
+        return all(children.get(name) is module for children, name, module in self.edges)
 
 
 _surveys: WeakKeyDictionary[nn.Module, _Survey] = WeakKeyDictionary()
@@ -112,7 +118,7 @@ def unhooked(bridge: Any) -> Any:
     if getattr(bridge, "compatibility_mode", False):
         return hf_model
     survey = _surveys.get(bridge)
-    if survey is None or survey.n_wiring != len(_wiring(bridge)) or not survey.root.is_current():
+    if survey is None or not survey.is_current(bridge):
         survey = _surveys[bridge] = _survey(bridge)
     left_out = {part for part in survey.parts if not part.is_heard}
     fused = sum(part.is_attention for part in left_out) == survey.n_attention and _can_fuse(hf_model)
@@ -124,7 +130,14 @@ def unhooked(bridge: Any) -> Any:
     return _view(survey.root, left_out, configs)
 
 
-def _view(node: _Node, left_out: set[_Part], configs: dict[int, Any]) -> nn.Module:
+_OF_MODULES = ("_modules", "config")
+"""What a view may have instead of what its module has."""
+_OF_BLOCKS = (*_OF_MODULES, "_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+def _view(
+    node: _Node, left_out: set[_Part], configs: dict[int, Any], replaced: tuple[str, ...] = _OF_MODULES
+) -> nn.Module:
     """The module of a node, with the children that the view has in place of its own."""
     children = node.module._modules.copy()
     for name, child in node.branches.items():
@@ -132,15 +145,19 @@ def _view(node: _Node, left_out: set[_Part], configs: dict[int, Any]) -> nn.Modu
         if child.part in left_out and inside is not None:
             # Read anew where it may have been replaced, by an adapter around it.
             bare = child.module._modules[_INNER]
-            if inside.branches or child.part.is_block:
-                bare = _heard_at_its_ends(_view(inside, left_out, configs), child.part)
+            if child.part.is_block:
+                bare = _heard_at_its_ends(_view(inside, left_out, configs, _OF_BLOCKS), child.part)
+            elif inside.branches:
+                bare = _view(inside, left_out, configs)
             children[name] = bare
         elif inside is None or inside.branches:
             children[name] = _view(child, left_out, configs)
-    return _with_children(node.module, children, configs)
+    return _with_children(node.module, children, configs, replaced)
 
 
-def _with_children(module: nn.Module, children: dict[str, nn.Module | None], configs: dict[int, Any]) -> nn.Module:
+def _with_children(
+    module: nn.Module, children: dict[str, nn.Module | None], configs: dict[int, Any], replaced: tuple[str, ...]
+) -> nn.Module:
     """A second object for a module, with other children, and with the copy of its config where there is one."""
     own = module.__dict__
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
@@ -148,7 +165,7 @@ def _with_children(module: nn.Module, children: dict[str, nn.Module | None], con
         view = object.__new__(type(module))
         view.__dict__.update(own, _modules=children)
         return view
-    view = object.__new__(_view_class(type(module)))
+    view = object.__new__(_view_class(type(module), replaced))
     object.__setattr__(view, "__dict__", own)
     object.__setattr__(view, "_view", {"_modules": children})
     if (config := configs.get(id(own.get("config")))) is not None:
@@ -156,15 +173,11 @@ def _with_children(module: nn.Module, children: dict[str, nn.Module | None], con
     return view
 
 
-_REPLACED = ("_modules", "config", "_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-"""What a view may have instead of what the module has."""
-
-
 @cache
-def _view_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _view_class(kind: type[nn.Module], replaced: tuple[str, ...]) -> type[nn.Module]:
     """A subclass for views: it shares a module's `__dict__`, and finds in a slot of its own what the view replaces."""
 
-    def replaced(name: str) -> property:
+    def member(name: str) -> property:
         def get(self: Any) -> Any:
             try:
                 return self._view[name] if name in self._view else self.__dict__[name]
@@ -178,7 +191,7 @@ def _view_class(kind: type[nn.Module]) -> type[nn.Module]:
         return children[name] if name in children else kind.__getattr__(self, name)
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    members = {"__slots__": ("_view",), "__getattr__": get_child, **{name: replaced(name) for name in _REPLACED}}
+    members = {"__slots__": ("_view",), "__getattr__": get_child, **{name: member(name) for name in replaced}}
     return type(kind)(kind.__name__, (kind,), names | members)
 
 
@@ -259,9 +272,8 @@ def _survey(bridge: Any) -> _Survey:
                 silent = [module for module in child.modules() if _is_wrapper(module) or _is_point(module)]
                 part = _Part((*silent, *points), wiring, attention)
                 parts.update({wrapper: part for wrapper in _wrappers(child)})
-    return _Survey(
-        _node(bridge.original_model, parts), tuple(dict.fromkeys(parts.values())), n_attention, len(wiring)
-    )
+    root = _node(bridge.original_model, parts)
+    return _Survey(root, tuple(root.edges()), tuple(dict.fromkeys(parts.values())), n_attention, len(wiring))
 
 
 def _node(module: nn.Module, parts: dict[nn.Module, _Part]) -> _Node:
