@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from persona_lens.models import (
     Model,
     Scope,
     gate_forward,
+    global_randomness_kept,
     hooked,
     is_bridge,
     model_device,
@@ -93,10 +94,8 @@ def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator
     # The weights say which modules they are for, whichever of PEFT's settings have chosen those.
     names = sorted({name.removeprefix(_PREFIX).partition(".lora_")[0] for name in adapter.weights})
     config = {name: value for name, value in adapter.config.items() if name not in _CHOOSING}
-    with ExitStack() as stack:
-        # Fresh weights are drawn at random, and replaced at once.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            carrier = stack.enter_context(lora(model, {**config, "target_modules": names}))
+    # Fresh weights are drawn at random, and replaced at once.
+    with lora(model, {**config, "target_modules": names}, keep_randomness=True) as carrier:
         _write_weights(carrier, adapter.weights)
         carrier.eval()
         yield carrier
@@ -112,10 +111,11 @@ def require_bridge(model: Model) -> None:
 
 
 @contextmanager
-def lora(model: Model, config: dict[str, Any]) -> Iterator[Any]:
+def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False) -> Iterator[Any]:
     """The bridge's Hugging Face model as a PEFT model with fresh LoRA weights, the only ones that train.
 
-    `config` is PEFT's, `target_modules` named as in the plain model; fresh weights follow the global seed. On leaving,
+    `config` is PEFT's, `target_modules` named as in the plain model; fresh weights follow the global seed, or leave the
+    global generators as they are with `keep_randomness`. On leaving,
     the modules, which weights train and whether the model is in training are as they were. Raises as `adapted` does.
     """
     peft = _peft()
@@ -146,7 +146,8 @@ def lora(model: Model, config: dict[str, Any]) -> Iterator[Any]:
         with model_lock(model), warnings.catch_warnings():
             # PEFT asks for a property that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            carrier = peft.get_peft_model(plain, peft.LoraConfig(**given))
+            with global_randomness_kept(model) if keep_randomness else nullcontext():
+                carrier = peft.get_peft_model(plain, peft.LoraConfig(**given))
             for layer in carrier.modules():
                 if hasattr(layer, "enable_adapters") and "base_layer" in layer._modules:
                     # Another thread that runs the model meanwhile runs it without the adapter.

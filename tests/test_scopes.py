@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from persona_lens.activations import attached_projections, mean_activations
+from persona_lens.adapters import adapted
 from persona_lens.chat import ChatTokens, collate
 from persona_lens.interventions import attachments, steer
+from persona_lens.live import stream_watched
 from persona_lens.models import Hook, forward, hooked, suspended
 from tests import tiny
+from tests.finetuning_cases import random_adapter
 from tests.intervention_cases import TOKENS, logits, some_vectors
 
 ROWS = [ChatTokens(tuple(range(5, 5 + n)), tuple(range(40, 40 + m))) for n, m in [(6, 4), (3, 9), (8, 2)]]
@@ -30,37 +33,70 @@ def in_thread(function):
 # --- threads -------------------------------------------------------------------------------------------------------
 
 
-def test_two_threads_on_one_model_each_get_what_they_would_get_alone(tiny_model):
-    vector = some_vectors(tiny_model).at(1)
+def check_two_threads(model, rounds):
+    """Two threads do each kind of work over and over, in another order each, and compare with what it gives alone."""
+    vector = some_vectors(model).at(1)
     other = [ChatTokens(tuple(range(9, 40)), tuple(range(70, 75)))]
 
     def steered():
-        with steer(tiny_model, vector, 3.0):
-            return logits(tiny_model)
+        with steer(model, vector, 3.0):
+            return logits(model)
+
+    def streamed():
+        return [token.token for token in stream_watched(model, [7, 9, 40], vector, max_new_tokens=3)]
 
     work = [
-        lambda: mean_activations(tiny_model, collate(ROWS)),
-        lambda: mean_activations(tiny_model, collate(other)),
+        lambda: mean_activations(model, collate(ROWS)),
+        lambda: mean_activations(model, collate(other)),
         steered,
-        lambda: logits(tiny_model),
-        lambda: read_projections(tiny_model, vector),
+        lambda: logits(model),
+        lambda: read_projections(model, vector),
+        streamed,
     ]
-    expected = [each() for each in work]
+    expected = [torch.as_tensor(each()) for each in work]
     barrier, wrong = threading.Barrier(2), []
 
     def run(order):
         barrier.wait()
-        for index in order:
-            found = work[index]()
-            if not torch.equal(torch.as_tensor(found), torch.as_tensor(expected[index])):
-                wrong.append(index)
+        for index in order * rounds:
+            try:
+                equal = torch.equal(torch.as_tensor(work[index]()), expected[index])
+            except Exception as error:
+                wrong.append((index, repr(error)))
+            else:
+                wrong.extend([] if equal else [(index, "another result")])
 
-    threads = [threading.Thread(target=run, args=(order,)) for order in ([0, 2, 3, 4, 1] * 8, [3, 1, 4, 0, 2] * 8)]
+    threads = [threading.Thread(target=run, args=(order,)) for order in ([0, 2, 3, 4, 1, 5], [3, 5, 1, 4, 0, 2])]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_two_threads_on_one_model_each_get_what_they_would_get_alone(tiny_model):
+    check_two_threads(tiny_model, rounds=6)
+
+
+@pytest.mark.soak
+def test_two_threads_on_one_model_for_long_each_get_what_they_would_get_alone(tiny_model):
+    check_two_threads(tiny_model, rounds=150)
+
+
+@pytest.mark.embedded
+def test_two_threads_on_the_embedded_model_each_get_what_they_would_get_alone(embedded_bridge):
+    check_two_threads(embedded_bridge, rounds=1)
+
+
+def test_an_adapter_acts_in_the_thread_that_put_it_on_alone(tiny_bridge):
+    adapter, plain = random_adapter(tiny_bridge), logits(tiny_bridge)
+    rows = collate(ROWS)
+    means = mean_activations(tiny_bridge, rows)
+    with adapted(tiny_bridge, adapter):
+        assert torch.equal(in_thread(lambda: logits(tiny_bridge)), plain)
+        assert torch.equal(in_thread(lambda: mean_activations(tiny_bridge, rows)), means)
+        assert not torch.equal(logits(tiny_bridge), plain)
+        assert not torch.equal(mean_activations(tiny_bridge, rows), means)
 
 
 def read_projections(model, vector):
@@ -281,6 +317,8 @@ def test_an_interrupt_at_any_line_of_attaching_and_detaching_leaves_nothing(fres
         use(model, vector)
     before, plain = tiny.hook_counts(model), logits(model)
     left = []
+    gc.collect()
+    gc.freeze()
     for at in range(1, whole.lines, max(1, whole.lines // 100)):
         where = None
         try:
@@ -288,14 +326,16 @@ def test_an_interrupt_at_any_line_of_attaching_and_detaching_leaves_nothing(fres
                 use(model, vector)
         except KeyboardInterrupt as error:
             where = [(line.name, line.lineno) for line in traceback.extract_tb(error.__traceback__)[-2:]]
-        gc.collect(1)  # frames under executed annotations refer to each other
+        gc.collect()  # frames under executed annotations refer to each other
         acting = not torch.equal(logits(model), plain)
         forward(model, TOKENS[:1], torch.ones_like(TOKENS[:1]).bool())  # whoever uses it next repairs it
         if acting or tiny.hook_counts(model) != before:
             left.append((at, where))
+    gc.unfreeze()
     assert left == []
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <finalize")
 def test_what_an_interrupted_closing_left_acts_no_more_and_goes_with_the_next_use(fresh_tiny_model, monkeypatch):
     from persona_lens.models import scopes
 
@@ -306,12 +346,15 @@ def test_what_an_interrupted_closing_left_acts_no_more_and_goes_with_the_next_us
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught, steer(model, vector, 3.0):
-        assert not torch.equal(logits(model), plain)
-        patch.setattr(scopes, "_hook_tables", interrupt)
-    assert tiny.hook_counts(model) != before, "the interrupt came before anything was taken off"
+    context = steer(model, vector, 3.0)
+    context.__enter__()
+    assert not torch.equal(logits(model), plain)
+    tables = scopes._hook_tables
+    monkeypatch.setattr(scopes, "_hook_tables", interrupt)  # again and again
+    with pytest.raises(KeyboardInterrupt):
+        context.__exit__(None, None, None)
+    monkeypatch.setattr(scopes, "_hook_tables", tables)
+    assert tiny.hook_counts(model) != before, "the interrupts came before anything was taken off"
     assert torch.equal(logits(model), plain), "what is closing does not act"
     forward(model, TOKENS, torch.ones_like(TOKENS).bool())
     assert tiny.hook_counts(model) == before
-    del caught
-    gc.collect()

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 import transformers
 
-from persona_lens.activations import projected_residuals
+from persona_lens.activations import Projections, projected_residuals
 from persona_lens.adapters import Adapter, lora, read_weights
 from persona_lens.finetuning.dataset import TrainingRows
 from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import RECORD_FILE, Finetuning
 from persona_lens.finetuning.trainer import Trainer, Watch, collate_rows, last_checkpoint
-from persona_lens.interventions import Intervention, intervene
+from persona_lens.interventions import Attachment, Intervention, intervene
 from persona_lens.locks import writes_folder
-from persona_lens.models import Model, identify, model_device
+from persona_lens.models import Model, global_randomness_kept, identify, model_device
 from persona_lens.records import ensure_writable, write_json
 
 SETTINGS_FILE, CHECKPOINTS = "settings.json", "checkpoints"
@@ -115,22 +115,16 @@ def _train(model: Model, plan: Plan, settings: dict[str, Any], folder: Path, *, 
     """Train in `folder`; with `record`, a file for the settings, checkpoints stay there."""
     started = time.monotonic()
     seed = plan.training["seed"]
-    with ExitStack() as stack:
-        stack.enter_context(_seeded(seed))
-        carrier = stack.enter_context(lora(model, plan.adapter))
-        attachment = None
-        if plan.during:
-            context = intervene(model, *plan.during, only_in_training=True, allow_other_model=plan.allow_other_model)
-            attachment = stack.enter_context(context)
-        projections = None
-        if plan.penalty is not None:
-            context = projected_residuals(model, plan.penalty.each, allow_other_model=plan.allow_other_model)
-            projections = stack.enter_context(context)
+    with (
+        global_randomness_kept(model),
+        _lora_from(model, plan.adapter, seed) as carrier,
+        _acting(model, plan) as acting,
+    ):
+        attachment, projections = acting
         # Nothing is written before all that could refuse has agreed.
         if record is not None:
             write_json(record, settings)
         watch = Watch(attachment, progress=plan.progress)
-        stack.callback(watch.close)
         trainer = Trainer(
             carrier,
             _arguments(model, plan, folder, checkpoints=record is not None),
@@ -141,7 +135,10 @@ def _train(model: Model, plan: Plan, settings: dict[str, Any], folder: Path, *, 
             penalty_weight=0.0 if plan.penalty is None else plan.penalty.weight,
             projections=projections,
         )
-        trainer.train(resume_from_checkpoint=_resumed(folder))
+        try:
+            trainer.train(resume_from_checkpoint=_resumed(folder))
+        finally:
+            watch.close()
         weights = read_weights(carrier)
     rows = {"trained": len(plan.rows.rows), "cut": plan.rows.cut, "dropped": plan.rows.dropped}
     losses = tuple(
@@ -195,15 +192,25 @@ def _resumed(folder: Path) -> str | None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The global generators seeded, since PEFT and the Trainer draw from them, and put back on leaving."""
-    kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
+def _lora_from(model: Model, adapter: dict[str, Any], seed: int) -> Iterator[Any]:
+    """A model with fresh LoRA weights, and the global generators seeded: PEFT and the Trainer draw from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    with lora(model, adapter) as carrier:
+        yield carrier
+
+
+@contextmanager
+def _acting(model: Model, plan: Plan) -> Iterator[tuple[Attachment | None, Projections | None]]:
+    """What acts in training: the interventions, and the projections that a penalty holds."""
+    other = plan.allow_other_model
+    with (
+        intervene(model, *plan.during, only_in_training=True, allow_other_model=other)
+        if plan.during
+        else nullcontext() as attachment,
+        projected_residuals(model, plan.penalty.each, allow_other_model=other)
+        if plan.penalty is not None
+        else nullcontext() as projections,
+    ):
+        yield attachment, projections

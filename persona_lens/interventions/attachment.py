@@ -7,7 +7,7 @@ Knows nothing about what an intervention does.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -134,7 +134,7 @@ _attached: WeakKeyDictionary[nn.Module, list[Attachment]] = WeakKeyDictionary()
 def attachments(model: Model) -> tuple[Attachment, ...]:
     """The interventions that act on a model in this thread now, outermost first; none while they are suspended."""
     at_entry = list(residual_points(model)[0]._forward_hooks.values())
-    acting = {hook.scope for hook in at_entry if would_act(hook) and hasattr(hook, "scope")}
+    acting = {getattr(hook, "scope", None) for hook in at_entry if would_act(hook)} - {None}
     return tuple(each for each in list(_attached.get(_module(model), ())) if each.scope in acting)
 
 
@@ -175,12 +175,13 @@ def intervene(
         None if prompt_lengths is None else tuple(prompt_lengths),
         only_in_training,
     )
-    with ExitStack() as stack:
-        if attachment.layers and isinstance(at, str) and at != "all":
-            attachment._current = stack.enter_context(watch_passes(model, attachment.layers))
-        attachment.scope = stack.enter_context(hooked(model, _hooks(model, attachment)))
-        with _listed(model, attachment):
-            yield attachment
+    follows = bool(attachment.layers) and isinstance(at, str) and at != "all"
+    with (
+        watch_passes(model, attachment.layers if follows else ()) as attachment._current,
+        hooked(model, _hooks(model, attachment)) as attachment.scope,
+        _listed(model, attachment),
+    ):
+        yield attachment
         attachment.refuse_absent()
 
 

@@ -16,7 +16,17 @@ from persona_lens.models.memory import (
     release_memory,
 )
 from persona_lens.models.passes import CurrentPass, KnownPass, announce, announced, watch_passes
-from persona_lens.models.scopes import ForwardGate, Hook, Scope, gate_forward, hooked, model_lock, scope_on, would_act
+from persona_lens.models.scopes import (
+    ForwardGate,
+    Hook,
+    Scope,
+    gate_forward,
+    global_randomness_kept,
+    hooked,
+    model_lock,
+    scope_on,
+    would_act,
+)
 from persona_lens.models.structure import (
     Model,
     ModelIdentity,
@@ -54,6 +64,7 @@ __all__ = [
     "forward",
     "from_paper_layer",
     "gate_forward",
+    "global_randomness_kept",
     "hooked",
     "hooked_from_transformers",
     "identify",

@@ -162,19 +162,19 @@ def _with_children(
     own = module.__dict__
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         # It has nothing but its children, and slicing makes another of its class.
-        view = object.__new__(type(module))
+        view: Any = object.__new__(type(module))
         view.__dict__.update(own, _modules=children)
         return view
     view = object.__new__(_view_class(type(module), replaced))
     object.__setattr__(view, "__dict__", own)
     object.__setattr__(view, "_view", {"_modules": children})
     if (config := configs.get(id(own.get("config")))) is not None:
-        view._view["config"] = config  # type: ignore[union-attr]
+        view._view["config"] = config
     return view
 
 
 @cache
-def _view_class(kind: type[nn.Module], replaced: tuple[str, ...]) -> type[nn.Module]:
+def _view_class(kind: type[nn.Module], replaced: tuple[str, ...]) -> Any:
     """A subclass for views: it shares a module's `__dict__`, and finds in a slot of its own what the view replaces."""
 
     def member(name: str) -> property:
@@ -192,7 +192,8 @@ def _view_class(kind: type[nn.Module], replaced: tuple[str, ...]) -> type[nn.Mod
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     members = {"__slots__": ("_view",), "__getattr__": get_child, **{name: member(name) for name in replaced}}
-    return type(kind)(kind.__name__, (kind,), names | members)
+    make: Any = type(kind)
+    return make(kind.__name__, (kind,), names | members)
 
 
 def _heard_at_its_ends(view: Any, part: _Part | None) -> nn.Module:

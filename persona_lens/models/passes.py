@@ -109,6 +109,8 @@ def watch_passes(model: Model, layers: Sequence[int]) -> Iterator[CurrentPass]:
 
 
 def _readers(model: Model, layers: Sequence[int]) -> list[tuple[nn.Module, Callable[..., CurrentPass]]]:
+    if not layers:
+        return []
     if is_bridge(model):
         # Everything that runs a bridge goes through the decoder: its own generate, Hugging Face's, and PEFT around it.
         return [(cast(Any, model).original_model.get_decoder(), _read_decoder)]

@@ -10,19 +10,21 @@ if nothing hung there: another thread may run the same model meanwhile.
 *A scope comes off.* Ctrl-C can strike between any two instructions, also inside the code that takes things off. So what
 is to be undone is recorded before anything is changed; undoing looks at the model for what is still there and may run
 any number of times; a scope whose frames are gone, or whose closing was interrupted, acts no more and is undone as its
-frames are freed or by whoever uses the model next.
+frames are freed or by whoever uses the model next. Contexts built on this one are nested `with` statements: an
+`ExitStack` that an interrupt crosses keeps its frames until the next garbage collection.
 """
 
 import asyncio
+import random
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,7 +35,7 @@ _ledgers: "weakref.WeakKeyDictionary[nn.Module, list[Scope]]" = weakref.WeakKeyD
 """The scopes of each model that are not yet known to be undone, in the order in which they were opened."""
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
-_making_lock = threading.Lock()
+_bookkeeping = threading.Lock()
 
 
 class _Guard:
@@ -82,7 +84,12 @@ class Scope:
         """Undo what it did to the model. May be called again, also after a call that was interrupted."""
         if not self._closed:
             self._closing = True
-            self._undo(self)
+            try:
+                self._undo(self)
+            except BaseException:
+                # What an interrupt cut short is done now, before the interrupt goes on.
+                self._undo(self)
+                raise
             self._closed = True
         _entered.set(_entered.get() - {self})
 
@@ -102,17 +109,19 @@ def _is_recomputing() -> bool:
 
 def model_lock(model: Any) -> Any:
     """The lock of a model: whoever runs it or hangs something on it through this package holds it meanwhile."""
-    with _making_lock:
+    with _bookkeeping:
         return _locks.setdefault(model, threading.RLock())
 
 
 def repair(model: Any) -> None:
     """Undo what an interrupt left on the model, the newest first."""
     ledger = _ledgers.get(model)
-    for scope in reversed(ledger or ()):
+    if not ledger:
+        return
+    for scope in ledger[::-1]:
         if scope.is_stale:
             scope.close()
-    if ledger:
+    with _bookkeeping:
         ledger[:] = [scope for scope in ledger if not scope._closed]
 
 
@@ -125,7 +134,8 @@ def scope_on(model: Any, undo: Callable[[Scope], None]) -> Iterator[Scope]:
     repair(model)
     guard = _Guard()
     scope = Scope(undo, guard)
-    _ledgers.setdefault(model, []).append(scope)
+    with _bookkeeping:
+        _ledgers.setdefault(model, []).append(scope)
     # Where the lines below are cut off by an interrupt, this closes the scope as soon as their frames are freed.
     finalizer = weakref.finalize(guard, scope.close)
     finalizer.atexit = False
@@ -136,6 +146,23 @@ def scope_on(model: Any, undo: Callable[[Scope], None]) -> Iterator[Scope]:
         scope.close()
         finalizer.detach()  # an interrupt that it met would be lost: Python drops exceptions there
         repair(model)
+
+
+@contextmanager
+def global_randomness_kept(model: Any) -> Iterator[None]:
+    """The global generators of Python, numpy and torch are on leaving as they were; others' code draws from them."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def put_back(_: Scope) -> None:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+        if on_devices is not None:
+            torch.cuda.set_rng_state_all(on_devices)
+
+    with scope_on(model, put_back):
+        yield
 
 
 class Hook(NamedTuple):
@@ -158,6 +185,7 @@ class ScopedHook:
         self.scope, self.function = scope, function
 
     def __call__(self, *given: Any) -> Any:
+        """What torch calls; None leaves the module's output as it is."""
         if self.scope.acts():
             return self.function(*given)
         self.scope.foreign_passes += 1
@@ -192,7 +220,7 @@ def _unhook(modules: Sequence[nn.Module], scope: Scope) -> None:
                     other.pop(key, None)
 
 
-def _hook_tables(module: nn.Module) -> list[tuple[OrderedDict[int, Any], list[OrderedDict[int, Any]]]]:
+def _hook_tables(module: nn.Module) -> list[tuple[dict[int, Any], list[dict[int, bool]]]]:
     """The forward hooks of a module and those before it, each with what torch notes of them by the same keys."""
     return [
         (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
@@ -249,6 +277,7 @@ class ForwardGate:
         self.behind: Any = vars(module).get("forward")
 
     def __call__(self, *given: Any, **named: Any) -> Any:
+        """What torch calls in place of the module's forward."""
         instead = self.inside if self.scope.acts() else self.outside
         if instead is not None:
             return instead(*given, **named)
