@@ -117,17 +117,20 @@ _UNFINISHED = re.compile(r"(\..+\.(?:[0-9a-f]{16}|[0-9]+)\.unfinished)(?:\.lock)
 
 @contextmanager
 def unfinished_file(path: Path) -> Iterator[Path]:
-    """A new, empty file beside `path`, under a name that nobody else has; it is removed on leaving if it is still there.
+    """A new, empty file beside `path`, under a name that nobody else has; on leaving it is removed if it is there.
 
     As long as it is written its lock is held, which keeps `sweep_up` of any process from removing it.
     """
     # A file's name has at most 255 bytes.
     unfinished = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.unfinished")
     lock = _lock_of(unfinished)
+    # Here, since filelock would make the folder.
+    if not stat.S_ISDIR(path.parent.stat().st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     # Whoever sweeps up holds it for a moment.
     held = _acquire(lock, timeout=60)
     try:
-        os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666))
+        unfinished.open("xb").close()  # which follows no link
         yield unfinished
     finally:
         # Where these cannot be removed, the next sweep does it.
@@ -277,7 +280,7 @@ def _sign(lock: Path) -> None:
 
 
 def _note(lock: Path) -> bytes | None:
-    """What `_sign` wrote, here or in an earlier version, which began at the first byte; None where it is not readable."""
+    """What `_sign` wrote, or an earlier version, which began at the first byte; None where it cannot be read."""
     try:
         with lock.open("rb", buffering=0) as file:
             file.seek(1)

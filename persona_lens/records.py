@@ -7,7 +7,6 @@ Knows nothing about what the rows mean.
 """
 
 import errno
-import itertools
 import json
 import math
 import os
@@ -94,13 +93,11 @@ class JsonLines:
 
     def _keep_aside(self, tail: bytes) -> None:
         """Put an unfinished line into a new file beside this one."""
-        for name in (f"{self.path.name}.damaged" + f"-{number}" * (number > 1) for number in itertools.count(1)):
-            with suppress(FileExistsError):
-                descriptor = os.open(
-                    self.path.with_name(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666
-                )
-                break
-        with os.fdopen(descriptor, "wb") as file:
+        aside, number = self.path.with_name(f"{self.path.name}.damaged"), 1
+        while aside.exists() or aside.is_symlink():
+            number += 1
+            aside = self.path.with_name(f"{self.path.name}.damaged-{number}")
+        with aside.open("xb") as file:  # which follows no link
             file.write(tail + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -260,8 +257,8 @@ def zeros_on_disk(path: Path, dtype: Any, shape: tuple[int, ...], *, first: Any 
 def whole_file(path: Path, remedy: str) -> Iterator[Path]:
     """A new file beside `path` to write into, which takes its place once the block has ended and it is on the disk.
 
-    Where the block raises, `path` stays as it was. Raises OSError in one sentence, ending in the remedy, where it cannot
-    be written.
+    Where the block raises, `path` stays as it was. Raises OSError in one sentence, which ends in the remedy, where it
+    cannot be written.
     """
     try:
         with unfinished_file(path) as unfinished:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 
@@ -16,7 +17,7 @@ from persona_lens.judges import score_rollouts
 from persona_lens.layer_selection import dose_response, select_layer
 from persona_lens.locks import alone, sweep_up, taken, writes_file, writes_folder
 from persona_lens.pipeline import extract_persona_vectors
-from persona_lens.records import whole_file
+from persona_lens.records import write_whole
 from persona_lens.replication.run import replicate
 from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts
 from persona_lens.screening import screen
@@ -121,12 +122,20 @@ def test_a_file_of_the_users_is_not_taken_for_an_unfinished_one(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
-def test_an_unfinished_file_that_is_still_written_stays(tmp_path):
-    with whole_file(tmp_path / "summary.json", "") as unfinished:
-        unfinished.write_text("{}")
-        with writes_folder(tmp_path):
-            assert unfinished.exists()
-        subprocess.run([sys.executable, "-c", SWEEP, tmp_path], check=True)
+@pytest.mark.parametrize("who", ["this process", "another process"])
+def test_an_unfinished_file_that_is_still_written_stays(tmp_path, monkeypatch, who):
+    replace = os.replace
+
+    def sweep_and_replace(*paths):
+        monkeypatch.undo()
+        if who == "this process":
+            sweep_up(tmp_path)
+        else:
+            subprocess.run([sys.executable, "-c", SWEEP, tmp_path], check=True)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", sweep_and_replace)
+    write_whole(tmp_path / "summary.json", b"{}")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"summary.json": "{}"}
 
 
@@ -138,11 +147,10 @@ with writes_folder(pathlib.Path(sys.argv[1])): pass
 
 
 def test_an_unfinished_file_stays_where_nobody_can_tell_whether_it_is_written(tmp_path, no_locks):
-    with whole_file(tmp_path / "summary.json", "") as unfinished:
-        unfinished.write_text("{}")
-        sweep_up(tmp_path)
-        assert unfinished.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    unfinished = tmp_path / ".summary.json.0123456789abcdef.unfinished"
+    unfinished.write_text("{}")
+    sweep_up(tmp_path)
+    assert list(tmp_path.iterdir()) == [unfinished]
 
 
 @pytest.fixture
@@ -156,12 +164,19 @@ def no_locks(monkeypatch):
 
 
 def test_a_file_system_without_locks_is_said_in_one_warning_and_the_work_goes_on(tmp_path, no_locks):
-    with pytest.warns(UserWarning, match=r"is on a file system without locks: let no other process write") as said:
-        with writes_folder(tmp_path / "run"), writes_file(tmp_path / "run" / "rows.jsonl"), alone(tmp_path / "run" / "a"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with (
+            writes_folder(tmp_path / "run"),
+            writes_file(tmp_path / "run" / "rows.jsonl"),
+            alone(tmp_path / "run" / "a"),
+        ):
             pass
         with taken(tmp_path / "run" / "b") as mine:
             assert mine
-    assert len(said) == 1
+    assert [str(each.message) for each in said] == [
+        f"{tmp_path / 'run'} is on a file system without locks: let no other process write there."
+    ]
 
 
 def test_a_screening_goes_on_where_the_file_system_has_no_locks(tiny_bridge, tmp_path, no_locks):
@@ -187,7 +202,10 @@ def test_a_link_in_a_locks_place_is_refused_and_what_it_points_to_is_left_as_it_
         victim.write_text("mine")
     run.mkdir()
     (run / name).symlink_to(victim)
-    with pytest.raises(OSError, match=r"expected a lock of persona_lens at .*, got a symbolic link"), LOCKED[name](run / name):
+    with (
+        pytest.raises(OSError, match=r"expected a lock of persona_lens at .*, got a symbolic link"),
+        LOCKED[name](run / name),
+    ):
         pass
     assert victim.read_text() == "mine" if is_there else not victim.exists()
     assert (run / name).is_symlink()

@@ -70,7 +70,15 @@ def test_a_last_row_without_its_end_of_line_is_kept(file):
 
 @pytest.mark.parametrize(
     "content",
-    [b"a note", b"a note\nand half a no", b'{"score": 1.0}', b'{"score": 1.0}\n{"text"', b'["text", "score"]', b"{\n", b"\0"],
+    [
+        b"a note",
+        b"a note\nand half a no",
+        b'{"score": 1.0}',
+        b'{"score": 1.0}\n{"text"',
+        b'["text", "score"]',
+        b"{\n",
+        b"\0",
+    ],
 )
 def test_a_file_that_is_not_ours_is_left_as_it_was(file, content):
     file.path.parent.mkdir()
@@ -179,7 +187,7 @@ def test_a_planted_link_is_neither_followed_nor_written_by_a_whole_write(records
     monkeypatch.setattr("secrets.token_hex", lambda _: "0" * 16)
     (tmp_path / f".a.json.{'0' * 16}.unfinished").symlink_to(victim)
     (tmp_path / f".a.json.{os.getpid()}.unfinished").symlink_to(victim)
-    with pytest.raises(OSError, match="Cannot write .*a.json"):
+    with pytest.raises(OSError, match=r"Cannot write .*a\.json"):
         records.write_whole(tmp_path / "a.json", b"ours")
     assert victim.read_text() == "mine"
 

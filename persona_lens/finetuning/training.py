@@ -107,8 +107,8 @@ def _refuse_another_run(output: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if checkpoints.exists() and any(checkpoints.iterdir()):
             raise ValueError(
-                f"{checkpoints} holds checkpoints, and there is no {path} that says of which run: choose another output "
-                "folder, or move them away."
+                f"{checkpoints} holds checkpoints, and there is no {path} that says of which run: choose another "
+                "output folder, or move them away."
             )
         return
     kept = _read_settings(path)

@@ -94,21 +94,28 @@ def refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
         # Nothing is begun, so nothing may be here yet that a screening writes, but for what an interrupted plan left.
         written = (PLAN, "scores.parquet", "summary.json")
         for path in (*(output / name for name in written), *output.glob("scored*.jsonl")):
-            if path.exists():
+            if os.path.lexists(path):
                 raise ValueError(f"{output} holds {path.name} without the plan of a screening: choose another folder.")
-        if (output / SETTINGS).exists() and "datasets" not in read_json(output / SETTINGS):
-            raise ValueError(f"{output / SETTINGS} does not hold the settings of a screening: choose another folder.")
+        if (output / SETTINGS).exists():
+            _read_settings(output)
         JsonLines(output / REJECTS).refuse_other_file(_REJECT_FIELDS)
         return
     if not (output / SETTINGS).exists():
         raise ValueError(f"{output} holds a plan without its settings: choose another folder, or delete it.")
-    kept = read_json(output / SETTINGS)
+    kept = _read_settings(output)
     for name in (*wanted, *kept):
         if kept.get(name) != wanted.get(name):
             raise ValueError(
                 f"{output} holds a screening with another {name} ({kept.get(name)!r}, now {wanted.get(name)!r}): "
                 "choose another folder, or the same settings to go on."
             )
+
+
+def _read_settings(output: Path) -> dict[str, Any]:
+    kept = read_json(output / SETTINGS)
+    if not isinstance(kept, dict) or "datasets" not in kept:
+        raise ValueError(f"{output / SETTINGS} does not hold the settings of a screening: choose another folder.")
+    return kept
 
 
 def _make(
