@@ -139,11 +139,14 @@ class CapturedMeans:
         done = [(str(held.at), each.fingerprint) for held in attachments(self.model) for each in held.interventions]
         return repr((identify(self.model).weights_hash, done))
 
-    def _made(self, path: Path | None, n_rows: int) -> np.ndarray:
-        if path is None:
-            return np.zeros(n_rows, self._dtype)
-        ensure_writable(path)
-        return zeros_on_disk(path, self._dtype, (n_rows,))
+    def _made(self, path: Path | None, n_rows: int, *, first: np.ndarray | None = None) -> np.ndarray:
+        if path is not None:
+            ensure_writable(path)
+            return zeros_on_disk(path, self._dtype, (n_rows,), first=first)
+        rows = np.zeros(n_rows, self._dtype)
+        if first is not None:
+            rows[: len(first)] = first
+        return rows
 
     def _opened(self) -> np.ndarray:
         assert self._path is not None
@@ -161,12 +164,7 @@ class CapturedMeans:
 
     def _grow(self) -> None:
         """Make room for another plan, in a new file that takes the old one's place once it is whole."""
-        scratch = None if self._path is None else self._path.with_suffix(".part.npy")
-        wider = self._made(scratch, len(self._rows) + self._step)
-        wider[: len(self._rows)] = self._rows
-        if self._path is not None and scratch is not None:
-            scratch.replace(self._path)
-        self._rows = wider
+        self._rows = self._made(self._path, len(self._rows) + self._step, first=self._rows)
 
 
 def _key(conditions: str, chat: ChatTokens) -> bytes:

@@ -1,12 +1,17 @@
-"""Locks: one process at a time writes a run's folder, or a file, and another one is told who does.
+"""Locks: one process at a time writes a run's folder or a file, and another one is told who does.
 
-The system frees a lock when its process ends, however it does; what it leaves behind locks nothing. Reading takes none.
-Knows nothing about what is written. Windows has no such locks: there nothing is held.
+The locks are filelock's: the system frees them when their process ends, however it ends, so a lock file that a killed
+process left behind locks nothing. Reading takes none. Where a file system has no locks, one warning says so and the
+work goes on.
 """
 
+import errno
 import json
 import os
+import re
+import secrets
 import socket
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,21 +19,24 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from persona_lens.records import ensure_writable
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-_held: dict[Path, tuple[int, int]] = {}
-"""The thread that holds each lock of this process, and how often it has taken it."""
-_guard = threading.Lock()
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What the system says on a file system without locks."""
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NOTE = b'{"process"'
+"""How the note in a lock begins that says who holds it."""
+
+_held: dict[Path, tuple[int, int, int]] = {}
+"""The process and thread that hold each lock, and how often; an entry of another process was copied by a fork."""
+_changed = threading.Condition()
+_warned: set[Path] = set()
 
 
 @contextmanager
@@ -52,19 +60,13 @@ def writes_folder(folder: Path | None) -> Iterator[None]:
                 each.rmdir()
 
 
-def sweep_up(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote a file whole left there; the folder's lock is held."""
-    for left in folder.glob(".*.*.unfinished"):
-        left.unlink(missing_ok=True)
-
-
 @contextmanager
-def writes_file(path: Path | None) -> Iterator[None]:
-    """As `writes_folder`, for one file."""
+def writes_file(path: Path | None, *, wait: bool = False) -> Iterator[None]:
+    """As `writes_folder`, for one file. With `wait`, whoever comes second waits instead of being refused."""
     if path is None:
         yield
         return
-    with _holding(path.with_name(f".{path.name}.lock"), path):
+    with _holding(path.with_name(f".{path.name}.lock"), path, wait=wait):
         yield
 
 
@@ -83,96 +85,213 @@ def writes_output(function: Callable[Arguments, Result]) -> Callable[Arguments, 
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock, and hold it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """Wait until no other process holds the lock, and hold it. The lock file stays."""
+    lock = _take(path, path.parent, wait=True)
+    try:
         yield
+    finally:
+        _release(lock)
 
 
 @contextmanager
 def taken(path: Path) -> Iterator[bool]:
-    """Whether the lock was free, for work that another process may do instead."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    """Whether the lock was free, for work that another process may do instead. The lock file stays."""
+    from filelock import Timeout
+
+    try:
+        lock = _take(path, path.parent, wait=False)
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        _release(lock)
+
+
+# Unfinished files: what `records.whole_file` writes into until all of it is there.
+
+_UNFINISHED = re.compile(r"(\..+\.(?:[0-9a-f]{16}|[0-9]+)\.unfinished)(?:\.lock)?", re.DOTALL)
+"""Name of an unfinished file or of its lock; earlier versions had the process's number where a random one stands."""
 
 
 @contextmanager
-def _holding(lock: Path, what: Path) -> Iterator[None]:
-    lock, me = lock.absolute(), threading.get_ident()
-    with _guard:
-        owner, times = _held.get(lock, (me, 0))
-        if owner != me:
-            raise OSError(f"{what} is being written by another thread of this process: wait for it.")
-        descriptor = _take(lock, what) if times == 0 else None
-        _held[lock] = me, times + 1
+def unfinished_file(path: Path) -> Iterator[Path]:
+    """A new, empty file beside `path`, under a name that nobody else has; on leaving it is removed if it is there.
+
+    As long as it is written its lock is held, which keeps `sweep_up` of any process from removing it.
+    """
+    # A file's name has at most 255 bytes.
+    unfinished = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.unfinished")
+    lock = _lock_of(unfinished)
+    # Here, since filelock would make the folder.
+    if not stat.S_ISDIR(path.parent.stat().st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    # Whoever sweeps up holds it for a moment.
+    held = _acquire(lock, timeout=60)
     try:
-        yield
+        unfinished.open("xb").close()  # which follows no link
+        yield unfinished
     finally:
-        with _guard:
-            _held[lock] = me, times
-            if times == 0:
-                del _held[lock]
-            if descriptor is not None:
-                # Before it is free, so that nobody's new lock is taken away.
+        # Where these cannot be removed, the next sweep does it.
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            lock.unlink()
+        _release(held)
+
+
+def sweep_up(folder: Path) -> None:
+    """Remove the unfinished files of a folder that nobody writes any more: those of processes that were killed."""
+    names = {match[1] for path in folder.glob(".*.unfinished*") if (match := _UNFINISHED.fullmatch(path.name))}
+    for unfinished in (folder / name for name in names):
+        lock = _lock_of(unfinished)
+        # Whoever holds the lock is still writing, and without locks nobody can tell.
+        with suppress(OSError):
+            held = _acquire(lock, timeout=0)
+            try:
+                if held is not None:
+                    unfinished.unlink(missing_ok=True)
+                lock.unlink()
+            finally:
+                _release(held)
+
+
+def _lock_of(unfinished: Path) -> Path:
+    return unfinished.with_name(unfinished.name + ".lock")
+
+
+@contextmanager
+def _holding(lock: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock against other processes and other threads of this one; the outermost leaving removes its file."""
+    from filelock import Timeout
+
+    # One folder may be named in several ways.
+    lock = Path(os.path.realpath(lock.parent), lock.name)
+    with _changed:
+        me = os.getpid(), threading.get_ident()
+        while (holder := _held.get(lock)) is not None and holder[:2] != me and holder[0] == me[0]:
+            if not wait:
+                raise OSError(f"{what} is being written by another thread of this process: wait for it.")
+            _changed.wait()
+        times = holder[2] if holder is not None and holder[:2] == me else 0
+        _held[lock] = (*me, times + 1)
+    try:
+        if times:
+            yield
+            return
+        try:
+            held = _take(lock, what, wait=wait)
+        except Timeout:
+            raise OSError(
+                f"{what} is being written by {_holder(lock)}: wait until it ends, or name another output."
+            ) from None
+        try:
+            _sign(lock)
+            yield
+        finally:
+            # Before it is free, so that nobody's new lock is taken away; a forked child leaves its parent's alone.
+            if os.getpid() == me[0]:
                 with suppress(OSError):
                     lock.unlink()
-                os.close(descriptor)
+                _release(held)
+    finally:
+        with _changed:
+            if times:
+                _held[lock] = (*me, times)
+            else:
+                _held.pop(lock, None)
+            _changed.notify_all()
 
 
-def _take(lock: Path, what: Path) -> int | None:
-    """The open and locked file; None where the system has no locks."""
-    if fcntl is None:
-        return None
-    ensure_writable(lock)
+def _take(lock: Path, what: Path, *, wait: bool) -> "BaseFileLock | None":
+    """The lock, held; None, with a warning, where the file system has none.
+
+    Raises filelock's Timeout where somebody else holds it, another OSError in one sentence where nobody can.
+    """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-            if not _locked(descriptor, lock, what):
-                return descriptor
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                    break
-            os.close(descriptor)  # its holder has just removed it
-        note = json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode()
-        os.ftruncate(descriptor, 0)
-        # A note that finds no room is missed by nobody but who asks.
-        with suppress(OSError):
-            os.pwrite(descriptor, note, 0)
+        _refuse_other_file(lock, what)
+        held = _acquire(lock, timeout=-1 if wait else 0)
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(f"Cannot write to {what} ({error.strerror}): name an output that you may write to.") from error
-    return descriptor
+        reason = "a symbolic link stands there" if error.errno == errno.ELOOP else error.strerror
+        raise OSError(f"Cannot write to {what} ({reason}): name an output that you may write to.") from error
+    if held is None and lock.parent not in _warned:
+        _warned.add(lock.parent)
+        warnings.warn(
+            f"{lock.parent} is on a file system without locks: let no other process write there.", stacklevel=2
+        )
+    return held
 
 
-def _locked(descriptor: int, lock: Path, what: Path) -> bool:
-    """Lock the file; False where its file system knows no locks. Raises OSError where somebody else holds it."""
-    assert fcntl is not None
+def _acquire(lock: Path, *, timeout: float) -> "BaseFileLock | None":
+    """The lock, held; None where the file system has none. Raises filelock's Timeout where somebody else holds it."""
+    from filelock import FileLock  # not above: it takes longer to import than the command line's help to print
+
+    held = FileLock(lock, timeout=timeout, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = _holder(descriptor)
-        os.close(descriptor)
-        raise OSError(f"{what} is being written by {holder}: wait until it ends, or name another output.") from None
-    except OSError as error:  # some network file systems
-        warnings.warn(f"{lock} cannot be locked ({error.strerror}): let no other process write there.", stacklevel=2)
-        return False
-    return True
+        held.acquire()
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return held
 
 
-def _holder(descriptor: int) -> str:
+def _release(held: "BaseFileLock | None") -> None:
+    if held is not None:
+        held.release()
+
+
+def _refuse_other_file(lock: Path, what: Path) -> None:
+    """Raise OSError where something else than a lock has the lock's name, such as a link or a file of the user's."""
     try:
-        note = json.loads(os.pread(descriptor, 1000, 0))
+        status = lock.lstat()
+    except OSError:  # not there, as a rule
+        return
+    if stat.S_ISLNK(status.st_mode):
+        found = "a symbolic link"
+    elif not stat.S_ISREG(status.st_mode):
+        found = "no file"
+    elif status.st_size and not (_note(lock) or _NOTE).startswith(_NOTE):
+        found = "a file with other contents"
+    else:
+        return
+    raise OSError(
+        f"Cannot lock {what}: expected a lock of persona_lens at {lock}, got {found}: see what it is and move it away, "
+        "or name another output."
+    )
+
+
+def _sign(lock: Path) -> None:
+    """Write down who holds the lock. A note that cannot be written is missed by nobody but who asks."""
+    note = json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode()
+    with suppress(OSError):
+        descriptor = os.open(lock, os.O_WRONLY | _NO_FOLLOW)
+        try:
+            # After the first byte, which Windows lets only the lock's own handle touch.
+            os.lseek(descriptor, 1, os.SEEK_SET)
+            os.write(descriptor, note)
+            os.ftruncate(descriptor, 1 + len(note))
+        finally:
+            os.close(descriptor)
+
+
+def _note(lock: Path) -> bytes | None:
+    """What `_sign` wrote, or an earlier version, which began at the first byte; None where it cannot be read."""
+    try:
+        with lock.open("rb", buffering=0) as file:
+            file.seek(1)
+            return b"{" + file.read(1000).removeprefix(b"{")
+    except OSError:
+        return None
+
+
+def _holder(lock: Path) -> str:
+    try:
+        note = json.loads(_note(lock) or b"")
         here = note["host"] == socket.gethostname()
         return f"process {note['process']}" + f" on {note['host']}" * (not here)
     except (ValueError, KeyError, TypeError):

@@ -115,6 +115,20 @@ def test_what_interventions_have_done_is_seen(captured, tiny_model, prompts, at)
         assert naive.relative_error(found.mean, forced[row]) < 1e-5
 
 
+def test_a_file_that_grows_keeps_its_means_and_touches_no_other_file(captured, tiny_model, prompts, tmp_path):
+    from persona_lens.chat import ChatTokens
+
+    done, means = sampled(captured, tiny_model, prompts, temperature=0.0)
+    chats = [ChatTokens(prompt, row.tokens) for prompt, row in zip(prompts, done, strict=True)]
+    (tmp_path / "means.part.npy").write_text("mine")
+    kept = captured.CapturedMeans(tmp_path / "means.npy", tiny_model, 1)
+    kept.put(chats, means)
+    for chat, mean in zip(chats, means, strict=True):
+        assert naive.relative_error(kept.read(kept.places([chat])[0]).mean, mean.mean) < 1e-5
+    assert (tmp_path / "means.part.npy").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["means.npy", "means.part.npy"]
+
+
 def test_texts_are_the_same_whether_they_are_read_or_not(captured, tiny_model, prompts):
     from persona_lens.generation import generate
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,67 @@ def test_damaged_settings_are_refused_with_a_sentence(bridge, tmp_path):
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ValueError, match=r"settings.json is damaged .*: choose another output folder"):
         train(bridge, output=tmp_path)
+
+
+def test_a_finished_folder_without_settings_is_read_for_the_same_run_and_refused_for_another(bridge, tmp_path):
+    done = train(bridge, output=tmp_path)
+    (tmp_path / "settings.json").unlink()
+    assert_same_weights(train(bridge, output=tmp_path), done)
+    with pytest.raises(
+        ValueError, match=r"holds a finetuning with another training\.learning_rate \(0\.01, now 0\.02\)"
+    ):
+        train(bridge, output=tmp_path, learning_rate=2e-2)
+
+
+def test_a_record_whose_settings_are_none_is_refused_with_a_sentence(bridge, tmp_path):
+    train(bridge, output=tmp_path)
+    record = json.loads((tmp_path / "finetuning.json").read_text())
+    (tmp_path / "finetuning.json").write_text(json.dumps(record | {"settings": []}))
+    with pytest.raises(ValueError, match=r"finetuning.json is not a record of finetuning \(expected dict"):
+        train(bridge, output=tmp_path)
+
+
+def test_checkpoints_without_settings_are_refused_and_left_as_they_were(bridge, settings, tmp_path):
+    interrupt(bridge, 3, output=tmp_path, checkpoint_every=1, **settings)
+    (tmp_path / "settings.json").unlink()
+    before = checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoints holds checkpoints, and there is no .*settings.json that says"):
+        train(bridge, output=tmp_path, checkpoint_every=1, **(settings | {"learning_rate": 2e-2}))
+    assert checkpoints(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["settings.json", "checkpoints/checkpoint-7/mine.txt"])
+def test_a_folder_that_holds_files_of_the_users_by_these_names_is_left_as_it_was(bridge, tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="choose another output"):
+        train(bridge, output=tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+@pytest.mark.parametrize("changed", [{}, {"learning_rate": 2e-2}])
+def test_a_run_that_another_process_ends_while_this_one_takes_the_lock_is_read_or_refused(
+    bridge, tmp_path, monkeypatch, changed
+):
+    import persona_lens.finetuning.training as training
+
+    writes_folder = training.writes_folder
+
+    @contextmanager
+    def taken_late(folder):
+        monkeypatch.undo()
+        done = train(bridge, output=tmp_path)
+        monkeypatch.setattr(training, "_train", None)
+        assert done.loss
+        with writes_folder(folder):
+            yield
+
+    monkeypatch.setattr(training, "writes_folder", taken_late)
+    if changed:
+        with pytest.raises(ValueError, match="holds a finetuning with another training"):
+            train(bridge, output=tmp_path, **changed)
+    else:
+        assert train(bridge, output=tmp_path).seconds == 0.0
 
 
 def test_a_folder_without_a_finetuning_is_refused(tmp_path):

@@ -218,7 +218,7 @@ def test_an_interrupted_judge_goes_on_to_the_same_scores_and_scores_none_twice(t
     assert (tmp_path / "scores.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-@given(cut=st.integers(0, 1100))  # the file has 1000 bytes or so
+@given(cut=st.just(0) | st.integers(10, 1100))  # the file has 1000 bytes or so; fewer than 10 do not say whose they are
 def test_a_file_of_scores_cut_anywhere_resumes_to_the_same_file(trait, tmp_path_factory, cut):
     output = tmp_path_factory.mktemp("cut") / "scores.jsonl"
     scored = score(LengthJudge(), trait, output)
@@ -226,6 +226,16 @@ def test_a_file_of_scores_cut_anywhere_resumes_to_the_same_file(trait, tmp_path_
     output.write_bytes(whole[:cut])
     assert score(LengthJudge(), trait, output) == scored
     assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", ['{"key": "of the house"}', "my scores", '{"key": 1}\n{"key"'])
+def test_a_file_that_holds_no_scores_is_left_as_it_was(trait, tmp_path, content):
+    judge = LengthJudge()
+    (tmp_path / "scores.json").write_text(content)
+    with pytest.raises(ValueError, match=r"scores.json holds something else: expected rows with key, trait_score"):
+        score(judge, trait, tmp_path / "scores.json")
+    assert judge.asked == []
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"scores.json": content}
 
 
 def test_scores_of_another_judge_in_the_file_are_refused(trait, tmp_path):

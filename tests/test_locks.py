@@ -1,8 +1,13 @@
 """One process at a time writes a run's folder, and another one is told who does."""
 
+import errno
+import fcntl
 import os
 import signal
+import subprocess
+import sys
 import threading
+import warnings
 
 import pytest
 
@@ -10,14 +15,17 @@ from persona_lens.evaluation import evaluate
 from persona_lens.experiments.method_ablations import method_ablations
 from persona_lens.judges import score_rollouts
 from persona_lens.layer_selection import dose_response, select_layer
-from persona_lens.locks import writes_file, writes_folder
+from persona_lens.locks import alone, sweep_up, taken, writes_file, writes_folder
 from persona_lens.pipeline import extract_persona_vectors
+from persona_lens.records import write_whole
 from persona_lens.replication.run import replicate
 from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts
+from persona_lens.screening import screen
 from tests.evaluation_cases import SHORT, TRAIT, LetterJudge, make_rollout
 from tests.fault_cases import another_process
 from tests.finetuning_cases import train
 from tests.intervention_cases import some_vectors
+from tests.screening_cases import QUIET, pair_of_vectors, rows
 
 
 def refused(name, holder):
@@ -97,10 +105,155 @@ def test_a_run_that_was_refused_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_of_a_file_is_taken_away(tmp_path):
-    (tmp_path / ".summary.json.4711.unfinished").write_text("{")
+@pytest.mark.parametrize("name", [".summary.json.4711.unfinished", ".summary.json.0123456789abcdef.unfinished"])
+def test_what_a_killed_process_left_of_a_file_is_taken_away(tmp_path, name):
+    (tmp_path / name).write_text("{")
+    (tmp_path / f"{name}.lock").touch()
     with writes_folder(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_file_of_the_users_is_not_taken_for_an_unfinished_one(tmp_path):
+    names = [".thesis.unfinished", "a.json.4711.unfinished", ".notes.old.unfinished"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with writes_folder(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("who", ["this process", "another process"])
+def test_an_unfinished_file_that_is_still_written_stays(tmp_path, monkeypatch, who):
+    replace = os.replace
+
+    def sweep_and_replace(*paths):
+        monkeypatch.undo()
+        if who == "this process":
+            sweep_up(tmp_path)
+        else:
+            subprocess.run([sys.executable, "-c", SWEEP, tmp_path], check=True)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", sweep_and_replace)
+    write_whole(tmp_path / "summary.json", b"{}")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"summary.json": "{}"}
+
+
+SWEEP = """
+import sys, pathlib
+from persona_lens.locks import writes_folder
+with writes_folder(pathlib.Path(sys.argv[1])): pass
+"""
+
+
+def test_an_unfinished_file_stays_where_nobody_can_tell_whether_it_is_written(tmp_path, no_locks):
+    unfinished = tmp_path / ".summary.json.0123456789abcdef.unfinished"
+    unfinished.write_text("{}")
+    sweep_up(tmp_path)
+    assert list(tmp_path.iterdir()) == [unfinished]
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system without locks, as some network file systems are."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_a_file_system_without_locks_is_said_in_one_warning_and_the_work_goes_on(tmp_path, no_locks):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with (
+            writes_folder(tmp_path / "run"),
+            writes_file(tmp_path / "run" / "rows.jsonl"),
+            alone(tmp_path / "run" / "a"),
+        ):
+            pass
+        with taken(tmp_path / "run" / "b") as mine:
+            assert mine
+    assert [str(each.message) for each in said] == [
+        f"{tmp_path / 'run'} is on a file system without locks: let no other process write there."
+    ]
+
+
+def test_a_screening_goes_on_where_the_file_system_has_no_locks(tiny_bridge, tmp_path, no_locks):
+    vectors = pair_of_vectors(tiny_bridge)
+    with pytest.warns(UserWarning, match="without locks"):
+        found = screen(tiny_bridge, rows(4), vectors, output=tmp_path / "run", base="proxy", **QUIET)
+    assert found.counts["planned"] == 4
+
+
+LOCKED = {
+    ".lock": lambda path: writes_folder(path.parent),
+    ".rows.jsonl.lock": lambda path: writes_file(path.parent / "rows.jsonl"),
+    "materials.lock": alone,
+    "shard.lock": taken,
+}
+
+
+@pytest.mark.parametrize("name", LOCKED)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_in_a_locks_place_is_refused_and_what_it_points_to_is_left_as_it_was(tmp_path, name, is_there):
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    if is_there:
+        victim.write_text("mine")
+    run.mkdir()
+    (run / name).symlink_to(victim)
+    with (
+        pytest.raises(OSError, match=r"expected a lock of persona_lens at .*, got a symbolic link"),
+        LOCKED[name](run / name),
+    ):
+        pass
+    assert victim.read_text() == "mine" if is_there else not victim.exists()
+    assert (run / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_a_file_of_the_users_in_a_locks_place_is_left_as_it_was(tmp_path, name):
+    (tmp_path / name).write_text("my notes")
+    with pytest.raises(OSError, match=r"got a file with other contents: see what it is"), LOCKED[name](tmp_path / name):
+        pass
+    assert (tmp_path / name).read_text() == "my notes"
+
+
+def test_a_forked_child_does_not_hold_what_its_parent_holds_and_leaves_it_alone(tmp_path):
+    with writes_folder(tmp_path):
+        if (child := os.fork()) == 0:
+            try:
+                with writes_folder(tmp_path):
+                    os._exit(1)
+            except OSError as error:
+                os._exit(0 if f"process {os.getppid()}" in str(error) else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_holder_is_told_after_another_one_was_refused(tmp_path):
+    with writes_folder(tmp_path):
+        for _ in range(2):
+            told = subprocess.run([sys.executable, "-c", SWEEP, tmp_path], capture_output=True, text=True)
+            assert f"{tmp_path} is being written by process {os.getpid()}: wait until it ends" in told.stderr
+
+
+def test_who_waits_for_a_file_gets_it_when_the_thread_that_holds_it_is_done(tmp_path):
+    order = []
+
+    def second():
+        with writes_file(tmp_path / "a", wait=True):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with writes_file(tmp_path / "a", wait=True):
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_files_of_one_folder_are_written_side_by_side(tmp_path):

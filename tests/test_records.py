@@ -1,6 +1,8 @@
 """JSON-lines files that survive being killed, and errors before long work."""
 
 import os
+import stat
+import threading
 
 import pytest
 
@@ -18,6 +20,7 @@ def file(records, tmp_path):
     return records.JsonLines(tmp_path / "new" / "rows.jsonl")
 
 
+FIELDS = ("text", "score")
 ROWS = [{"text": "one\ntwo\u2028three", "score": 1.5}, {"text": "é", "score": None}]
 
 
@@ -33,24 +36,73 @@ def test_one_row_is_one_line(file):
 
 
 def test_a_missing_file_has_no_rows_and_is_not_made(file):
-    assert file.read() == file.resume() == []
+    assert file.read() == file.resume(FIELDS) == []
     assert not file.path.exists()
 
 
-def test_a_line_left_unfinished_is_cut_off_on_resume(file):
+def test_a_line_left_unfinished_is_moved_aside_on_resume_and_none_is_overwritten(file):
     file.append(ROWS)
     whole = file.path.read_bytes()
-    file.path.write_bytes(whole + b'{"text": "half a ro')
-    assert file.resume() == ROWS
+    for tail in (b'{"text": "half a ro', b"\0\0"):
+        file.path.write_bytes(whole + tail)
+        assert file.resume(FIELDS) == ROWS
+        assert file.path.read_bytes() == whole
+    aside = {path.name: path.read_bytes() for path in file.path.parent.iterdir() if path != file.path}
+    assert aside == {"rows.jsonl.damaged": b'{"text": "half a ro\n', "rows.jsonl.damaged-2": b"\0\0\n"}
+
+
+def test_a_first_row_left_unfinished_is_moved_aside_too(file):
+    file.append(ROWS[:1])
+    file.path.write_bytes(file.path.read_bytes()[:-3])
+    assert file.resume(FIELDS) == []
+    assert file.path.read_bytes() == b""
+    assert file.path.with_name("rows.jsonl.damaged").read_bytes().startswith(b'{"text": "one')
+
+
+def test_a_last_row_without_its_end_of_line_is_kept(file):
+    file.append(ROWS)
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole[:-1])
+    assert file.whole() == list(file.stream()) == file.resume(FIELDS) == ROWS
     assert file.path.read_bytes() == whole
+    assert list(file.path.parent.iterdir()) == [file.path]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a note",
+        b"a note\nand half a no",
+        b'{"score": 1.0}',
+        b'{"score": 1.0}\n{"text"',
+        b'["text", "score"]',
+        b"{\n",
+        b"\0",
+    ],
+)
+def test_a_file_that_is_not_ours_is_left_as_it_was(file, content):
+    file.path.parent.mkdir()
+    file.path.write_bytes(content)
+    for touch in (file.resume, file.mend):
+        with pytest.raises(ValueError, match=r"rows.jsonl holds something else: expected rows with text, score, got b"):
+            touch(FIELDS)
+    assert {path.name: path.read_bytes() for path in file.path.parent.iterdir()} == {"rows.jsonl": content}
+
+
+def test_a_file_with_a_malformed_line_is_left_as_it_was(file):
+    file.append(ROWS)
+    content = file.path.read_bytes() + b"hello\n{"
+    file.path.write_bytes(content)
+    with pytest.raises(ValueError, match="line 3"):
+        file.resume(FIELDS)
+    assert {path.name: path.read_bytes() for path in file.path.parent.iterdir()} == {"rows.jsonl": content}
 
 
 @pytest.mark.parametrize("kept", range(1, 12))
 def test_wherever_a_write_stops_a_resume_goes_on(file, kept):
     file.append(ROWS)
     file.path.write_bytes(file.path.read_bytes()[:-kept])
-    file.resume()
-    file.append(ROWS[1:])
+    file.append(ROWS[len(file.resume(FIELDS)) :])
     assert file.read() == ROWS
 
 
@@ -86,6 +138,96 @@ def test_a_json_file_is_replaced_whole(records, tmp_path):
         records.write_json(path, {"é": object()})
     assert path.read_text() == '{\n  "é": 1\n}\n'
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_many_threads_write_one_file_and_every_reader_finds_it_whole(records, tmp_path):
+    path, errors = tmp_path / "shared.json", []
+    path.write_bytes(b"start")
+    wanted = {bytes([letter]) * 20_000 for letter in b"abcd"}
+
+    def write(contents):
+        try:
+            for _ in range(25):
+                records.write_whole(path, contents)
+                if (there := path.read_bytes()) not in wanted:
+                    errors.append(f"read {len(there)} bytes")
+        except OSError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=write, args=(contents,)) for contents in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_written_whole_and_its_folder_are_flushed_to_the_disk(records, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode)))
+    records.write_whole(tmp_path / "a.json", b"1")
+    assert flushed == [False, True]
+
+
+def test_a_file_that_is_written_whole_has_the_permissions_of_any_new_file(records, tmp_path):
+    before = os.umask(0o027)
+    try:
+        records.write_whole(tmp_path / "a.json", b"1")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_planted_link_is_neither_followed_nor_written_by_a_whole_write(records, tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    # The name of the temporary file as an attacker would have to guess it.
+    monkeypatch.setattr("secrets.token_hex", lambda _: "0" * 16)
+    (tmp_path / f".a.json.{'0' * 16}.unfinished").symlink_to(victim)
+    (tmp_path / f".a.json.{os.getpid()}.unfinished").symlink_to(victim)
+    with pytest.raises(OSError, match=r"Cannot write .*a\.json"):
+        records.write_whole(tmp_path / "a.json", b"ours")
+    assert victim.read_text() == "mine"
+
+
+def test_a_whole_write_replaces_a_link_and_leaves_what_it_points_to(records, tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("mine")
+    link.symlink_to(target)
+    records.write_whole(link, b"ours")
+    assert (target.read_text(), link.read_text(), link.is_symlink()) == ("mine", "ours", False)
+
+
+def test_rows_are_appended_to_what_a_link_points_to(records, tmp_path):
+    records.JsonLines(tmp_path / "rows.jsonl").append(ROWS)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "rows.jsonl")
+    assert records.JsonLines(link).resume(FIELDS) == ROWS
+    records.JsonLines(link).append(ROWS)
+    assert link.is_symlink()
+    assert len(records.JsonLines(tmp_path / "rows.jsonl").read()) == 4
+
+
+def test_a_write_that_fails_takes_no_rows_of_another_process_away(file, monkeypatch):
+    file.append(ROWS)
+
+    def fail(_):
+        with file.path.open("ab") as other:
+            other.write(b'{"text": "theirs", "score": 1}\n')
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Cannot write"):
+        file.append(ROWS[:1])
+    assert {"text": "theirs", "score": 1} in file.read()
+
+
+def test_a_mapped_file_begins_with_the_rows_it_is_given(records, tmp_path):
+    rows = records.zeros_on_disk(tmp_path / "rows.npy", "float32", (3, 2), first=[[1, 2]])
+    assert rows.tolist() == [[1, 2], [0, 0], [0, 0]]
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.npy"]
 
 
 def test_a_path_that_can_be_written_passes_and_is_not_made(records, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from persona_lens.records import JsonLines
 from tests.replication_cases import (
     Counted,
     bring_the_rest,
@@ -130,8 +131,10 @@ def test_a_run_that_was_interrupted_in_every_stage_goes_on_to_an_equal_report(on
         path.unlink()
     (moods / "screened" / "happy_full" / "summary.json").unlink()
     shutil.rmtree(folder / "stages")
+    cut(folder / "times.jsonl")
     replicate(preset, folder, model=tiny_bridge, progress=False)
     assert report(folder) == report(finished)
+    assert {row["stage"] for row in JsonLines(folder / "times.jsonl").read()} >= {"extraction", "mitigation"}
 
 
 def test_the_report_has_every_stage_and_says_what_was_left_out(on_moods):

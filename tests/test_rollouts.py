@@ -118,13 +118,39 @@ def test_an_interrupted_batch_is_answered_again_whole_and_finished_ones_are_not(
     assert resumed.asked == whole.asked[1:]
 
 
-@given(cut=st.integers(0, 2500))  # the file has 2200 bytes or so: cuts beyond its end leave it whole
+# The file has 2200 bytes or so: cuts beyond its end leave it whole, and fewer than 10 do not say whose they are.
+@given(cut=st.just(0) | st.integers(10, 2500))
 def test_a_file_cut_anywhere_resumes_to_the_same_file(tmp_path_factory, cut):
     output = tmp_path_factory.mktemp("cut") / "rollouts.jsonl"
     rows = collect(output)
     whole = output.read_bytes()
     output.write_bytes(whole[:cut])
     assert collect(output) == rows
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+@pytest.mark.parametrize("content", ['{"todo": "call home"}', "call home", '["a list"]', '{"todo":\n"call home"}'])
+def test_a_file_that_is_not_ours_is_left_as_it_was(tmp_path, content, ending):
+    output, engine = tmp_path / "notes.json", EchoEngine()
+    output.write_text(content + ending)
+    with pytest.raises(ValueError, match=r"notes.json holds something else: expected rows with trait, .*: |, got b"):
+        collect(output, engine=engine)
+    assert engine.asked == []
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"notes.json": content + ending}
+
+
+def test_a_last_row_without_its_end_of_line_is_kept_when_the_engine_fails(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    collect(output)
+    whole = output.read_bytes()
+    output.write_bytes(whole[:-1])
+
+    def fail(_):
+        raise RuntimeError("the power went out")
+
+    with pytest.raises(RuntimeError, match="power"):
+        collect(output, engine=EchoEngine(answer=fail), per_question=2)
     assert output.read_bytes() == whole
 
 

@@ -1,7 +1,7 @@
 """Safeguards: which token sets one off, that it acts on the very next one, and only in that reply."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from persona_lens.generation import generate
 from persona_lens.interventions import Ablate, Cap, Steer, When, steer
-from persona_lens.live import Safeguard, generate_watched, stream_watched
+from persona_lens.live import Alert, Safeguard, generate_watched, stream_watched
 from persona_lens.vectors import PersonaVectors
 from tests import naive, tiny
 from tests.intervention_cases import hooks, some_vectors
@@ -185,9 +185,19 @@ def test_every_firing_is_a_line_of_the_audit_file(tiny_model, prompts, vectors, 
             assert before <= datetime.fromisoformat(alert.time) <= datetime.now(UTC)
 
 
+def test_a_file_that_is_no_audit_is_left_as_it_was(tiny_model, prompts, vectors, tmp_path):
+    path = tmp_path / "audit.json"
+    path.write_text('{"mine": 1}')
+    guard = Safeguard(vectors.at(1), 0.0)
+    with pytest.raises(ValueError, match=r"audit.json holds something else: expected rows with time, key"):
+        generate_watched(tiny_model, prompts, vectors.at(1), safeguards=[guard], audit=path, **SAMPLED)
+    assert path.read_text() == '{"mine": 1}'
+
+
 def test_the_line_is_there_when_the_token_is(tiny_model, prompts, vectors, tmp_path):
     path = tmp_path / "audit.jsonl"
-    path.write_text('{"older": 1}\n{"unfinis')
+    older = dict.fromkeys([each.name for each in fields(Alert)])
+    path.write_text(json.dumps(older) + '\n{"unfinis')
     plain = generate_watched(tiny_model, prompts[:1], vectors.at(1), max_new_tokens=8, seed=3)[0]
     peak = float(plain.projections[:, 0].max())
     guard = Safeguard(vectors.at(1), peak - 1e-6)

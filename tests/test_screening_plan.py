@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from persona_lens.screening import screen
+from persona_lens.screening import ShardsMissing, screen
 from persona_lens.screening.families import Seen
 from persona_lens.screening.plan import read_plan
 from persona_lens.screening.units import PlannedRow, cut_units, length_bucket, read_unit, unit_size, write_units
@@ -163,6 +163,51 @@ def test_repeated_rows_are_counted_and_stay_in_the_table(tiny_bridge, tmp_path):
     found = screened(tiny_bridge, data, tmp_path)
     assert found.counts["repeated"] == 3
     assert found.rows["family"].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["plan/idea.txt", "rejects.jsonl", "scores.parquet", "scored.jsonl", "summary.json", "settings.json"]
+)
+def test_a_folder_that_holds_files_of_the_users_by_these_names_is_refused_and_left_as_it_was(
+    tiny_bridge, tmp_path, name
+):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=r"[Cc]hoose another"):
+        screened(tiny_bridge, {"data": rows(3)}, tmp_path)
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+    assert {path.name for path in tmp_path.iterdir()} == {name.split("/")[0], ".plan.lock"}
+
+
+def test_a_log_that_is_not_ours_is_left_as_it_was(tiny_bridge, tmp_path):
+    with pytest.raises(ShardsMissing):  # the plan alone
+        screened(tiny_bridge, {"data": rows(3)}, tmp_path, shard=(999, 1000))
+    (tmp_path / "scored.jsonl").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=r"scored.jsonl holds something else: expected rows with unit, rows"):
+        screened(tiny_bridge, {"data": rows(3)}, tmp_path)
+    assert (tmp_path / "scored.jsonl").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("name", [".plan.unfinished", ".chunks.unfinished"])
+def test_a_link_in_the_place_of_scratch_files_is_refused_and_not_followed(tiny_bridge, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match=rf"Cannot write .*{name}: a link or a file has its name"):
+        screened(tiny_bridge, {"data": rows(3)}, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+def test_a_plan_that_was_interrupted_at_its_very_end_is_made_again(tiny_bridge, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.rename", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            screened(tiny_bridge, {"data": rows(3)}, tmp_path)
+    assert len(screened(tiny_bridge, {"data": rows(5)}, tmp_path).rows) == 5
 
 
 def test_a_plan_that_was_interrupted_is_made_again_from_the_data(tiny_bridge, tmp_path):

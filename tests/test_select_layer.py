@@ -53,7 +53,8 @@ def asked(monkeypatch):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The files of a folder, without the lines that were cut short, which lie beside them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if ".jsonl.damaged" not in path.name}
 
 
 # --- what a sweep is -----------------------------------------------------------------------------------------------

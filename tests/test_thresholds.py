@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -161,6 +163,35 @@ def test_saving_replaces_the_same_threshold_and_keeps_the_others(tmp_path):
     save_thresholds(tmp_path, [old, other])
     save_thresholds(tmp_path, [threshold(value=9.0)])
     assert {(each.layer, each.value) for each in load_thresholds(tmp_path)} == {(1, 9.0), (2, 2.0)}
+
+
+SAVE = """
+import json, sys
+from dataclasses import replace
+from persona_lens.thresholds import Threshold, save_thresholds
+made = Threshold.from_dict(json.loads(sys.argv[2]))
+print(flush=True)
+sys.stdin.readline()
+for number in range(10):
+    save_thresholds(sys.argv[1], [replace(made, layer=int(sys.argv[3]) + number)])
+"""
+
+
+def test_processes_that_save_at_once_lose_no_threshold(tmp_path):
+    made = json.dumps(threshold().to_dict())
+    command = [sys.executable, "-c", SAVE, tmp_path, made]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    processes = [subprocess.Popen([*command, str(10 * number)], **pipes) for number in range(4)]
+    for process in processes:
+        process.stdout.readline()  # everything is imported
+    for process in processes:
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sorted(each.layer for each in load_thresholds(tmp_path)) == list(range(40))
+    assert [path.name for path in tmp_path.iterdir()] == ["thresholds.json"]
 
 
 def test_two_thresholds_for_the_same_are_refused_and_nothing_is_written(tmp_path):

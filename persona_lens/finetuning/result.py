@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.adapters import Adapter
-from persona_lens.records import DAMAGE, write_json
+from persona_lens.records import DAMAGE, checked, write_json
 
 if TYPE_CHECKING:
     import pandas
@@ -80,7 +80,7 @@ class Finetuning:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {record['format_version']}, and this reads {FORMAT_VERSION}")
-            losses, rows, settings = tuple(record["losses"]), record["rows"], record["settings"]
+            losses, rows, settings = tuple(record["losses"]), record["rows"], checked(record["settings"], dict)
         except DAMAGE as error:
             raise ValueError(f"{path} is not a record of finetuning ({error}): run it again.") from error
         return cls(Adapter.load(folder), losses, rows, settings)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,28 +72,63 @@ def run_plan(model: Model, plan: Plan, output: Path | None) -> Finetuning:
     if output is None:
         with tempfile.TemporaryDirectory() as scratch:
             return _train(model, plan, settings, Path(scratch), record=None)
-    _refuse_another_run(output, settings)
     if (output / RECORD_FILE).exists():
-        # What a run that was killed at its very end had no time to take away; nothing where that may not be written to.
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        return Finetuning.load(output)
+        # Nobody changes a finished run, and it may lie where nothing can be written: reading it takes no lock.
+        done = _finished_run(output, settings)
+        # What a run that was killed at its very end had no time to take away.
+        if (output / CHECKPOINTS).exists():
+            with suppress(OSError), writes_folder(output):
+                shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        return done
     ensure_writable(output / RECORD_FILE)
     with writes_folder(output):
+        # Whoever held the folder until now may have begun or finished a run in it.
+        if (output / RECORD_FILE).exists():
+            return _finished_run(output, settings)
+        _refuse_another_run(output, settings)
         done = _train(model, plan, settings, output / CHECKPOINTS, record=output / SETTINGS_FILE)
         done.save(output)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return done
 
 
-def _refuse_another_run(output: Path, settings: dict[str, Any]) -> None:
+def _finished_run(output: Path, settings: dict[str, Any]) -> Finetuning:
+    """The finished run of a folder, where it was made with these settings, which its record repeats."""
+    done = Finetuning.load(output)
     path = output / SETTINGS_FILE
-    begun = (output / RECORD_FILE).exists() or last_checkpoint(output / CHECKPOINTS) is not None
-    if not (begun and path.exists()):
+    for kept in (done.settings, *([_read_settings(path)] if path.exists() else [])):
+        _refuse_other_settings(output, kept, settings)
+    return done
+
+
+def _refuse_another_run(output: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError where a folder holds the beginning of another run, or files that are no run's."""
+    path, checkpoints = output / SETTINGS_FILE, output / CHECKPOINTS
+    if not path.exists():
+        if checkpoints.exists() and any(checkpoints.iterdir()):
+            raise ValueError(
+                f"{checkpoints} holds checkpoints, and there is no {path} that says of which run: choose another "
+                "output folder, or move them away."
+            )
         return
+    kept = _read_settings(path)
+    if last_checkpoint(checkpoints) is not None:
+        _refuse_other_settings(output, kept, settings)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's folder; raises ValueError where the file is damaged or no finetuning's."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): choose another output folder.") from error
+    if not (isinstance(kept, dict) and kept.keys() >= {"model", "during", "adapter", "training", "rows"}):
+        raise ValueError(f"{path} does not hold the settings of a finetuning: choose another output folder.")
+    return kept
+
+
+def _refuse_other_settings(output: Path, kept: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ValueError, naming the first difference, where a folder's run has other settings."""
     before, now = _flat(kept), _flat(json.loads(json.dumps(settings)))
     for name in now:
         if before.get(name) != now[name]:

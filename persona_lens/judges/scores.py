@@ -113,8 +113,8 @@ def score_rollouts(
     """Judge rollouts, taking from `output` what is scored there already and appending the rest batch by batch.
 
     An interrupted batch is judged again whole, so a resumed run has the scores that an uninterrupted one has.
-    Raises ValueError where `output` holds scores of these rollouts by another judge, OSError where another process
-    writes it.
+    Raises ValueError where `output` holds scores of these rollouts by another judge or something else than scores,
+    OSError where another process writes it.
     """
     file = None if output is None else JsonLines(output)
     if file is not None:
@@ -156,6 +156,10 @@ def _fresh(
             yield {member.key: score for member, score in scores if member.key in wanted}
 
 
+FIELDS = ("key", "trait_score", "coherence", "judge")
+"""What every row of a file of scores has."""
+
+
 def _row(key: str, score: Score, judge: str) -> dict[str, Any]:
     values = {"trait_score": score.trait_score, "coherence": score.coherence, "evidence": dict(score.evidence)}
     return {"key": key, **values, "judge": judge}
@@ -163,7 +167,7 @@ def _row(key: str, score: Score, judge: str) -> dict[str, Any]:
 
 def _resume(file: JsonLines, keys: set[str], judge: str) -> dict[str, Score]:
     done: dict[str, Score] = {}
-    for number, row in enumerate(file.resume(), start=1):
+    for number, row in enumerate(file.resume(FIELDS), start=1):
         if not isinstance(row.get("key"), str) or row["key"] not in keys:
             continue
         if row.get("judge") != judge:

@@ -7,7 +7,7 @@ Knows nothing about sampling: the loop announces whose tokens a pass runs (`Repl
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -255,5 +255,5 @@ def _audit_file(path: str | Path | None) -> JsonLines | None:
         return None
     ensure_writable(Path(path))
     file = JsonLines(path)
-    file.resume()  # cuts off what a killed process left unfinished, before anything is added after it
+    file.mend([each.name for each in fields(Alert)])  # what a killed process left, before anything is added after it
     return file

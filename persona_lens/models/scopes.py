@@ -19,7 +19,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,7 +35,6 @@ _ledgers: "weakref.WeakKeyDictionary[nn.Module, list[Scope]]" = weakref.WeakKeyD
 """The scopes of each model that are not yet known to be undone, in the order in which they were opened."""
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
-_bookkeeping = threading.Lock()
 
 
 class _Guard:
@@ -109,20 +108,19 @@ def _is_recomputing() -> bool:
 
 def model_lock(model: Any) -> Any:
     """The lock of a model: whoever runs it or hangs something on it through this package holds it meanwhile."""
-    with _bookkeeping:
-        return _locks.setdefault(model, threading.RLock())
+    return _locks.setdefault(model, threading.RLock())
 
 
 def repair(model: Any) -> None:
     """Undo what an interrupt left on the model, the newest first."""
-    ledger = _ledgers.get(model)
-    if not ledger:
-        return
+    ledger = _ledgers.get(model, [])
     for scope in ledger[::-1]:
         if scope.is_stale:
             scope.close()
-    with _bookkeeping:
-        ledger[:] = [scope for scope in ledger if not scope._closed]
+        if scope._closed:
+            # Each change of the list is one step that no other thread can come between: no lock to be left locked.
+            with suppress(ValueError):
+                ledger.remove(scope)
 
 
 @contextmanager
@@ -134,8 +132,7 @@ def scope_on(model: Any, undo: Callable[[Scope], None]) -> Iterator[Scope]:
     repair(model)
     guard = _Guard()
     scope = Scope(undo, guard)
-    with _bookkeeping:
-        _ledgers.setdefault(model, []).append(scope)
+    _ledgers.setdefault(model, []).append(scope)
     # Where the lines below are cut off by an interrupt, this closes the scope as soon as their frames are freed.
     finalizer = weakref.finalize(guard, scope.close)
     finalizer.atexit = False

@@ -202,7 +202,9 @@ def _run_stage(run: Context, stage: Stage) -> dict[str, str]:
             if run.progress:
                 tqdm.write(f"{stage}, {name} failed: {error}", file=sys.stderr)
         took = {"stage": stage, "piece": name, "seconds": round(perf_counter() - start, 1)}
-        JsonLines(run.folder / TIMES).append([{**took, "ended": strftime("%Y-%m-%dT%H:%M:%S")}])
+        times = JsonLines(run.folder / TIMES)
+        times.mend(list(took))
+        times.append([{**took, "ended": strftime("%Y-%m-%dT%H:%M:%S")}])
     if not failures:
         write_json(stage_record(run.folder, stage), _record(run, stage))
     return failures

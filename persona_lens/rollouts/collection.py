@@ -19,7 +19,7 @@ from persona_lens.locks import writes_file
 from persona_lens.models import Model
 from persona_lens.records import JsonLines, ensure_writable
 from persona_lens.rollouts.engines import CapturingEngine, ModelEngine, RolloutEngine, StreamingEngine
-from persona_lens.rollouts.rows import Prompt, Rollout, rollouts_from_rows
+from persona_lens.rollouts.rows import FIELDS, Prompt, Rollout, rollouts_from_rows
 from persona_lens.traits import Polarity, Trait
 
 
@@ -63,13 +63,14 @@ def collect_rollouts(
     written as they finish; one that was interrupted is answered again whole, so a resumed run has the rows that an
     uninterrupted one has. What was written before an engine failed stays, and so do rows of `output` that belong to
     other prompts. A `CapturingEngine` also leaves the means of its responses in `captured`. Raises ValueError where
-    `output` holds rows of these prompts made with other settings, OSError where another process writes it.
+    `output` holds rows of these prompts made with other settings or something else than rollouts, OSError where another
+    process writes it.
     """
     file = None if output is None else JsonLines(output)
     if file is not None:
         ensure_writable(file.path)
     with writes_file(None if file is None else file.path):
-        done = {} if file is None else _answered(file.resume(), file.path, prompts, engine.name, seed)
+        done = {} if file is None else _answered(file.resume(FIELDS), file.path, prompts, engine.name, seed)
         with (
             tqdm(total=len(prompts), initial=len(done), desc="rollouts", unit="row", disable=not progress) as bar,
             closing(_fresh(engine, prompts, done, seed, captured, progress)) as answers,

@@ -5,7 +5,7 @@ Knows nothing about who answers.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -104,6 +104,10 @@ class Rollout:
         messages = tuple(self.prompt.messages)
         response = "" if self.is_empty else self.response_tokens or self.response
         return Conversation(messages, response, self.question, str(self.instruction))
+
+
+FIELDS = tuple(each.name for each in fields(Rollout) if each.default is MISSING)
+"""What every row of a file of rollouts has."""
 
 
 def rollouts_from_rows(rows: Iterable[dict[str, Any]], source: str | Path) -> list[Rollout]:

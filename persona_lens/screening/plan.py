@@ -6,10 +6,10 @@ Knows tokenizers; knows nothing about models or vectors.
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 
 from persona_lens.chat import chat_messages, render_prompt
 from persona_lens.locks import alone, sweep_up
-from persona_lens.records import JsonLines, read_json, room_for, write_json
+from persona_lens.records import JsonLines, empty_folder, read_json, room_for, write_json
 from persona_lens.screening.families import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
 from persona_lens.screening.samples import Rejection, Rows, Sample, Turns, fingerprint, stream_samples
 from persona_lens.screening.units import PlannedRow, cut_units, read_unit, write_units
 
 PLAN, REJECTS, SETTINGS = "plan", "rejects.jsonl", "settings.json"
+_REJECT_FIELDS = [each.name for each in fields(Rejection)]
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,28 @@ def make_plan(
         sweep_up(output)
         refuse_other_run(output, wanted)
         if not (output / PLAN).exists():
-            _make(tokenizer, room, datasets, choices, output, progress)
-            write_json(output / SETTINGS, wanted)
+            _make(tokenizer, room, datasets, choices, output, wanted, progress)
     return read_plan(output)
 
 
 def refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the first difference, where a folder holds a run with other settings."""
-    if not (output / SETTINGS).exists():
-        if any(output.glob("scored*.jsonl")) or (output / "scores.parquet").exists():
-            raise ValueError(f"{output} holds scores without their settings: choose another folder.")
-        # Made up to its very end, and interrupted there.
-        shutil.rmtree(output / PLAN, ignore_errors=True)
+    """Raise ValueError, naming the first difference, where a folder holds a run with other settings.
+
+    A folder with files of these names that are no screening's is refused too.
+    """
+    if not (output / PLAN / "plan.json").exists():
+        # Nothing is begun, so nothing may be here yet that a screening writes, but for what an interrupted plan left.
+        written = (PLAN, "scores.parquet", "summary.json")
+        for path in (*(output / name for name in written), *output.glob("scored*.jsonl")):
+            if os.path.lexists(path):
+                raise ValueError(f"{output} holds {path.name} without the plan of a screening: choose another folder.")
+        if (output / SETTINGS).exists():
+            _read_settings(output)
+        JsonLines(output / REJECTS).refuse_other_file(_REJECT_FIELDS)
         return
-    kept = read_json(output / SETTINGS)
+    if not (output / SETTINGS).exists():
+        raise ValueError(f"{output} holds a plan without its settings: choose another folder, or delete it.")
+    kept = _read_settings(output)
     for name in (*wanted, *kept):
         if kept.get(name) != wanted.get(name):
             raise ValueError(
@@ -102,14 +111,24 @@ def refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
             )
 
 
+def _read_settings(output: Path) -> dict[str, Any]:
+    kept = read_json(output / SETTINGS)
+    if not isinstance(kept, dict) or "datasets" not in kept:
+        raise ValueError(f"{output / SETTINGS} does not hold the settings of a screening: choose another folder.")
+    return kept
+
+
 def _make(
-    tokenizer: Any, room: Room, datasets: Mapping[str, Rows], choices: Choices, output: Path, progress: bool
+    tokenizer: Any,
+    room: Room,
+    datasets: Mapping[str, Rows],
+    choices: Choices,
+    output: Path,
+    settings: Mapping[str, Any],
+    progress: bool,
 ) -> None:
-    unfinished = output / f".{PLAN}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (output / REJECTS).unlink(missing_ok=True)
-    unfinished.mkdir()
-    planner = Planner(tokenizer, room, choices, JsonLines(output / REJECTS))
+    unfinished = empty_folder(output / f".{PLAN}.unfinished")
+    planner = Planner(tokenizer, room, choices, JsonLines(unfinished / REJECTS))
     turns = Turns(choices.first_turn, choices.given_base)
     with (
         room_for(output / PLAN),
@@ -121,10 +140,13 @@ def _make(
             rows = planner.drawn(rows, choices.sample, unfinished / "spool.arrow")
         n_units, n_rows = write_units(unfinished / PLAN, cut_units(planner.with_families(rows, seen)))
         planner.flush()
+    os.replace(unfinished / REJECTS, output / REJECTS)
     if not n_rows:
         raise ValueError(f"No sample is left to screen: {planner.in_words()}. {output / REJECTS} lists rejected rows.")
     made = {"units": n_units, "rows": n_rows, "counts": planner.counts(n_rows)}
     write_json(unfinished / PLAN / "plan.json", made)
+    # The settings first: a plan without them would be nobody's.
+    write_json(output / SETTINGS, settings)
     (unfinished / PLAN).rename(output / PLAN)
     unfinished.rmdir()
 

@@ -21,7 +21,7 @@ from persona_lens.screening.plan import SETTINGS, Plan, make_plan, read_plan
 from persona_lens.screening.planning import Choices, Room
 from persona_lens.screening.result import Screening, read_screening, write_summary
 from persona_lens.screening.samples import Data, named_datasets
-from persona_lens.screening.scores import TABLE, log_path, log_unit, scored_units, write_table
+from persona_lens.screening.scores import LOG_FIELDS, TABLE, log_path, log_unit, scored_units, write_table
 from persona_lens.screening.scoring import Base, ModelScorer, RowScore, Scorer, Scoring
 from persona_lens.screening.workers import score_with_actors
 from persona_lens.vectors import PersonaVector
@@ -174,7 +174,7 @@ def score_units(
     """
     log = JsonLines(log_path(folder, shard))
     with writes_file(log.path):
-        log.mend()
+        log.mend(LOG_FIELDS)
         done = scored_units(folder)
         missing = [unit for unit in range(shard[0], plan.n_units, shard[1]) if unit not in done]
         total = len(range(shard[0], plan.n_units, shard[1]))

@@ -5,7 +5,6 @@ processes may each keep a log of their own. The table has one row for each sampl
 Knows nothing about models.
 """
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from persona_lens.records import JsonLines, room_for
+from persona_lens.records import JsonLines, empty_folder, room_for, whole_file
 from persona_lens.screening.plan import Plan
 from persona_lens.screening.scoring import RowScore
 from persona_lens.screening.units import PlannedRow
@@ -25,6 +24,10 @@ ENDS = ("response", "prompt", "base")
 N_FIELDS = len(RowScore._fields)
 # A row group of the table; what is held in memory at once.
 CHUNK = 65536
+
+
+LOG_FIELDS = ("unit", "rows")
+"""What every line of a log has."""
 
 
 def log_path(output: Path, shard: tuple[int, int]) -> Path:
@@ -68,19 +71,15 @@ def write_table(output: Path, plan: Plan, vectors: Sequence[str]) -> None:
     Memory is bounded by a chunk of rows, however many there are: rows are first dealt out to chunks on the disk.
     """
     schema = table_schema(vectors)
-    scratch, unfinished = output / ".chunks.unfinished", output / f".{TABLE}.unfinished"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = empty_folder(output / ".chunks.unfinished")
     try:
-        with room_for(output / TABLE):
-            scratch.mkdir()
+        with room_for(output / TABLE), whole_file(output / TABLE, "name another output") as unfinished:
             chunks = _dealt(_records(output, plan, vectors), schema, scratch)
             with pyarrow.parquet.ParquetWriter(unfinished, schema, compression="zstd") as writer:
                 for path in chunks:
                     with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
                         writer.write_table(reader.read_all().sort_by("row"), row_group_size=CHUNK)
-            os.replace(unfinished, output / TABLE)
     finally:
-        unfinished.unlink(missing_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from persona_lens.locks import writes_file
 from persona_lens.records import DAMAGE, write_json
 from persona_lens.thresholds.threshold import Identified, Threshold
 
@@ -19,7 +20,8 @@ THRESHOLDS_FILE = "thresholds.json"
 def save_thresholds(path: str | os.PathLike[str], thresholds: Iterable[Threshold]) -> Path:
     """Write `thresholds.json` beside a vector file or into a run's folder, whole or not at all; gives its path.
 
-    Thresholds that are there already stay, unless a new one is for the same trait, layer and kind of value.
+    Thresholds that are there already stay, unless a new one is for the same trait, layer and kind of value; several
+    processes may save at once.
     Raises FileNotFoundError without the folder, ValueError where the file there is damaged or two are for the same.
     """
     file, new = _file(path), list(thresholds)
@@ -28,10 +30,12 @@ def save_thresholds(path: str | os.PathLike[str], thresholds: Iterable[Threshold
         raise ValueError("Two of these thresholds are for the same trait, layer and kind of value: keep one of them.")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {file.parent}: name a run's folder or a saved vector file.")
-    kept = {_key(each): each for each in (_read(file) if file.exists() else [])}
-    merged = kept | dict(zip(keys, new, strict=True))
-    rows = [merged[key].to_dict() for key in sorted(merged)]
-    write_json(file, {"format_version": FORMAT_VERSION, "thresholds": rows})
+    # Whoever writes at the same time is waited for, so that nobody's thresholds are lost.
+    with writes_file(file, wait=True):
+        kept = {_key(each): each for each in (_read(file) if file.exists() else [])}
+        merged = kept | dict(zip(keys, new, strict=True))
+        rows = [merged[key].to_dict() for key in sorted(merged)]
+        write_json(file, {"format_version": FORMAT_VERSION, "thresholds": rows})
     return file
 
 
