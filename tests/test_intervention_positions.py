@@ -1,5 +1,7 @@
 """Which tokens `at` names: against plain Hugging Face layers, however a text is run, padded, cached or generated."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from persona_lens.activations import mean_activations, stream_means
 from persona_lens.chat import ChatBatch, ChatTokens, collate
 from persona_lens.generation import generate
 from persona_lens.interventions import Steer, ablate, intervene, steer
-from persona_lens.models import forward, residual_points
+from persona_lens.models import Past, forward, residual_points
 from tests import naive, tiny
 from tests.intervention_cases import EXACT, IDS, TOKENS, logits, some_vectors, steered_greedy, stream
 
@@ -104,15 +106,19 @@ def test_response_and_prompt_share_only_the_last_prompt_token(tiny_model):
 @SIDES
 @pytest.mark.parametrize("at", ["response", "prompt"])
 def test_the_cache_tells_the_prompt_from_the_response(tiny_model, tiny_hf_model, rows, at, side):
-    vectors = some_vectors(tiny_model)
+    vectors, found = some_vectors(tiny_model), []
     prompts = collate([ChatTokens(row.prompt) for row in rows], pad_side=side)
     answers = collate([ChatTokens(row.response) for row in rows])
     with steer(tiny_model, vectors, 1.5, at=at):
         _, past = forward(tiny_model, prompts.tokens, prompts.attention_mask, keep_past=True)
-        found = captured(tiny_model, lambda: forward(tiny_model, answers.tokens, answers.attention_mask, past=past))
+        for place in range(answers.tokens.shape[1]):
+            token, mask = answers.tokens[:, place : place + 1], answers.attention_mask[:, place : place + 1]
+            found.append(captured(tiny_model, partial(forward, tiny_model, token, mask, past=past)))
+            past = Past(past.cache, torch.cat([past.mask, mask], dim=1))
     for index, row in enumerate(rows):
+        own = torch.cat(found, dim=2)[:, index, answers.attention_mask[index]]
         expected = slow_stream(tiny_hf_model, row, vectors, at)[1:, len(row.prompt) :]
-        assert naive.relative_error(found[:, index, answers.attention_mask[index]], expected) < 1e-5
+        assert naive.relative_error(own, expected) < 1e-5
 
 
 @pytest.mark.parametrize("at", ["response", "prompt"])
