@@ -173,6 +173,31 @@ def test_generated_text_follows_the_references_rule(tiny_model, tiny_hf_model, r
         assert found != naive.greedy(tiny_hf_model, row.prompt, STEPS, stops)
 
 
+@pytest.mark.parametrize("way", ["TransformerLens with a cache", "Hugging Face with a cache"])
+def test_a_prompt_of_one_token_is_told_from_the_tokens_after_it(tiny_model, tiny_hf_model, model_class, way):
+    """All passes have one shape there, and only the first one is the prompt's."""
+    if way.startswith("Hugging Face") and model_class == "HookedTransformer":
+        pytest.skip("a HookedTransformer holds no Hugging Face model")
+    vectors, stops = some_vectors(tiny_model), {tiny_model.tokenizer.eos_token_id}
+    with steer(tiny_model, vectors, 1.5, at="prompt"):
+        found = spoken(tiny_model, (9,), way)
+    expected = steered_greedy(tiny_hf_model, (9,), STEPS, stops, vectors, COEFFICIENTS, "prompt")
+    assert found == expected
+    assert len(found) > 1
+
+
+def test_passes_of_one_shape_have_each_their_own_padding(tiny_model, tiny_hf_model):
+    """Two batches of one shape in one context, padded by one token and by three."""
+    vectors = some_vectors(tiny_model)
+    with steer(tiny_model, vectors, 1.5, at="response", prompt_lengths=[2]):
+        for padding in (1, 3):
+            ids, mask = [0] * padding + IDS[0][padding:], torch.arange(7)[None] >= padding
+            found = captured(tiny_model, lambda ids=ids, mask=mask: forward(tiny_model, torch.tensor([ids]), mask))
+            row = ChatTokens(tuple(ids[padding : padding + 2]), tuple(ids[padding + 2 :]))
+            expected = slow_stream(tiny_hf_model, row, vectors, "response")[1:]
+            assert naive.relative_error(found[:, 0, padding:], expected) < 1e-5
+
+
 @pytest.mark.parametrize("way", ["ours", "TransformerLens with a cache", "TransformerLens without"])
 def test_generated_text_with_learned_positions_follows_the_references_rule(tiny_gpt2, tiny_hf_gpt2, way):
     vectors, stops = some_vectors(tiny_gpt2), {tiny_gpt2.tokenizer.eos_token_id}
