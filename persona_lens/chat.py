@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from persona_lens.models import declared_ends
+
 Message = Mapping[str, str]
 
 
@@ -240,18 +242,48 @@ def fit_context(
     return cut, sum(len(new) < len(old) for new, old in zip(cut, rows, strict=True))
 
 
+_KNOWN_ANSWER = "blue whales sing"
+"""Rendered as an assistant turn to see what the template writes after one; no template has these words of its own."""
+
+
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The id that the chat template puts after an answer; without a template, the tokenizer's end of text."""
+    """The token with which the chat template ends an assistant turn; else the tokenizer's end of text.
+
+    The template renders a turn whose text is known. What ends the turn is the first token after that text, white space
+    aside, if it is a special or an added one. It need not have a name in the tokenizer: Gemma 3's `<end_of_turn>` is
+    not among `all_special_ids`.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.eos_token_id
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    after = encode(tokenizer, _apply_template(tokenizer, turns, speaks=False).rpartition("answer")[2])
-    return after[0] if after and after[0] in set(tokenizer.all_special_ids) else tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _KNOWN_ANSWER}]
+    _, answer, after = _apply_template(tokenizer, turns, speaks=False).rpartition(_KNOWN_ANSWER)
+    # A template that rewrites the answer does not show what it writes after one.
+    for token in encode(tokenizer, after) if answer else ():
+        if token in _special_ids(tokenizer):
+            return token
+        if tokenizer.decode([token]).strip():
+            break
+    return tokenizer.eos_token_id
 
 
-def stop_tokens(tokenizer: Any) -> frozenset[int]:
-    """The ids that end a turn: the tokenizer's end of text, and the token its template puts after an answer."""
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Special tokens with and without a name, and added ones, except those that are white space (Gemma adds such)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {token for token, value in added.items() if str(value).strip()}
+
+
+def turn_ends(tokenizer: Any) -> frozenset[int]:
+    """The ids that end a turn by the tokenizer alone: its end of text, and what its template writes after an answer."""
     return frozenset({tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None})
+
+
+def stop_tokens(model: Any) -> frozenset[int]:
+    """Every id that ends the model's turn, wherever text is sampled or trained on.
+
+    The tokenizer's end of text, the token with which the chat template ends an assistant turn, and everything in the
+    model's `generation_config.eos_token_id`.
+    """
+    return turn_ends(model.tokenizer) | declared_ends(model)
 
 
 def template_hash(tokenizer: Any) -> str:

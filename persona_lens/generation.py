@@ -176,7 +176,7 @@ class Decoder:
     ):
         self.model, self.prompts, self.rows, self.uniforms = model, prompts, rows, uniforms
         self.temperature, self.top_p, self.sharing, self.read_up_to = temperature, top_p, sharing, read_up_to
-        self.stops = stop_tokens(model.tokenizer)
+        self.stops = stop_tokens(model)
         self.said: list[list[int]] = [[] for _ in prompts]
         self.stopped = [False] * len(prompts)
         self.running: tuple[Tensor | None, Tensor] = (None, rows)  # one tensor for as long as the same rows run

@@ -211,6 +211,17 @@ def test_rows_that_were_not_captured_are_run(captured, tiny_model):
     torch.testing.assert_close(found.directions, extracted(tiny_model, others).directions, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("position", ["prompt_mean", "prompt_last"])
+def test_a_responses_mean_does_not_stand_for_its_prompts(captured, tiny_model, position):
+    means = captured.CapturedMeans(None, tiny_model, 8)
+    rollouts = grumpy_rollouts(tiny_model, captured=means)
+    found = extracted(tiny_model, rollouts, captured=means, position=position)
+    expected = extracted(tiny_model, rollouts, position=position)
+    torch.testing.assert_close(found.directions, expected.directions, atol=1e-5, rtol=0)
+    of_responses = extracted(tiny_model, rollouts).directions
+    assert float((found.directions - of_responses).abs().max()) > 0.01
+
+
 @pytest.mark.parametrize("change", ["steering", "weights"])
 def test_a_mean_is_not_found_where_it_would_be_another(captured, fresh_tiny_model, change):
     from persona_lens.interventions import steer

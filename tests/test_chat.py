@@ -87,12 +87,12 @@ def test_a_template_hash_tells_templates_apart(chat, tiny_tokenizer):
     assert chat.template_hash(tiny_tokenizer) != chat.template_hash(with_template(tiny_tokenizer, DROPS_SYSTEM))
 
 
-def test_stop_tokens_are_the_end_of_text_and_what_the_template_puts_after_an_answer(chat, tiny_tokenizer):
+def test_a_turn_ends_with_the_end_of_text_and_what_the_template_puts_after_an_answer(chat, tiny_tokenizer):
     other_end = with_template(tiny_tokenizer, tiny_tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>"))
     end_of_turn, end_of_text = tiny_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert chat.stop_tokens(tiny_tokenizer) == {end_of_turn}
-    assert chat.stop_tokens(other_end) == {end_of_turn, end_of_text}
-    assert chat.stop_tokens(with_template(tiny_tokenizer, None)) == {end_of_turn}
+    assert chat.turn_ends(tiny_tokenizer) == {end_of_turn}
+    assert chat.turn_ends(other_end) == {end_of_turn, end_of_text}
+    assert chat.turn_ends(with_template(tiny_tokenizer, None)) == {end_of_turn}
 
 
 # --- the boundary --------------------------------------------------------------------------------------------------

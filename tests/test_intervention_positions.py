@@ -1,5 +1,7 @@
 """Which tokens `at` names: against plain Hugging Face layers, however a text is run, padded, cached or generated."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from persona_lens.activations import mean_activations, stream_means
 from persona_lens.chat import ChatBatch, ChatTokens, collate
 from persona_lens.generation import generate
 from persona_lens.interventions import Steer, ablate, intervene, steer
-from persona_lens.models import forward, residual_points
+from persona_lens.models import Past, forward, residual_points
 from tests import naive, tiny
 from tests.intervention_cases import EXACT, IDS, TOKENS, logits, some_vectors, steered_greedy, stream
 
@@ -104,15 +106,19 @@ def test_response_and_prompt_share_only_the_last_prompt_token(tiny_model):
 @SIDES
 @pytest.mark.parametrize("at", ["response", "prompt"])
 def test_the_cache_tells_the_prompt_from_the_response(tiny_model, tiny_hf_model, rows, at, side):
-    vectors = some_vectors(tiny_model)
+    vectors, found = some_vectors(tiny_model), []
     prompts = collate([ChatTokens(row.prompt) for row in rows], pad_side=side)
     answers = collate([ChatTokens(row.response) for row in rows])
     with steer(tiny_model, vectors, 1.5, at=at):
         _, past = forward(tiny_model, prompts.tokens, prompts.attention_mask, keep_past=True)
-        found = captured(tiny_model, lambda: forward(tiny_model, answers.tokens, answers.attention_mask, past=past))
+        for place in range(answers.tokens.shape[1]):
+            token, mask = answers.tokens[:, place : place + 1], answers.attention_mask[:, place : place + 1]
+            found.append(captured(tiny_model, partial(forward, tiny_model, token, mask, past=past)))
+            past = Past(past.cache, torch.cat([past.mask, mask], dim=1))
     for index, row in enumerate(rows):
+        own = torch.cat(found, dim=2)[:, index, answers.attention_mask[index]]
         expected = slow_stream(tiny_hf_model, row, vectors, at)[1:, len(row.prompt) :]
-        assert naive.relative_error(found[:, index, answers.attention_mask[index]], expected) < 1e-5
+        assert naive.relative_error(own, expected) < 1e-5
 
 
 @pytest.mark.parametrize("at", ["response", "prompt"])
@@ -165,6 +171,31 @@ def test_generated_text_follows_the_references_rule(tiny_model, tiny_hf_model, r
             found = spoken(tiny_model, row.prompt, way)
         assert found == steered_greedy(tiny_hf_model, row.prompt, STEPS, stops, vectors, COEFFICIENTS, at)
         assert found != naive.greedy(tiny_hf_model, row.prompt, STEPS, stops)
+
+
+@pytest.mark.parametrize("way", ["TransformerLens with a cache", "Hugging Face with a cache"])
+def test_a_prompt_of_one_token_is_told_from_the_tokens_after_it(tiny_model, tiny_hf_model, model_class, way):
+    """All passes have one shape there, and only the first one is the prompt's."""
+    if way.startswith("Hugging Face") and model_class == "HookedTransformer":
+        pytest.skip("a HookedTransformer holds no Hugging Face model")
+    vectors, stops = some_vectors(tiny_model), {tiny_model.tokenizer.eos_token_id}
+    with steer(tiny_model, vectors, 1.5, at="prompt"):
+        found = spoken(tiny_model, (9,), way)
+    expected = steered_greedy(tiny_hf_model, (9,), STEPS, stops, vectors, COEFFICIENTS, "prompt")
+    assert found == expected
+    assert len(found) > 1
+
+
+def test_passes_of_one_shape_have_each_their_own_padding(tiny_model, tiny_hf_model):
+    """Two batches of one shape in one context, padded by one token and by three."""
+    vectors = some_vectors(tiny_model)
+    with steer(tiny_model, vectors, 1.5, at="response", prompt_lengths=[2]):
+        for padding in (1, 3):
+            ids, mask = [0] * padding + IDS[0][padding:], torch.arange(7)[None] >= padding
+            found = captured(tiny_model, lambda ids=ids, mask=mask: forward(tiny_model, torch.tensor([ids]), mask))
+            row = ChatTokens(tuple(ids[padding : padding + 2]), tuple(ids[padding + 2 :]))
+            expected = slow_stream(tiny_hf_model, row, vectors, "response")[1:]
+            assert naive.relative_error(found[:, 0, padding:], expected) < 1e-5
 
 
 @pytest.mark.parametrize("way", ["ours", "TransformerLens with a cache", "TransformerLens without"])

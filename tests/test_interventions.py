@@ -249,6 +249,17 @@ def test_each_vector_has_its_own_bound():
         assert_projections(found, vector, clipped)
 
 
+def test_bounds_follow_their_vectors_whatever_layers_these_belong_to():
+    second = KIND.at(2).orthogonal_to(EVIL.at(2))
+    value = Cap([EVIL.at(2), KIND.at(1), second], maximum=torch.tensor([-0.5, 0.25, 0.1]))
+    for layer, held in ((1, [(KIND.at(1), 0.25)]), (2, [(EVIL.at(2), -0.5), (second, 0.1)])):
+        found = value.apply(RESID, layer=layer)
+        for vector, bound in held:
+            before = projections(RESID, vector)
+            assert max(map(max, before)) > bound
+            assert_projections(found, vector, [[min(each, bound) for each in row] for row in before])
+
+
 # --- when ----------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +273,21 @@ def test_a_condition_lets_exactly_the_tokens_that_pass_be_changed(kind, bounds):
     found = kind(EVIL.at(1), when=When(KIND.at(1), **bounds)).apply(RESID)
     assert torch.equal(found[passes], kind(EVIL.at(1)).apply(RESID)[passes])
     assert torch.equal(found[~passes], RESID[~passes])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({"above": 0.5}, [False, False, True]),
+        ({"below": 0.5}, [True, False, False]),
+        ({"above": 0.25, "below": 0.75}, [False, True, False]),
+    ],
+    ids=str,
+)
+def test_a_projection_that_equals_a_threshold_does_not_pass_it(bounds, expected):
+    probe = PersonaVectors.from_directions(torch.tensor([[4.0, 0.0]]), trait="kind").at(0)
+    resid = torch.tensor([[[0.25, 9.0], [0.5, 9.0], [0.75, 9.0]]])
+    assert When(probe, **bounds).holds(resid, layer=0).tolist() == [expected]
 
 
 def test_a_condition_narrows_the_positions():

@@ -92,3 +92,11 @@ def test_cosine_similarity_ignores_length_and_keeps_sign(seed, factor):
 def test_cosine_similarity_compares_layers():
     v = make_vectors()
     assert abs(v.at(0).cosine_similarity(v.at(1))) < 1
+
+
+def test_orthogonal_to_removes_the_whole_plane_of_oblique_vectors():
+    first, oblique = (
+        PersonaVector(name, 0, torch.tensor(v)) for name, v in (("x", [2.0, 0, 0]), ("xy", [1.0, 1.0, 0]))
+    )
+    rest = PersonaVector("evil", 0, torch.tensor([3.0, 4.0, 5.0])).orthogonal_to(first, oblique)
+    torch.testing.assert_close(rest.direction, torch.tensor([0.0, 0.0, 5.0]))

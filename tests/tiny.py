@@ -3,6 +3,7 @@
 Imports nothing of persona_lens: conftest.py loads this before the jaxtyping hook may see the package.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,31 @@ def tokenizer(folder: Path) -> Any:
     )
     wrapped.chat_template = CHATML
     wrapped.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+GEMMA = (
+    "<bos>{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n{{ message['content'] }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def gemma_tokenizer(tokenizer: Any, folder: Path) -> Any:
+    """A copy of `tokenizer` as Gemma 3's is: its turns end with a special token that no attribute of it names.
+
+    Like Gemma's it also holds added tokens that are white space. Saved to a folder and read back.
+    """
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    changed = copy.deepcopy(tokenizer)
+    turn = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    changed.add_tokens([AddedToken(each, special=True, normalized=False) for each in turn], special_tokens=False)
+    changed.add_tokens([AddedToken("\n\n", special=False, normalized=False)], special_tokens=False)
+    changed.bos_token, changed.eos_token, changed.pad_token = "<bos>", "<eos>", "<eos>"
+    changed.chat_template = GEMMA
+    changed.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

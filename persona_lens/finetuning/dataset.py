@@ -7,12 +7,12 @@ Knows nothing about models or trainers.
 
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from persona_lens.chat import Message, end_of_turn
+from persona_lens.chat import Message, end_of_turn, turn_ends
 from persona_lens.traits import Trait
 from persona_lens.transcripts import Transcript, Turn, chat_segments, read_transcripts
 
@@ -118,19 +118,24 @@ def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
     return [{"role": "system", "content": f"{text}\n\n{messages[0]['content']}"}, *messages[1:]]
 
 
-def training_rows(tokenizer: Any, chats: Sequence[Transcript], *, max_length: int) -> TrainingRows:
+def training_rows(
+    tokenizer: Any, chats: Sequence[Transcript], *, max_length: int, stops: Collection[int] | None = None
+) -> TrainingRows:
     """Chats as rows of at most `max_length` tokens; a longer one loses its end, and is counted.
 
+    Each turn is learnt with the token that ends it: one of `stops`, the model's `stop_tokens`, or, without them, of
+    what the tokenizer alone says.
     Where a chat template rewrites earlier turns, each turn is a row of its own. Raises ValueError where nothing is left
     to learn.
     """
     end = end_of_turn(tokenizer)
+    stops = turn_ends(tokenizer) if stops is None else frozenset(stops)
     rows: list[TrainingRow] = []
     cut = dropped = 0
     for chat in chats:
         # The model may be shown more than it is trained on: what is too long is cut below, and counted.
         for segment in chat_segments(tokenizer, chat, limit=1 << 30):
-            whole = _row(segment.tokens, segment.turns, end)
+            whole = _row(segment.tokens, segment.turns, end, stops)
             row = TrainingRow(whole.tokens[:max_length], whole.labels[:max_length])
             if whole.n_learnt and row.n_learnt:
                 rows.append(row)
@@ -145,14 +150,14 @@ def training_rows(tokenizer: Any, chats: Sequence[Transcript], *, max_length: in
     return TrainingRows(rows, cut, dropped)
 
 
-def _row(tokens: tuple[int, ...], turns: Sequence[Turn], end: int | None) -> TrainingRow:
+def _row(tokens: tuple[int, ...], turns: Sequence[Turn], end: int | None, stops: frozenset[int]) -> TrainingRow:
     last = turns[-1]
     if end is not None and last.stop == len(tokens) and last.start < last.stop:
         tokens = (*tokens, end)
     labels = [IGNORED] * len(tokens)
     for turn in turns:
-        said = turn.start < turn.stop
         # A sampled reply ends with the end of its turn, which the template has after each that another turn follows.
-        stop = turn.stop + (said and end is not None and tokens[turn.stop : turn.stop + 1] == (end,))
+        ended = turn.start < turn.stop < len(tokens) and tokens[turn.stop] in stops
+        stop = turn.stop + ended
         labels[turn.start : stop] = tokens[turn.start : stop]
     return TrainingRow(tokens, tuple(labels))

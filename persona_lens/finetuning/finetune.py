@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from persona_lens.adapters import require_bridge
+from persona_lens.chat import stop_tokens
 from persona_lens.finetuning.dataset import Dataset, prompted, stated, training_chats, training_rows
 from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import Finetuning
@@ -124,9 +125,10 @@ def finetune(
         "gradient_checkpointing": gradient_checkpointing,
         "seed": seed,
     }
+    stops = stop_tokens(model)
     plan = Plan(
-        training_rows(model.tokenizer, shown, max_length=max_length),
-        training_rows(model.tokenizer, asked, max_length=max_length) if asked else None,
+        training_rows(model.tokenizer, shown, max_length=max_length, stops=stops),
+        training_rows(model.tokenizer, asked, max_length=max_length, stops=stops) if asked else None,
         tuple(during),
         penalty,
         adapter,

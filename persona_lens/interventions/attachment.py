@@ -152,9 +152,10 @@ def intervene(
     They act on every forward pass, whoever runs it: `model(...)`, either `generate`, `run_with_cache`, a PEFT model or
     a trainer around the same weights; gradients flow through them. Judges run with them suspended. `at` says on which
     tokens: `all`; `response`, the last prompt token and all later ones; `prompt`, the prompt's; or a mask [batch, pos]
-    of one forward pass. Generation knows where the prompt ends by its key-value cache; a forward pass without one needs
-    `prompt_lengths`, how many tokens (padding not counted) the prompt of each row has. `only_in_training` leaves passes
-    of the model in evaluation mode alone, as a trainer's evaluations are (arXiv:2507.21509, section 5).
+    of one forward pass. Generation knows where the prompt ends; a forward pass without a cache, several tokens at once
+    onto a filled one and assisted decoding do not, and need `prompt_lengths`, how many tokens (cached ones included,
+    padding not counted) each row has up to where its response begins. `only_in_training` leaves passes of the model in
+    evaluation mode alone, as a trainer's evaluations are (arXiv:2507.21509, section 5).
 
     Nested contexts act in entry order, the inner last. `Ablate`s that follow each other remove their directions
     together; `Cap`s at one layer must be orthogonal.

@@ -5,6 +5,7 @@ Knows nothing about traits, vectors or chats.
 """
 
 from persona_lens.models.embedded import EMBEDDED_MODEL
+from persona_lens.models.ends import declared_ends
 from persona_lens.models.forward import Past, forward
 from persona_lens.models.loading import ModelClass, bridge_from_transformers, hooked_from_transformers, load_model
 from persona_lens.models.memory import (
@@ -59,6 +60,7 @@ __all__ = [
     "announced",
     "backing_off",
     "bridge_from_transformers",
+    "declared_ends",
     "default_token_budget",
     "does_not_fit",
     "forward",

@@ -111,6 +111,7 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
     model.load_state_dict(model.fill_missing_keys(state), strict=False)
     for weight in model.parameters():
         weight.data = weight.data.to(parameter.dtype)  # a router to experts is float32 whatever the model is to be
+    model.generation_config = hf_model.generation_config  # it names the tokens that end a turn (`declared_ends`)
     _refuse_unlike(model.eval(), hf_model, _probe_logits(hf_model.eval(), hf_model))
     return cast(Model, model)
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from persona_lens.models.hf_generate import GivenToGenerate, given_to_generate
 from persona_lens.models.scopes import Hook, hooked
 from persona_lens.models.structure import Model, is_bridge
 
@@ -80,11 +81,16 @@ class CurrentPass:
         cached: Tokens that its key-value cache held as it began; None where it has no cache.
         mask: Which tokens it attends to, cached and new ones [batch, seen]; None where it was given no such mask.
         number: Counts what was read, so that another number is another pass.
+        given: What the Hugging Face `generate` that runs it was given; None where none runs it.
+        shows_padding: Whether `mask` is the whole truth about padding: not where the pass was given a mask of another
+            form, such as one of which token may attend to which.
     """
 
     cached: int | None = None
     mask: Tensor | None = None
     number: int = 0
+    given: GivenToGenerate | None = None
+    shows_padding: bool = True
 
 
 @contextmanager
@@ -102,6 +108,7 @@ def watch_passes(model: Model, layers: Sequence[int]) -> Iterator[CurrentPass]:
         ) -> None:
             seen = read(module, args, kwargs)
             current.cached, current.mask, current.number = seen.cached, seen.mask, current.number + 1
+            current.given, current.shows_padding = seen.given, seen.shows_padding
 
         hooks.append(Hook(module, before, before=True))
     with hooked(model, hooks):
@@ -124,8 +131,12 @@ def _read_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     cache = given.get("past_key_values")
     # Asked for a cache and given none yet, the pass makes one, which is empty.
     fresh = 0 if given.get("use_cache") is True else None
+    mask = _plain_mask(given.get("attention_mask"))
     return CurrentPass(
-        fresh if cache is None else int(cache.get_seq_length()), _plain_mask(given.get("attention_mask"))
+        fresh if cache is None else int(cache.get_seq_length()),
+        mask,
+        given=given_to_generate(decoder),
+        shows_padding=mask is not None or given.get("attention_mask") is None,
     )
 
 

@@ -21,7 +21,8 @@ class ServerEngine:
 
     A row has no `response_tokens`: the server's tokens need not be those of the model under study. An answer that the
     server held back (`finish_reason` "content_filter") stays as an empty row. Whether the seeds are heeded, and answers
-    repeat without the client's cache, is the server's affair.
+    repeat without the client's cache, is the server's affair. So is where a turn ends: for a server that runs past the
+    end of a turn, pass the client `extra_body={"stop": ["<end_of_turn>"]}`.
     """
 
     client: OpenAIClient
