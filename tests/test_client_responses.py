@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from persona_lens.clients import OpenAIClient, RejectedRequest, ServerError, UnusableAnswer
+from persona_lens.clients import OpenAIClient, ServerError, UnusableAnswer
 from tests.client_cases import SECRET, asked, client_of, forget_settings
 from tests.fault_server import Fault, FaultServer, always, bad_request, completion, error_in_success, redirect, too_many
 
@@ -216,6 +216,8 @@ def long_is(fault):
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_one_request_that_the_server_will_not_take_is_told_from_a_server_that_fails(status):
+    from persona_lens.clients import RejectedRequest
+
     with FaultServer(faults=long_is(Fault(status, "Too long."))) as server:
         client = client_of(server)
         with pytest.raises(RejectedRequest, match=rf"answered {status} \(Too long\.\): it does not take this") as told:

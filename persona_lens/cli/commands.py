@@ -161,6 +161,8 @@ def extract(
             seed=seed,
             **choices._asdict(),
         )
+        if client:
+            say(f"Rollouts: {client.usage}.")
     else:
         vectors = extract_from_responses(
             ready,

@@ -132,6 +132,8 @@ def screen(
     except ShardsMissing as waiting:
         say(f"{waiting}")
         return
+    if not isinstance(source, str):
+        say(f"Base responses: {source.usage}.")
     report(found, asked, judged)
 
 
