@@ -263,6 +263,33 @@ def test_a_server_that_comes_to_reject_everything_stops_a_run_that_went_well():
     assert [answer.rejection for _, answer in found] == [None] * 3
 
 
+@pytest.mark.parametrize("concurrency", [1, 7, 50])
+def test_first_rows_that_are_all_rejected_stop_the_run_and_none_is_given(concurrency):
+    def takes_only_the_control(body, _):
+        return None if body["messages"][0]["content"] == "Hello" else bad_request("Filtered.")
+
+    found, requests = [], [asked(number) for number in range(100)]
+    with FaultServer(faults=takes_only_the_control) as server, pytest.raises(ServerError) as told:
+        found.extend(client_of(server, concurrency=concurrency).complete_each(requests))
+    assert found == []
+    assert str(told.value) == (
+        f"{server.url} answered 400 (Filtered.): it does not take this request, nor any of the first 20 rows, though "
+        "it takes 'Hello': change what they share, such as a long system prompt or rubric, or the server."
+    )
+    assert len(server.seen) < 100
+
+
+@pytest.mark.parametrize("rows", [19, 30])
+def test_rejected_rows_before_the_first_answer_are_given_once_there_is_one_or_the_run_is_short(rows):
+    def rejects_the_first(body, _):
+        text = body["messages"][0]["content"]
+        return bad_request("Too long.") if text.isdigit() and int(text) < 19 else None
+
+    with FaultServer(faults=rejects_the_first) as server:
+        found = dict(client_of(server, concurrency=1).complete_each([asked(number) for number in range(rows)]))
+    assert [found[index].rejection is not None for index in range(rows)] == [index < 19 for index in range(rows)]
+
+
 def test_a_control_that_fails_for_another_reason_tells_that_one():
     def plan(body, _):
         return bad_request("Too long.") if body["messages"][0]["content"] == "long" else too_many(0.01)

@@ -11,10 +11,10 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from persona_lens.clients.cache import CallCache
-from persona_lens.clients.controls import CONTROL_TEXT, Controls
+from persona_lens.clients.controls import CONTROL_TEXT, Ask, Controls, Result, Results
 from persona_lens.clients.endpoint import NO_KEY, OPENAI_URL, PASSING, Endpoint
 from persona_lens.clients.requests import (
     ChatCompletion,
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     import openai
 
 INSTALL_COMMAND = 'pip install "persona-lens[servers]"'
-
-Ask = Callable[[ChatRequest], Awaitable[ChatCompletion]]
-Result = TypeVar("Result")
 
 
 class OpenAIClient:
@@ -152,7 +149,7 @@ class OpenAIClient:
 
         Raises:
             ValueError: The server needs a key, and its variable is not set.
-            ServerError: The server could not be asked, or takes no request with these settings.
+            ServerError: The server could not be asked, takes no request with these settings, or none of the first rows.
             RejectedRequest: It takes other requests, but not this one; a job may catch it.
             UnusableAnswer: It answered every time, with no chat completion or without log-probabilities.
         """
@@ -183,7 +180,7 @@ class OpenAIClient:
 
         limiter, failures, waiting = anyio.Semaphore(self.concurrency), [], iter(enumerate(jobs))
         equals: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
-        controls = Controls()
+        controls, results = Controls(), Results(deliver)
         async with openai.AsyncOpenAI(
             api_key=self.endpoint.key or NO_KEY,
             base_url=self.endpoint.url,
@@ -205,13 +202,14 @@ class OpenAIClient:
                     if failures:
                         return
                     try:
-                        deliver((index, await job(ask)))
+                        await results.add(index, job, ask)
                     except Exception as error:  # raised below, once what runs has finished
                         failures.append(error)
 
             async with anyio.create_task_group() as group:
                 for _ in range(min(self.concurrency, len(jobs))):
                     group.start_soon(worker)
+        results.release()
         if failures:
             raise failures[0]
 

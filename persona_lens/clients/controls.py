@@ -2,18 +2,24 @@
 
 A request that was rejected for good (400, 413, 422) is that row's own fault, such as a text that is too long, only if
 the server takes others with the same settings. Where none was answered since it was sent, a control request finds out:
-the same body, with "Hello" in the place of every text.
+the same body, with "Hello" in the place of every text. Where it takes that and none of the first 20 rows, what these
+share is at fault, and the run stops before one of them is kept as rejected.
 """
 
 import json
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from persona_lens.clients.requests import RejectedRequest
+from persona_lens.clients.requests import ChatCompletion, ChatRequest, RejectedRequest, ServerError
 
 CONTROL_TEXT = "Hello"
+REJECTED_AT_FIRST = 20
+"""So many rows, all rejected and none answered before, stop a run."""
+
+Ask = Callable[[ChatRequest], Awaitable[ChatCompletion]]
+Result = TypeVar("Result")
 
 
 class Controls:
@@ -50,6 +56,45 @@ class Controls:
                 return False
             self._taken_at[settings] = time.monotonic()
             return True
+
+
+class Results(Generic[Result]):
+    """Hands on the results of a run's jobs; those of rejected requests wait until the server has answered one."""
+
+    def __init__(self, deliver: Callable[[tuple[int, Result]], None]):
+        self._deliver = deliver
+        self._held: list[tuple[int, Result]] = []
+        self._answered = self._stopped = False
+
+    async def add(self, index: int, job: Callable[[Ask], Awaitable[Result]], ask: Ask) -> None:
+        """Run a job and hand its result on; raises ServerError where the first rows were all rejected."""
+        rejections: list[RejectedRequest] = []
+
+        async def noting(request: ChatRequest) -> ChatCompletion:
+            try:
+                completion = await ask(request)
+            except RejectedRequest as error:
+                rejections.append(error)
+                raise
+            self._answered = True
+            return completion
+
+        result = await job(noting)
+        self._held.append((index, result))
+        if self._answered or not rejections:
+            self.release()
+        elif len(self._held) >= REJECTED_AT_FIRST:
+            self._stopped = True
+            raise ServerError(
+                f"{str(rejections[0]).removesuffix('.')}, nor any of the first {REJECTED_AT_FIRST} rows, though it "
+                f"takes {CONTROL_TEXT!r}: change what they share, such as a long system prompt or rubric, or the server.",
+                status=rejections[0].status,
+            )
+
+    def release(self) -> None:
+        """Hand on what waits, unless the run was stopped for it."""
+        while self._held and not self._stopped:
+            self._deliver(self._held.pop(0))
 
 
 def control_body(body: Mapping[str, Any]) -> dict[str, Any]:
