@@ -87,7 +87,8 @@ class Results(Generic[Result]):
             self._stopped = True
             raise ServerError(
                 f"{str(rejections[0]).removesuffix('.')}, nor any of the first {REJECTED_AT_FIRST} rows, though it "
-                f"takes {CONTROL_TEXT!r}: change what they share, such as a long system prompt or rubric, or the server.",
+                f"takes {CONTROL_TEXT!r}: change what they share, such as a long system prompt or rubric, "
+                "or the server.",
                 status=rejections[0].status,
             )
 
