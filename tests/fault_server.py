@@ -24,6 +24,7 @@ from tests.server_faults import (
     canonical,
     cut,
     dropped,
+    error_in_success,
     first,
     hang,
     malformed,
@@ -31,6 +32,7 @@ from tests.server_faults import (
     no_logprobs,
     other_model,
     random_faults,
+    redirect,
     server_error,
     too_many,
     unauthorized,
@@ -50,6 +52,7 @@ __all__ = [
     "completion",
     "cut",
     "dropped",
+    "error_in_success",
     "first",
     "hang",
     "malformed",
@@ -57,6 +60,7 @@ __all__ = [
     "no_logprobs",
     "other_model",
     "random_faults",
+    "redirect",
     "server_error",
     "too_many",
     "unauthorized",
@@ -130,6 +134,7 @@ class FaultServer:
         successes: How often each body, in its `canonical` form, was answered in full and without a fault.
         attempts: How often each body came.
         most_in_flight: The most requests that were under way at a time.
+        flooded: How many bytes of endless bodies were sent.
     """
 
     def __init__(
@@ -146,7 +151,7 @@ class FaultServer:
         self.seen: list[Seen] = []
         self.successes: Counter[str] = Counter()
         self.attempts: Counter[str] = Counter()
-        self.in_flight = self.most_in_flight = self.port = 0
+        self.in_flight = self.most_in_flight = self.port = self.flooded = 0
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._ready = threading.Event()
@@ -233,6 +238,8 @@ class FaultServer:
     async def _respond(self, writer: asyncio.StreamWriter, request: Seen, fault: Fault) -> int | str:
         if fault.dropped:
             return "dropped"
+        if fault.endless:
+            return await self._flood(writer, fault)
         if fault.status != 200:
             said = fault.message.replace("{authorization}", request.headers.get("authorization", "none"))
             found: Body | str = {"error": {"message": said, "type": "error", "param": None, "code": None}}
@@ -247,6 +254,19 @@ class FaultServer:
         writer.write(f"HTTP/1.1 {fault.status} Said\r\n{head}\r\n".encode() + sent)
         await writer.drain()
         return fault.status if fault.cut_at is None else "cut"
+
+    async def _flood(self, writer: asyncio.StreamWriter, fault: Fault) -> str:
+        """Send up to 300 MiB for as long as the client takes them; `flooded` counts the bytes."""
+        fields = {"Content-Type": "application/json", "Transfer-Encoding": "chunked", **fault.headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        writer.write(f"HTTP/1.1 {fault.status} Said\r\n{head}\r\n".encode())
+        chunk = b" " * 2**20
+        with suppress(ConnectionError):
+            while self.flooded < 300 * 2**20:
+                writer.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
+                await writer.drain()
+                self.flooded += len(chunk)
+        return "flooded"
 
     def _completion(self, body: Body) -> Body:
         found = self.answer(body)

@@ -26,6 +26,8 @@ class Fault:
     """The share of the body that is sent before the connection is closed, with a Content-Length of the whole."""
     dropped: bool = False
     """The connection is closed before any byte."""
+    endless: bool = False
+    """The body comes in chunks and has no end: it goes on until the client closes the connection."""
 
 
 def too_many(retry_after: float | str | None = None) -> Fault:
@@ -80,6 +82,15 @@ def unauthorized() -> Fault:
 
 def bad_request(message: str = "'temperature' is not supported.") -> Fault:
     return Fault(400, message)
+
+
+def redirect(location: str, status: int = 307) -> Fault:
+    return Fault(status, "It is elsewhere.", {"Location": location})
+
+
+def error_in_success(error: object) -> Fault:
+    """200 whose body is an error, as routers before other servers give it."""
+    return Fault(change=lambda _: {"error": error})
 
 
 Plan = Callable[[Body, int], Fault | None]

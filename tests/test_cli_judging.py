@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from tests import judge_servers
-from tests.fault_server import FaultServer
+from tests.fault_server import FaultServer, bad_request
 from tests.judge_servers import expected_score
 
 
@@ -64,7 +64,8 @@ def test_the_file_says_which_judge_it_was_and_another_is_refused(judge, tmp_path
     with FaultServer(judge_servers.whole_numbers) as server:
         judge(server)
         row = next(iter(scores(tmp_path / "scores.jsonl").values()))
-        assert f"judge-model at {server.url} (expectation over number tokens" in row["judge"]
+        assert f"judge-model at {server.url} (numbers read as the server allows" in row["judge"]
+        assert row["reading"] == "whole numbers"
     with FaultServer(judge_servers.whole_numbers) as other:
         code, _, err = judge(other)
 
@@ -86,7 +87,7 @@ def test_a_dry_run_tells_the_calls_and_makes_none(judge, tmp_path):
 def test_batch_files_take_the_place_of_calls(judge, rollouts, tmp_path):
     with FaultServer(judge_servers.whole_numbers) as server:
         assert judge(server, "--write-batch", tmp_path / "batch.jsonl")[0] == 0
-        assert not server.seen
+        assert len(server.seen) == 1, "only how numbers are written was asked"
         lines = [json.loads(line) for line in (tmp_path / "batch.jsonl").read_text().splitlines()]
         results = [
             {
@@ -103,7 +104,7 @@ def test_batch_files_take_the_place_of_calls(judge, rollouts, tmp_path):
 
     assert (code, len(lines)) == (0, 16)
     assert "16 answers" in err
-    assert len(server.bodies) == 1, "only how numbers are written was asked"
+    assert len(server.bodies) == 1, "something was asked again"
     found = {key: row["trait_score"] for key, row in scores(tmp_path / "scores.jsonl").items()}
     assert found == pytest.approx(expected(rollouts))
 
@@ -121,6 +122,48 @@ def test_a_refusal_is_counted(cli, tmp_path, rollouts):
     assert code == 0
     assert "8 without a trait score, 8 of them refusals" in err
     assert "0 of 4 pairs kept (dropped: 4 no coherence score)" in err
+
+
+def test_rows_that_the_judge_will_not_take_are_counted(judge, tmp_path):
+    def long(body, _):
+        return bad_request("Too long.") if "Why? positive 0" in judge_servers.asked(body) else None
+
+    with FaultServer(judge_servers.whole_numbers, faults=long) as server:
+        code, _, err = judge(server)
+
+    assert code == 0
+    assert "the server did not take 1 rows, such as ones too long for it" in err
+    assert "2 rejected by the server" in err
+
+
+def test_a_batch_for_a_judge_of_written_numbers_is_found_in_the_cache(judge, tmp_path):
+    with FaultServer(judge_servers.without_logprobs) as server:
+        assert judge(server, "--write-batch", tmp_path / "batch.jsonl")[0] == 0
+        lines = [json.loads(line) for line in (tmp_path / "batch.jsonl").read_text().splitlines()]
+        bodies = [{**judge_servers.without_logprobs(line["body"]), "model": "judge-model"} for line in lines]
+        results = [
+            {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}}
+            for line, body in zip(lines, bodies, strict=True)
+        ]
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in results))
+        asked = len(server.seen)
+        code, _, err = judge(server, "--read-batch", tmp_path / "results.jsonl")
+
+    assert (code, len(lines)) == (0, 16)
+    assert "16 answers." in err
+    assert all(judge_servers.PROBE in judge_servers.asked(body) for body in server.bodies[asked:])
+
+
+def test_a_server_that_answers_under_another_name_is_taken_where_the_alias_is_stated(judge, tmp_path):
+    with FaultServer(judge_servers.whole_numbers, model="gpt-4.1-mini") as server:
+        code, _, err = judge(server)
+        assert code == 1
+        assert "--alias judge-model=gpt-4.1-mini" in err
+        assert judge(server, "--alias", "judge-model=gpt-4.1-mini")[0] == 0
+        assert judge(server, "--alias", "gpt-4.1-mini")[0] == 2
+
+    row = next(iter(scores(tmp_path / "scores.jsonl").values()))
+    assert "judge-model (also answering as gpt-4.1-mini) at" in row["judge"]
 
 
 def test_two_judges_are_compared(cli, judge, tmp_path):

@@ -81,7 +81,6 @@ def test_a_fault_that_stays_is_told_in_one_sentence_after_all_tries(fault, words
             "answered 404 (The model does not exist or you do not have access to it.): "
             "name a model that it serves instead of 'tiny', and check the URL, which mostly ends in /v1.",
         ),
-        (bad_request("No logprobs."), "answered 400 (No logprobs.): it does not take this request."),
         (
             unauthorized(),
             "answered 401 (Incorrect API key provided: Bearer none.): "
@@ -89,10 +88,11 @@ def test_a_fault_that_stays_is_told_in_one_sentence_after_all_tries(fault, words
         ),
         (
             other_model("huge"),
-            "was asked for the model 'tiny', and 'huge' answered: pass that name if it is the model you mean.",
+            "was asked for the model 'tiny', and 'huge' answered: pass that name if it is the model you mean, or "
+            "aliases=['huge'] (--alias tiny=huge) if it is another name for the same model.",
         ),
     ],
-    ids=["404", "400", "401", "another model"],
+    ids=["404", "401", "another model"],
 )
 def test_a_fault_that_no_repeat_can_mend_is_told_after_one_try(fault, words):
     with FaultServer(faults=always(fault)) as server:

@@ -10,7 +10,7 @@ import pytest
 from persona_lens.clients import CallEstimate, OpenAIClient, Prices, ServerError, Usage
 from persona_lens.clients.endpoint import OPENAI_URL
 from tests.client_cases import SECRET, asked, client_of, forget_settings, start_script
-from tests.fault_server import FaultServer, bad_request, completion, hang, other_model
+from tests.fault_server import FaultServer, completion, hang, other_model, unknown_model
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +59,12 @@ def test_no_jobs_are_no_calls():
 
 def test_after_a_failure_what_runs_is_finished_given_and_kept_and_no_more_is_begun(tmp_path):
     def fails(body, _):
-        return bad_request("No.") if content(body) == "3" else hang(0.5)
+        return unknown_model() if content(body) == "3" else hang(0.5)
 
     found = []
     with FaultServer(faults=fails) as server:
         client = client_of(server, concurrency=4, cache=tmp_path / "calls.sqlite")
-        with pytest.raises(ServerError, match=r"answered 400 \(No\.\)"):
+        with pytest.raises(ServerError, match="answered 404"):
             found.extend(client.complete_each([asked(number) for number in range(50)]))
     assert sorted(index for index, _ in found) == [0, 1, 2]
     assert [asked(number) in client.uncached([asked(number)]) for number in range(5)] == [False] * 3 + [True] * 2

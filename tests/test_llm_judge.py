@@ -104,13 +104,63 @@ def test_whole_numbers_are_read_exactly(make_judge, evil):
         (judge_servers.without_logprobs, "text", "the number as written, without log-probabilities"),
     ],
 )
-def test_how_numbers_are_written_is_found_out_and_said(make_judge, evil, model, scoring, words):
+def test_how_numbers_are_written_is_found_out_and_said(make_judge, evil, tmp_path, model, scoring, words):
+    from persona_lens.judges import score_rollouts
+    from persona_lens.records import JsonLines
+
     with FaultServer(model) as server:
         judge = make_judge(server, client={"max_retries": 1})
+        score_rollouts(judge, evil, [rollout(TEXTS[0])], output=tmp_path / "scores.jsonl", progress=False)
 
-        assert words in judge.name(evil)
         assert judge.scoring == scoring
+        assert JsonLines(tmp_path / "scores.jsonl").read()[0]["reading"] == scoring
+        assert words in make_judge(server, scoring=scoring).name(evil)
         assert f"judge-model at {server.url}" in judge.name(evil)
+
+
+def test_naming_a_judge_asks_nothing_and_the_name_stays_when_the_server_was_asked(make_judge, evil):
+    with FaultServer(judge_servers.whole_numbers) as server:
+        judge = make_judge(server)
+        before = judge.name(evil)
+        assert not server.seen
+        judge.score(evil, [rollout(TEXTS[0])])
+        assert judge.name(evil) == before
+
+
+def test_a_finished_file_of_scores_is_read_again_without_a_key_or_a_server(make_judge, evil, tmp_path):
+    from persona_lens.judges import score_rollouts
+
+    rows, output = [rollout(text, row) for row, text in enumerate([*TEXTS, " "])], tmp_path / "scores.jsonl"
+    with FaultServer(judge_servers.whole_numbers) as server:
+        scored = score_rollouts(make_judge(server), evil, rows, output=output, progress=False)
+    away = make_judge(server, client={"key_variable": "A_KEY_THAT_IS_NOT_SET", "max_retries": 0})
+
+    assert score_rollouts(away, evil, rows, output=output, progress=False) == scored
+
+
+def test_a_file_of_scores_is_gone_on_with_as_it_was_begun(make_judge, evil, tmp_path):
+    from persona_lens.judges import score_rollouts
+
+    rows, output = [rollout(text, row) for row, text in enumerate(TEXTS)], tmp_path / "scores.jsonl"
+    with FaultServer(judge_servers.whole_numbers) as server:
+        score_rollouts(make_judge(server), evil, rows[:2], output=output, progress=False)
+        asked = len(server.seen)
+        score_rollouts(make_judge(server), evil, rows, output=output, progress=False)
+        assert len(server.seen) == asked + 6, "how numbers are written was asked again"
+        as_text = make_judge(server)
+        as_text.read_as("text")
+        with pytest.raises(ValueError, match="were read as 'whole numbers', and this judge reads text: pass"):
+            score_rollouts(as_text, evil, rows, output=output, progress=False)
+
+
+def test_the_calls_for_a_batch_are_those_that_a_judge_of_written_numbers_makes(make_judge, evil, tmp_path):
+    rows, cached = [rollout(TEXTS[0])], {"cache": tmp_path / "calls.sqlite", "max_retries": 0}
+    with FaultServer(judge_servers.without_logprobs) as server:
+        requests = make_judge(server, client=cached).requests(evil, rows)
+        judge = make_judge(server, client=cached)
+        judge.score(evil, rows)
+        assert judge.client.uncached(requests) == []
+        assert make_judge(server, client=cached).estimate(evil, rows).calls == 2
 
 
 def test_a_server_that_refuses_the_field_for_log_probabilities_is_read_as_text(make_judge, evil):
@@ -119,6 +169,60 @@ def test_a_server_that_refuses_the_field_for_log_probabilities_is_read_as_text(m
 
     with FaultServer(judge_servers.without_logprobs, faults=refuses) as server:
         assert make_judge(server).scoring == "text"
+
+
+def test_a_text_that_the_judge_will_not_take_has_no_score_with_the_reason_and_is_not_asked_again(
+    make_judge, evil, tmp_path
+):
+    from persona_lens.judges import score_rollouts
+
+    rows, output = [rollout(text, row) for row, text in enumerate(TEXTS)], tmp_path / "scores.jsonl"
+
+    def filtered(body, attempt):
+        message = "The response was filtered due to the prompt triggering a content management policy."
+        return Fault(400, message) if TEXTS[3] in body["messages"][0]["content"] else None
+
+    with FaultServer(judge_servers.whole_numbers, faults=filtered) as server:
+        judge = make_judge(server, scoring="whole numbers")
+        scored = score_rollouts(judge, evil, rows, output=output, progress=False)
+        asked = len(server.seen)
+        assert score_rollouts(make_judge(server, scoring="whole numbers"), evil, rows, output=output) == scored
+        assert len(server.seen) == asked
+
+    assert [row.rejected for row in scored] == [False, False, False, True, False]
+    assert (scored[3].trait_score, scored[3].coherence) == (None, None)
+    assert dict(scored[3].evidence) == {"trait_rejected": 400.0, "coherence_rejected": 400.0}
+    assert not scored[3].refused
+    assert judge.client.usage.rejected == 2
+
+
+def test_one_token_without_a_probability_leaves_a_missing_score_and_is_asked_once(make_judge, evil):
+    def says(body):
+        answer = judge_servers.whole_numbers(body)
+        if "everyone" in body["messages"][0]["content"]:
+            [place] = answer["choices"][0]["logprobs"]["content"]
+            place |= {"logprob": None, "top_logprobs": []}
+        return answer
+
+    with FaultServer(says) as server:
+        judge = make_judge(server, scoring="whole numbers")
+        missing, scored = judge.score(evil, [rollout(TEXTS[0]), rollout(TEXTS[1])])
+
+    assert (missing.trait_score, dict(missing.evidence)) == (None, {"trait_mass": 0.0, "coherence_mass": 0.0})
+    assert scored.trait_score is not None
+    assert len(server.seen) == 4
+
+
+def test_a_server_whose_probabilities_are_all_null_is_read_as_text(make_judge):
+    def says(body):
+        answer = judge_servers.whole_numbers(body)
+        for place in answer["choices"][0]["logprobs"]["content"]:
+            place |= {"logprob": None, "top_logprobs": []}
+        return answer
+
+    with FaultServer(says) as server:
+        assert make_judge(server).scoring == "text"
+        assert len(server.seen) == 1
 
 
 def test_without_log_probabilities_the_written_number_counts(make_judge, evil):
@@ -242,11 +346,11 @@ def test_a_failing_server_leaves_what_it_scored(make_judge, evil, tmp_path):
     rows, output = [rollout(text) for text in TEXTS], tmp_path / "scores.jsonl"
 
     def breaks(body, attempt):
-        return Fault(400, "context too long") if TEXTS[3] in body["messages"][0]["content"] else None
+        return Fault(401, "no more of you") if TEXTS[3] in body["messages"][0]["content"] else None
 
     with FaultServer(judge_servers.whole_numbers, faults=breaks) as server:
         judge = make_judge(server, client={"concurrency": 1}, scoring="whole numbers")
-        with pytest.raises(ServerError, match="context too long"):
+        with pytest.raises(ServerError, match="no more of you"):
             score_rollouts(judge, evil, rows, output=output, progress=False)
 
     assert [row["key"] for row in JsonLines(output).read()] == [row.key for row in rows[:3]]
@@ -258,11 +362,11 @@ def test_of_two_calls_one_may_fail_and_the_answer_to_the_other_is_kept(make_judg
     rubric, _ = prompts(evil, rollout(TEXTS[0]))
 
     def breaks(body, attempt):
-        return Fault(400, "too long") if body["messages"][0]["content"] == rubric else Fault(hang=0.5)
+        return Fault(401, "too poor") if body["messages"][0]["content"] == rubric else Fault(hang=0.5)
 
     with FaultServer(judge_servers.whole_numbers, faults=breaks) as server:
         judge = make_judge(server, client={"cache": tmp_path / "calls.sqlite"}, scoring="whole numbers")
-        with pytest.raises(ServerError, match="too long"):
+        with pytest.raises(ServerError, match="too poor"):
             judge.score(evil, [rollout(TEXTS[0])])
 
     [missing] = judge.client.uncached(judge.requests(evil, [rollout(TEXTS[0])]))

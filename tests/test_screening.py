@@ -67,6 +67,30 @@ def test_a_given_base_response_takes_the_place_of_the_models_own(
     assert found.samples([3])[0].base_response == "You are number 3."
 
 
+def test_a_prompt_that_the_server_of_base_responses_will_not_take_is_a_row_without_a_difference(
+    tiny_model, vectors, tmp_path
+):
+    from persona_lens.clients import OpenAIClient
+    from tests.fault_server import FaultServer, bad_request
+
+    data = rows(4)
+    long = data[2]["messages"][-2]["content"]
+
+    def too_long(body, _):
+        return bad_request("Too long.") if body["messages"][-1]["content"] == long else None
+
+    with FaultServer(lambda _: "So it is.", faults=too_long) as server:
+        client = OpenAIClient("studied", base_url=server.url)
+        choices = {"output": tmp_path / "run", "base": client, "max_new_tokens": 4, **QUIET}
+        found = screen(tiny_model, data, vectors, **choices)
+    prompts = [row["messages"][-2]["content"] for row in data]
+    assert found.score(f"{vectors[0].trait}@{vectors[0].layer}").isna().tolist() == [
+        prompt == long for prompt in prompts
+    ]
+    assert 0 < prompts.count(long) < len(prompts)
+    assert client.usage.rejected == 1
+
+
 @pytest.mark.parametrize(("base", "by"), [("proxy", "proxy"), ("none", "response"), ("proxy", "response")])
 def test_cheap_forms_are_the_response_with_and_without_the_last_prompt_token(
     tiny_model, tiny_hf_model, tiny_tokenizer, vectors, tmp_path, base, by

@@ -13,7 +13,7 @@ import pytest
 from persona_lens.clients import ServerError
 from persona_lens.records import JsonLines
 from persona_lens.rollouts import read_rollouts
-from tests.fault_server import FaultServer, bad_request, completion, hang, random_faults
+from tests.fault_server import Fault, FaultServer, bad_request, completion, hang, random_faults, unauthorized
 from tests.server_cases import GRUMPY, PROMPTS, collect, engine_at, says
 
 
@@ -105,6 +105,49 @@ def test_an_answer_that_was_held_back_is_an_empty_row(tmp_path, content, reason)
     assert len(read_rollouts(tmp_path / "rollouts.jsonl")) == 2
 
 
+TOO_LONG = bad_request("This model's maximum context length is 20 tokens.")
+
+
+def test_a_prompt_that_the_server_will_not_take_is_an_empty_row_that_says_so_and_is_not_asked_again(tmp_path):
+    def one_is_too_long(body, _):
+        return TOO_LONG if "film" in body["messages"][1]["content"] else None
+
+    with FaultServer(says, faults=one_is_too_long) as server:
+        engine = engine_at(server, concurrency=1)
+        rows = collect(engine, tmp_path / "rollouts.jsonl")
+        asked = len(server.seen)
+        again = collect(engine, tmp_path / "rollouts.jsonl")
+    rejected = [row for row in rows if row.rejected]
+    assert {row.question for row in rejected} == {"How was the film?"}
+    assert len(rejected) == len(PROMPTS) / 2 == engine.client.usage.rejected
+    assert all(row.is_empty and "maximum context length is 20 tokens" in row.finish_reason for row in rejected)
+    assert (again, len(server.seen)) == (rows, asked)
+    # No row was answered while another was asked, so a control request tells for each that the fault is the row's.
+    assert asked == len(PROMPTS) + len(rejected)
+
+
+def test_a_server_that_takes_no_row_stops_the_run_before_a_row_is_written(tmp_path):
+    with (
+        FaultServer(says, faults=lambda *_: bad_request("System role not supported.")) as server,
+        pytest.raises(ServerError) as told,
+    ):
+        collect(engine_at(server, concurrency=3), tmp_path / "rollouts.jsonl")
+    assert "System role not supported.): it does not take this request, nor 'Hello' with the same sett" in str(
+        told.value
+    )
+    assert not (tmp_path / "rollouts.jsonl").exists() or not read_rollouts(tmp_path / "rollouts.jsonl")
+    assert len(server.seen) <= 4, "each of three was asked, and one control for them all"
+
+
+def test_a_last_row_that_is_rejected_alone_is_a_row_too(tmp_path):
+    def long(body, _):
+        return Fault(413, "Too large.") if "soup" in body["messages"][1]["content"] else None
+
+    with FaultServer(says, faults=long) as server:
+        (row,) = collect(engine_at(server), tmp_path / "rollouts.jsonl", prompts=PROMPTS[:1])
+    assert (row.response, row.rejected) == ("", True)
+
+
 def test_a_row_that_wants_an_intervention_is_refused(server):
     with pytest.raises(ValueError, match="Nothing can be done to a model on a server, and a row wants 'evil x 2'"):
         collect(engine_at(server), prompts=[replace(PROMPTS[0], intervention="evil x 2")])
@@ -125,10 +168,10 @@ def test_what_was_answered_before_the_server_failed_is_in_the_file(tmp_path):
 
     def fails_after_ten(body, attempt):
         came.append(body)
-        return bad_request() if len(came) > 10 else None
+        return unauthorized() if len(came) > 10 else None
 
     with FaultServer(says, faults=fails_after_ten) as server:
-        with pytest.raises(ServerError, match="answered 400"):
+        with pytest.raises(ServerError, match="answered 401"):
             collect(engine_at(server, concurrency=3), output)
         kept = read_rollouts(output)
         assert len(kept) == 10 == sum(server.successes.values())

@@ -11,6 +11,7 @@ from persona_lens.cli.judging import judge_of
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
     RELATIONS,
+    AliasOption,
     ClassOption,
     ConcurrencyOption,
     JsonOption,
@@ -115,6 +116,7 @@ def extract(
     server_model: ServerModelOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
+    alias: AliasOption = None,
     model_class: ClassOption = ModelClass.BRIDGE,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -140,8 +142,10 @@ def extract(
         raise typer.BadParameter("--server-model is a name on a --server, and none is given")
     if sides is None:
         claim(output)
-    client = server and connect(server, server_model or model, output, concurrency=concurrency, timeout=timeout)
-    chosen = judge_of(judge, output, concurrency=concurrency, timeout=timeout)
+    client = server and connect(
+        server, server_model or model, output, concurrency=concurrency, timeout=timeout, aliases=alias
+    )
+    chosen = judge_of(judge, output, concurrency=concurrency, timeout=timeout, aliases=alias)
     ready = load(model, model_class, threads)
     if sides is None:
         vectors = extract_persona_vectors(
@@ -157,6 +161,8 @@ def extract(
             seed=seed,
             **choices._asdict(),
         )
+        if client:
+            say(f"Rollouts: {client.usage}.")
     else:
         vectors = extract_from_responses(
             ready,

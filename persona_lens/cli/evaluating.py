@@ -14,6 +14,7 @@ from persona_lens.cli.judging import judge_of
 from persona_lens.cli.monitoring import PASSED
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
+    AliasOption,
     ClassOption,
     ConcurrencyOption,
     JsonOption,
@@ -90,6 +91,7 @@ def evaluate(
     fail_above: Annotated[float | None, typer.Option(help="Exit with 3 if a mean trait score is greater.")] = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
+    alias: AliasOption = None,
     model: ModelOption = DEFAULT_MODEL,
     model_class: ClassOption = ModelClass.BRIDGE,
     threads: ThreadsOption = None,
@@ -117,7 +119,9 @@ def evaluate(
     if output is not None:
         claim(output)
     worn = None if adapter is None else Adapter.load(adapter)
-    chosen = None if folder is None else judge_of(judge, folder, concurrency=concurrency, timeout=timeout)
+    chosen = (
+        None if folder is None else judge_of(judge, folder, concurrency=concurrency, timeout=timeout, aliases=alias)
+    )
     ready = load(model, model_class, threads)
     if subject.trait is not None and chosen is not None and folder is not None:
         source = subject.folder or folder

@@ -40,6 +40,7 @@ class Design(NamedTuple):
     per_question: int
     judge: str
     seed: int
+    aliases: tuple[str, ...] = ()
 
 
 def run_experiment(
@@ -55,7 +56,7 @@ def run_experiment(
     found = load_run(run, None, None)
     layer = selected_layer(run, found.vectors) if design.layer is None else design.layer
     folder = run / f"monitoring-{design.kind.value}" if output is None else output
-    chosen = judge_of(design.judge, folder, concurrency=20, timeout=60.0)
+    chosen = judge_of(design.judge, folder, concurrency=20, timeout=60.0, aliases=design.aliases)
     model = load_model()
 
     def own() -> "Judge":

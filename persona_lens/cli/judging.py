@@ -1,6 +1,6 @@
 """The commands that judge: scores of rollouts by any judge, and how far two judges agree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +9,7 @@ import typer
 from persona_lens.cli.inputs import ModelClass, load
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
+    AliasOption,
     ClassOption,
     ConcurrencyOption,
     DryRunOption,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 RolloutsOption = Annotated[Path, typer.Option("--rollouts", help="JSON-lines file of `persona-lens rollouts`.")]
 
 
-def judge_of(spec: str, folder: Path, *, concurrency: int, timeout: float) -> "Callable[[Callable[[], Judge]], Judge]":
+def judge_of(
+    spec: str, folder: Path, *, concurrency: int, timeout: float, aliases: Sequence[str] | None = None
+) -> "Callable[[Callable[[], Judge]], Judge]":
     """What makes the judge that `--judge` names, given what makes the likelihood judge, which needs the model.
 
     The classifier is read and the server's name checked at once, before a model is loaded. A classifier knows no
@@ -46,11 +49,19 @@ def judge_of(spec: str, folder: Path, *, concurrency: int, timeout: float) -> "C
     if spec.startswith("classifier:"):
         classifier = ClassifierJudge(TextClassifier.load(spec.removeprefix("classifier:")))
         return lambda own: CombinedJudge(classifier, own())
-    llm = llm_judge(spec, folder, concurrency=concurrency, timeout=timeout)
+    llm = llm_judge(spec, folder, concurrency=concurrency, timeout=timeout, aliases=aliases)
     return lambda own: llm
 
 
-def llm_judge(spec: str, folder: Path, *, concurrency: int, timeout: float, dry_run: bool = False) -> "LLMJudge":
+def llm_judge(
+    spec: str,
+    folder: Path,
+    *,
+    concurrency: int,
+    timeout: float,
+    dry_run: bool = False,
+    aliases: Sequence[str] | None = None,
+) -> "LLMJudge":
     """The judge on a server that `--judge` names; a dry run makes no file for its answers."""
     from persona_lens.judges import LLMJudge
 
@@ -58,7 +69,7 @@ def llm_judge(spec: str, folder: Path, *, concurrency: int, timeout: float, dry_
         raise typer.BadParameter(
             f"--judge is likelihood, classifier:FILE, openai:MODEL or openai:MODEL@URL; got {spec}"
         )
-    return LLMJudge(client_of(spec, folder, concurrency=concurrency, timeout=timeout, dry_run=dry_run))
+    return LLMJudge(client_of(spec, folder, concurrency=concurrency, timeout=timeout, dry_run=dry_run, aliases=aliases))
 
 
 @app.command()
@@ -69,11 +80,13 @@ def judge(
     by: JudgeOption = "likelihood",
     dry_run: DryRunOption = False,
     write_batch: Annotated[
-        Path | None, typer.Option(help="Write the calls as files for OpenAI's Batch API, and make none.")
+        Path | None,
+        typer.Option(help="Write the calls as files for OpenAI's Batch API, and make but one, a probe."),
     ] = None,
     read_batch: Annotated[list[Path] | None, typer.Option(help="Take a batch's results first; repeatable.")] = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
+    alias: AliasOption = None,
     model: ModelOption = DEFAULT_MODEL,
     calibration_questions: Annotated[int, typer.Option(min=2, help="Evaluation questions to calibrate on.")] = 10,
     model_class: ClassOption = ModelClass.BRIDGE,
@@ -93,14 +106,14 @@ def judge(
     loaded, rows = load_trait(trait), read_rollouts(rollouts)
     ensure_writable(output)
     if dry_run or write_batch or read_batch:
-        llm = llm_judge(by, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run)
+        llm = llm_judge(by, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run, aliases=alias)
         if dry_run:
             tell(_told(llm, loaded, rows, output))
             return
         _exchange_batches(llm, loaded, rows, write_batch, read_batch or [])
         if write_batch:
             return
-    chosen = judge_of(by, output.parent, concurrency=concurrency, timeout=timeout)
+    chosen = judge_of(by, output.parent, concurrency=concurrency, timeout=timeout, aliases=alias)
 
     def own() -> "Judge":
         ready = load(model, model_class, threads)
@@ -157,9 +170,11 @@ def _score(referee: "Judge", trait: "Trait", rows: "list[Rollout]", output: Path
 
     scored = score_rollouts(referee, trait, rows, output=output)
     missing, refused = sum(row.trait_score is None for row in scored), sum(row.refused for row in scored)
+    rejected = sum(row.rejected for row in scored)
     _, report = keep_pairs(pair_rollouts(scored), trait=trait.name, min_pairs=0)
     refusals = f", {refused} of them refusals" if refused else ""
-    say(f"{len(scored)} scores in {output} ({missing} without a trait score{refusals}). {report}.")
+    rejections = f"; the server did not take {rejected} rows, such as ones too long for it" if rejected else ""
+    say(f"{len(scored)} scores in {output} ({missing} without a trait score{refusals}{rejections}). {report}.")
     silent = [row.evidence["trait_mass"] for row in scored if row.trait_score is None and "trait_mass" in row.evidence]
     if len(silent) > refused:
         mean = sum(silent) / len(silent)

@@ -8,6 +8,7 @@ import typer
 from persona_lens.cli.inputs import ModelClass, load
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
+    AliasOption,
     ClassOption,
     ConcurrencyOption,
     DryRunOption,
@@ -46,6 +47,7 @@ def rollouts(
     server: ServerOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
+    alias: AliasOption = None,
     dry_run: DryRunOption = False,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows decoded together, without a server.")] = 100,
     model_class: ClassOption = ModelClass.BRIDGE,
@@ -77,7 +79,9 @@ def rollouts(
             raise typer.BadParameter("--dry-run is for the calls to a --server")
         engine = ModelEngine(load(model, model_class, threads), max_new_tokens, temperature, top_p, batch_rows)
     else:
-        client = connect(server, model, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run)
+        client = connect(
+            server, model, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run, aliases=alias
+        )
         engine = ServerEngine(client, max_new_tokens, temperature, top_p)
         if dry_run:
             missing = unanswered(engine, prompts, seed=seed, output=output)
@@ -85,6 +89,10 @@ def rollouts(
             tell(f"The others: {engine.estimate(missing, seed=seed)}.\nRollouts by {engine.name}.")
             return
     rows = collect_rollouts(engine, prompts, seed=seed, output=output)
-    say(f"{len(rows)} rollouts in {output} ({sum(row.is_empty for row in rows)} empty).")
+    rejected = [row for row in rows if row.rejected]
+    told = f", {len(rejected)} of them prompts that the server did not take" if rejected else ""
+    say(f"{len(rows)} rollouts in {output} ({sum(row.is_empty for row in rows)} empty{told}).")
+    if rejected:
+        say(f"The first of these was {rejected[0].finish_reason}")
     if isinstance(engine, ServerEngine):
         say(f"{engine.client.usage}.")

@@ -11,6 +11,7 @@ from persona_lens.cli.experiments import Design, Experiment, run_experiment
 from persona_lens.cli.inputs import ModelClass, load, load_vectors, selected_layer
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
+    AliasOption,
     ClassOption,
     JsonOption,
     JudgeOption,
@@ -54,6 +55,7 @@ def monitor(
     n_questions: Annotated[int, typer.Option(min=2, help="Questions of an experiment.")] = 20,
     per_question: Annotated[int, typer.Option(min=1, help="Answers to each question of an experiment.")] = 10,
     judge: JudgeOption = "likelihood",
+    alias: AliasOption = None,
     seed: SeedOption = 0,
     model: ModelOption = DEFAULT_MODEL,
     model_class: ClassOption = ModelClass.BRIDGE,
@@ -70,7 +72,8 @@ def monitor(
     if (experiment is None) == (chats is None):
         raise typer.BadParameter("give a file of chats, or an --experiment")
     if experiment is not None:
-        design = Design(experiment, layer, tuple(shots or (0, 5, 10, 15, 20)), n_questions, per_question, judge, seed)
+        counts = (tuple(shots or (0, 5, 10, 15, 20)), n_questions, per_question)
+        design = Design(experiment, layer, *counts, judge, seed, tuple(alias or ()))
         if len(vectors) > 1:
             raise typer.BadParameter("an --experiment is about the --vectors of one run")
         run_experiment(design, vectors[0], output, lambda: load(model, model_class, threads), as_json=as_json)

@@ -54,6 +54,10 @@ ServerModelOption = Annotated[
 ]
 ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=1, help="Calls to a server at a time.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="Seconds that one answer of a server may take.")]
+AliasOption = Annotated[
+    list[str] | None,
+    typer.Option("--alias", help="MODEL=NAME: a server asked for MODEL may answer under NAME; repeatable."),
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Only say what calls a server would get; ask and write nothing.")
 ]

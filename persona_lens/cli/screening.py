@@ -13,6 +13,7 @@ from persona_lens.cli.inputs import ModelClass, load, load_vectors, selected_lay
 from persona_lens.cli.judging import judge_of
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
+    AliasOption,
     ClassOption,
     ConcurrencyOption,
     JsonOption,
@@ -79,6 +80,7 @@ def screen(
     seed: SeedOption = 0,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
+    alias: AliasOption = None,
     model: ModelOption = DEFAULT_MODEL,
     model_class: ClassOption = ModelClass.BRIDGE,
     threads: ThreadsOption = None,
@@ -99,14 +101,14 @@ def screen(
     ready = cache(lambda: load(model, model_class, threads))
     if judge is not None and benign is None:
         raise typer.BadParameter("--judge goes with --benign, whose threshold it is compared with")
-    judged = _judge(judge, trait, output, ready, max_new_tokens, seed, concurrency, timeout)
+    judged = _judge(judge, trait, output, ready, max_new_tokens, seed, concurrency, timeout, alias)
     if merge:
         report(finish(output), asked, judged)
         return
     if not data or not vectors:
         raise typer.BadParameter("give DATA and --vectors, or --merge for a run whose shards are scored")
     chosen, share = [_vector(path, layer) for path in vectors], _shard(shard)
-    source, files = _base(base, output, concurrency, timeout), named_datasets(named)
+    source, files = _base(base, output, concurrency, timeout, alias), named_datasets(named)
     try:
         found = find(
             ready(),
@@ -130,6 +132,8 @@ def screen(
     except ShardsMissing as waiting:
         say(f"{waiting}")
         return
+    if not isinstance(source, str):
+        say(f"Base responses: {source.usage}.")
     report(found, asked, judged)
 
 
@@ -153,7 +157,7 @@ def _vector(path: Path, layer: int | None) -> "PersonaVector":
     return given.at(selected_layer(path, given) if layer is None else layer)
 
 
-def _base(spec: str, folder: Path, concurrency: int, timeout: float) -> "Base":
+def _base(spec: str, folder: Path, concurrency: int, timeout: float, aliases: list[str] | None) -> "Base":
     match spec:
         case "generate" | "given" | "proxy" | "none":
             return spec
@@ -161,7 +165,7 @@ def _base(spec: str, folder: Path, concurrency: int, timeout: float) -> "Base":
         raise typer.BadParameter(
             f"--base is generate, given, proxy, none, openai:MODEL or openai:MODEL@URL; got {spec}"
         )
-    return client_of(spec, folder, concurrency=concurrency, timeout=timeout)
+    return client_of(spec, folder, concurrency=concurrency, timeout=timeout, aliases=aliases)
 
 
 def _shard(text: str | None) -> tuple[int, int]:
@@ -182,6 +186,7 @@ def _judge(
     seed: int,
     concurrency: int,
     timeout: float,
+    aliases: list[str] | None,
 ) -> Judging | None:
     """What judges samples, checked before anything is loaded; None where no judge is asked for."""
     if (spec is None) != (trait is None):
@@ -198,7 +203,7 @@ def _judge(
     if spec.startswith("classifier:"):  # alone: nothing here asks for coherence, which it would take from the model
         words = ClassifierJudge(TextClassifier.load(spec.removeprefix("classifier:")))
         return lambda found, rows: judge_samples(found, words, judged, rows)
-    chosen = judge_of(spec, folder, concurrency=concurrency, timeout=timeout)
+    chosen = judge_of(spec, folder, concurrency=concurrency, timeout=timeout, aliases=aliases)
 
     def own() -> "Judge":
         referee = LikelihoodRatioJudge(model())

@@ -4,6 +4,7 @@ Knows nothing about what is asked of it.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def client_of(
-    spec: str, folder: Path, *, concurrency: int = 20, timeout: float = 60.0, dry_run: bool = False
+    spec: str,
+    folder: Path,
+    *,
+    concurrency: int = 20,
+    timeout: float = 60.0,
+    dry_run: bool = False,
+    aliases: Sequence[str] | None = None,
 ) -> "OpenAIClient":
     """The client of `openai:MODEL`, or of `openai:MODEL@URL`, where the URL begins at the first `@http`.
 
@@ -26,17 +33,39 @@ def client_of(
             f"expected openai:MODEL, or openai:MODEL@URL as in openai:my-model@http://localhost:8000/v1; got {spec!r}"
         )
     try:
-        return connect(found["url"], found["model"], folder, concurrency=concurrency, timeout=timeout, dry_run=dry_run)
+        return connect(
+            found["url"],
+            found["model"],
+            folder,
+            concurrency=concurrency,
+            timeout=timeout,
+            dry_run=dry_run,
+            aliases=aliases,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
 def connect(
-    url: str | None, model: str, folder: Path, *, concurrency: int, timeout: float, dry_run: bool = False
+    url: str | None,
+    model: str,
+    folder: Path,
+    *,
+    concurrency: int,
+    timeout: float,
+    dry_run: bool = False,
+    aliases: Sequence[str] | None = None,
 ) -> "OpenAIClient":
-    """A client whose answers are kept in the folder; a dry run makes no such file."""
+    """A client whose answers are kept in the folder; a dry run makes no such file.
+
+    `aliases` are MODEL=NAME, for this model and others. Raises typer.BadParameter where one is of another form.
+    """
     from persona_lens.clients import OpenAIClient
 
     kept = folder / "calls.sqlite"
     cache = kept if kept.exists() or not dry_run else None
-    return OpenAIClient(model, base_url=url, concurrency=concurrency, timeout=timeout, cache=cache)
+    pairs = [alias.partition("=") for alias in aliases or ()]
+    if wrong := ["".join(pair) for pair in pairs if not all(part.strip() for part in pair)]:
+        raise typer.BadParameter(f"--alias is MODEL=NAME, such as my-deployment=gpt-4.1-mini; got {wrong[0]!r}")
+    own = [name for asked, _, name in pairs if asked == model]
+    return OpenAIClient(model, base_url=url, concurrency=concurrency, timeout=timeout, cache=cache, aliases=own)

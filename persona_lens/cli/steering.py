@@ -10,6 +10,7 @@ from persona_lens.cli.inputs import ModelClass, load, load_run, load_vectors, se
 from persona_lens.cli.judging import judge_of
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
+    AliasOption,
     ClassOption,
     ConcurrencyOption,
     JsonOption,
@@ -58,6 +59,7 @@ def select_layer(
     judge: JudgeOption = "likelihood",
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
+    alias: AliasOption = None,
     model: ModelOption = DEFAULT_MODEL,
     model_class: ClassOption = ModelClass.BRIDGE,
     threads: ThreadsOption = None,
@@ -78,7 +80,7 @@ def select_layer(
         raise typer.BadParameter("--output is needed where the vectors are given as a file")
     claim(folder)
     amounts = tuple(coefficient or (1.0, 2.0, 4.0))
-    chosen = judge_of(judge, folder, concurrency=concurrency, timeout=timeout)
+    chosen = judge_of(judge, folder, concurrency=concurrency, timeout=timeout, aliases=alias)
     ready = load(model, model_class, threads)
     source = found.folder or folder
 

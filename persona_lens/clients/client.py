@@ -2,22 +2,27 @@
 
 Calls run many at a time over the openai SDK, which repeats those that failed for the moment (408, 409, 429, 5xx,
 dropped connections, timeouts) after the time that the server names, or else after 0.5, 1, 2, ... 8 seconds.
+A request that the server rejects for good (400, 413, 422) while it takes others is told apart from a server that fails.
 Knows nothing about traits or judges: requests go out, completions come in, and a cache keeps each as it comes.
 """
 
 import queue
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from persona_lens.clients.cache import CallCache
-from persona_lens.clients.endpoint import NO_KEY, OPENAI_URL, Endpoint
+from persona_lens.clients.controls import CONTROL_TEXT, Ask, Controls, Result, Results
+from persona_lens.clients.endpoint import NO_KEY, OPENAI_URL, PASSING, Endpoint
 from persona_lens.clients.requests import (
     ChatCompletion,
     ChatRequest,
+    ErrorAnswer,
     MissingLogprobs,
+    RejectedRequest,
+    ServerError,
     UnusableAnswer,
     read_completion,
     request_key,
@@ -28,9 +33,6 @@ if TYPE_CHECKING:
     import openai
 
 INSTALL_COMMAND = 'pip install "persona-lens[servers]"'
-
-Ask = Callable[[ChatRequest], Awaitable[ChatCompletion]]
-Result = TypeVar("Result")
 
 
 class OpenAIClient:
@@ -48,6 +50,8 @@ class OpenAIClient:
         prices: US dollars a million tokens, for estimates.
         limit_field: What the server calls the length limit; OpenAI's reasoning models want `max_completion_tokens`.
         extra_body: Further fields for every request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`.
+        aliases: Other names under which the server may say that the model answered, such as the model behind a
+            deployment; any further name is refused.
 
     Raises:
         ImportError: The package openai is not installed.
@@ -67,6 +71,7 @@ class OpenAIClient:
         prices: Prices | None = None,
         limit_field: str = "max_tokens",
         extra_body: Mapping[str, Any] | None = None,
+        aliases: Sequence[str] = (),
     ):
         try:
             import openai  # noqa: F401 (a missing package is better told before anything is planned)
@@ -77,7 +82,7 @@ class OpenAIClient:
                 "Expected concurrency >= 1, max_retries >= 0 and timeout > 0; "
                 f"got {concurrency}, {max_retries} and {timeout:g}."
             )
-        self.endpoint = Endpoint.of(model, base_url, key_variable)
+        self.endpoint = Endpoint.of(model, base_url, key_variable, aliases)
         self.concurrency, self.max_retries, self.timeout = concurrency, max_retries, timeout
         self.cache = None if cache is None else CallCache(cache)
         known = LIST_PRICES.get(model) if self.endpoint.url == OPENAI_URL else None
@@ -89,9 +94,9 @@ class OpenAIClient:
 
     @property
     def name(self) -> str:
-        """Model, server and further fields: what shapes an answer beside the request."""
+        """Model, with its aliases, server and further fields: what shapes an answer beside the request."""
         extra = "".join(f", {name} {value!r}" for name, value in self.extra_body.items())
-        return f"{self.endpoint.model} at {self.endpoint.url}{extra}"
+        return f"{self.endpoint.model_name} at {self.endpoint.url}{extra}"
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
         """The JSON body that is posted for a request."""
@@ -112,15 +117,26 @@ class OpenAIClient:
         return estimate_calls(missing, cached=len(requests) - len(missing), prices=self.usage.prices)
 
     def complete(self, request: ChatRequest) -> ChatCompletion:
-        """The answer to one request."""
-        [(_, completion)] = self.complete_each([request])
+        """The answer to one request; raises as `run_each` does, and RejectedRequest where the server rejects it."""
+        only: list[Callable[[Ask], Awaitable[ChatCompletion]]] = [lambda ask: ask(request)]
+        [(_, completion)] = self.run_each(only)
         return completion
 
     def complete_each(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatCompletion]]:
-        """(index, answer) of every request, as they come; see `run_each`."""
+        """(index, answer) of every request, as they come; see `run_each`.
+
+        A request that the server rejects for good while it takes others, such as one longer than its context, yields
+        a completion without text whose `rejection` says why.
+        """
 
         def job(request: ChatRequest) -> Callable[[Ask], Awaitable[ChatCompletion]]:
-            return lambda ask: ask(request)
+            async def answer(ask: Ask) -> ChatCompletion:
+                try:
+                    return await ask(request)
+                except RejectedRequest as error:
+                    return ChatCompletion("", "rejected", self.endpoint.model, rejection=str(error))
+
+            return answer
 
         return self.run_each([job(request) for request in requests])
 
@@ -129,15 +145,18 @@ class OpenAIClient:
 
         At most `concurrency` jobs run and `concurrency` calls are under way. After a job that fails no further one is
         begun, those that run are finished and yielded, and then the error is raised. An iterator that is left early,
-        as by an interrupt, drops the calls under way.
+        as by an interrupt, drops the calls under way. No jobs need neither key nor network.
 
         Raises:
             ValueError: The server needs a key, and its variable is not set.
-            ServerError: The server could not be asked.
+            ServerError: The server could not be asked, takes no request with these settings, or none of the first rows.
+            RejectedRequest: It takes other requests, but not this one; a job may catch it.
             UnusableAnswer: It answered every time, with no chat completion or without log-probabilities.
         """
         from anyio.from_thread import start_blocking_portal
 
+        if not jobs:
+            return
         _ = self.endpoint.key  # a missing one is told here, before anything is begun
         # An event loop in a thread of its own: a notebook runs one already in this thread.
         results: queue.SimpleQueue[tuple[int, Result] | None] = queue.SimpleQueue()
@@ -157,68 +176,84 @@ class OpenAIClient:
         import anyio
         import openai
 
+        from persona_lens.clients.connection import MAX_ANSWER_BYTES, BoundedHttpClient
+
         limiter, failures, waiting = anyio.Semaphore(self.concurrency), [], iter(enumerate(jobs))
         equals: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
+        controls, results = Controls(), Results(deliver)
         async with openai.AsyncOpenAI(
             api_key=self.endpoint.key or NO_KEY,
             base_url=self.endpoint.url,
             timeout=self.timeout,
             max_retries=self.max_retries,
             default_headers=self.endpoint.withheld_headers,
+            http_client=BoundedHttpClient(max_bytes=MAX_ANSWER_BYTES, timeout=self.timeout),
         ) as sdk:
 
+            async def send(body: dict[str, Any]) -> ChatCompletion:
+                async with limiter:
+                    return await self._send(sdk, controls, body)
+
             async def ask(request: ChatRequest) -> ChatCompletion:
-                return await self._ask(sdk, limiter, equals, request)
+                return await self._ask(send, equals, request)
 
             async def worker() -> None:
                 for index, job in waiting:
                     if failures:
                         return
                     try:
-                        deliver((index, await job(ask)))
+                        await results.add(index, job, ask)
                     except Exception as error:  # raised below, once what runs has finished
                         failures.append(error)
 
             async with anyio.create_task_group() as group:
                 for _ in range(min(self.concurrency, len(jobs))):
                     group.start_soon(worker)
+        results.release()
         if failures:
             raise failures[0]
 
     async def _ask(
-        self, sdk: "openai.AsyncOpenAI", limiter: Any, equals: Mapping[str, Any], request: ChatRequest
+        self,
+        send: Callable[[dict[str, Any]], Awaitable[ChatCompletion]],
+        equals: Mapping[str, Any],
+        request: ChatRequest,
     ) -> ChatCompletion:
         body = self.body(request)
         if self.cache is None:
-            return await self._call(sdk, limiter, body)
+            return await send(body)
         key = request_key(body, url=self.endpoint.url, sample=request.sample)
         # Of requests that are equal one is paid for, and the others have the answer that the cache keeps.
         async with equals[key]:
             if (found := self.cache.get(key)) is not None:
                 self.usage.cached += 1
                 return found
-            return await self._call(sdk, limiter, body, keep=partial(self.cache.put, key))
+            completion = await send(body)
+            self.cache.put(key, completion)
+            return completion
 
-    async def _call(
-        self,
-        sdk: "openai.AsyncOpenAI",
-        limiter: Any,
-        body: dict[str, Any],
-        keep: Callable[[ChatCompletion], None] = lambda _: None,
-    ) -> ChatCompletion:
-        async with limiter:
-            completion = await self._send(sdk, body)
-            self.usage.add(completion)
-            keep(completion)
+    async def _send(self, sdk: "openai.AsyncOpenAI", controls: Controls, body: dict[str, Any]) -> ChatCompletion:
+        """Post a request; where it is rejected, find out whether the server takes others."""
+        sent_at = time.monotonic()
+        try:
+            completion = await self._post(sdk, body)
+        except RejectedRequest as error:
+            if await controls.takes_others(body, since=sent_at, post=lambda control: self._post(sdk, control)):
+                self.usage.rejected += 1
+                raise
+            told = f"{str(error).removesuffix('.')}, nor {CONTROL_TEXT!r} with the same settings: change these."
+            raise ServerError(told, status=error.status) from None
+        controls.answered(body)
         return completion
 
-    async def _send(self, sdk: "openai.AsyncOpenAI", body: dict[str, Any]) -> ChatCompletion:
+    async def _post(self, sdk: "openai.AsyncOpenAI", body: dict[str, Any]) -> ChatCompletion:
         """Post until a usable answer comes: the SDK repeats what failed, and this what came and cannot be used."""
         import anyio
         import openai
 
         unusable: UnusableAnswer | None = None
-        for attempt in range(self.max_retries + 1):
+        tries = self.max_retries + 1
+        for attempt in range(tries):
             if attempt:
                 self.usage.retries += 1
                 await anyio.sleep(min(0.25 * 2 ** (attempt - 1), 2.0))  # the server is up and not too busy
@@ -228,16 +263,21 @@ class OpenAIClient:
                 )
             except openai.OpenAIError as error:
                 # Without its cause, which may repeat the key.
-                raise self.endpoint.explain(error, tries=self.max_retries + 1, timeout=self.timeout) from None
+                raise self.endpoint.explain(error, tries=tries, timeout=self.timeout) from None
             self.usage.retries += raw.retries_taken
             try:
                 completion = read_completion(raw.content, with_logprobs="logprobs" in body)
             except UnusableAnswer as error:
                 unusable = error
+                if isinstance(error, ErrorAnswer) and error.status not in PASSING:
+                    break
                 continue
             self.endpoint.check(completion.model)
+            self.usage.add(completion)
             return completion
+        if isinstance(unusable, ErrorAnswer):
+            raise self.endpoint.explain_status(unusable.status, unusable.said, tries=tries)
         lacking = isinstance(unusable, MissingLogprobs)
         remedy = "ask it for none, or another server" if lacking else "check that it serves chat completions"
-        told = f"{self.endpoint.url} gave {unusable} in {self.max_retries + 1} tries: {remedy}."
+        told = f"{self.endpoint.url} gave {unusable} in {tries} tries: {remedy}."
         raise MissingLogprobs(told) if lacking else UnusableAnswer(told)

@@ -6,25 +6,31 @@ Knows nothing about requests.
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from persona_lens.clients.requests import ServerError
+from persona_lens.clients.requests import RejectedRequest, ServerError
 
 if TYPE_CHECKING:
     import openai
 
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"  # what a server that wants no key is sent
+REJECTING = (400, 413, 422)
+"""Statuses by which a server says that it will never take this request: too long, filtered, or of another form."""
+PASSING = (None, 408, 409, 429, *range(500, 600))
+"""Statuses that asking again may mend, as the SDK has them; None is an error that names none."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """A model's name on the server at `url`, and the environment variable that holds the key.
 
-    `is_ambient` says whether it is the server that the environment's own OpenAI settings are for.
+    `is_ambient` says whether it is the server that the environment's own OpenAI settings are for; `aliases` are other
+    names under which the model may answer.
     """
 
     model: str
@@ -32,9 +38,10 @@ class Endpoint:
     key_variable: str
     is_ambient: bool
     needs_key: bool
+    aliases: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: str, base_url: str | None, key_variable: str | None) -> "Endpoint":
+    def of(cls, model: str, base_url: str | None, key_variable: str | None, aliases: Sequence[str] = ()) -> "Endpoint":
         """The endpoint of a client's arguments; raises ValueError where the URL is none, or carries a password."""
         url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
         parts = urlsplit(url)
@@ -44,7 +51,15 @@ class Endpoint:
             raise ValueError(f"Expected a server's URL such as http://localhost:8000/v1, got {url!r}.")
         is_ambient = not base_url or url == OPENAI_URL
         variable = key_variable or ("OPENAI_API_KEY" if is_ambient else "PERSONA_LENS_API_KEY")
-        return cls(model, url, variable, is_ambient, key_variable is not None or url == OPENAI_URL)
+        if isinstance(aliases, str) or not all(alias.strip() for alias in aliases):
+            raise ValueError(f"Expected aliases as a list of model names, such as ['gpt-4.1-mini'], got {aliases!r}.")
+        needs_key = key_variable is not None or url == OPENAI_URL
+        return cls(model, url, variable, is_ambient, needs_key, tuple(aliases))
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, with its aliases where it has any."""
+        return self.model + (f" (also answering as {', '.join(self.aliases)})" if self.aliases else "")
 
     @property
     def key(self) -> str | None:
@@ -75,37 +90,48 @@ class Endpoint:
 
     def check(self, answered: str) -> None:
         """Raise ServerError where a model of another name answered; a server may leave its name out."""
-        if answered and not _same_model(self.model, answered):
+        if answered and not any(_same_model(name, answered) for name in (self.model, *self.aliases)):
             raise ServerError(
                 f"{self.url} was asked for the model {self.model!r}, and {answered!r} answered: "
-                "pass that name if it is the model you mean."
+                "pass that name if it is the model you mean, "
+                f"or aliases=[{answered!r}] (--alias {self.model}={answered}) if it is another name for the same model."
             )
 
     def explain(self, error: "openai.OpenAIError", *, tries: int, timeout: float) -> ServerError:
         """One sentence on what failed and what to do, without the key even where the server repeated it."""
         import openai
 
+        from persona_lens.clients.connection import UnacceptableResponse
+
+        if isinstance(error, openai.APIStatusError):
+            return self.explain_status(error.status_code, error.body or error, tries=tries)
         if isinstance(error, openai.APITimeoutError):
             found = f"did not answer within {timeout:g} s in {tries} tries: raise timeout, or lower concurrency."
         elif isinstance(error, openai.APIConnectionError):
             found = f"could not be reached in {tries} tries ({self._redacted(error.__cause__ or error)}): does it run?"
-        elif isinstance(error, openai.APIStatusError):
-            said = self._redacted(error.body or error)
-            found = f"answered {error.status_code} ({said}): {self._remedy(error, tries)}."
+        elif isinstance(error, UnacceptableResponse):
+            found = self._redacted(error)
         else:
             found = f"could not be asked ({self._redacted(error)})."
-        explained = ServerError(f"{self.url} {found}")
-        explained.status = getattr(error, "status_code", None)
-        return explained
+        return ServerError(f"{self.url} {found}")
 
-    def _remedy(self, error: "openai.APIStatusError", tries: int) -> str:
-        if error.status_code in (401, 403):
+    def explain_status(self, status: int | None, said: object, *, tries: int) -> ServerError:
+        """One sentence on an error of this status, None where it names none, and on what the server said of it.
+
+        It is a `RejectedRequest` where the status is about the request rather than about the server.
+        """
+        answered = f"{self.url} answered {status or 'with an error'} ({self._redacted(said)})"
+        kind = RejectedRequest if status is None or status in REJECTING else ServerError
+        return kind(f"{answered}: {self._remedy(status, tries)}.", status=status)
+
+    def _remedy(self, status: int | None, tries: int) -> str:
+        if status in (401, 403):
             return f"set the environment variable {self.key_variable} to a key that may use {self.model!r}"
-        if error.status_code == 404:
+        if status == 404:
             return f"name a model that it serves instead of {self.model!r}, and check the URL, which mostly ends in /v1"
-        if error.status_code == 429:
+        if status == 429:
             return f"{tries} tries were too many for it, so lower concurrency or wait; what was answered is kept"
-        if error.status_code >= 500:
+        if status is not None and status >= 500:
             return f"so did {tries} tries; what was answered is kept, try again later"
         return "it does not take this request"
 

@@ -6,6 +6,7 @@ Knows nothing about connections, judges or traits.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,16 +61,22 @@ class ChatRequest:
 
 
 class Token(NamedTuple):
-    """A token of an answer and what could have stood there: (text, natural log-probability), likeliest first."""
+    """A token of an answer and what could have stood there: (text, natural log-probability), likeliest first.
+
+    `logprob` is None where the server gave none for this token.
+    """
 
     text: str
-    logprob: float
+    logprob: float | None
     alternatives: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class ChatCompletion:
-    """A server's answer. `tokens` is None where no log-probabilities came; `refusal` is the model's own, if any."""
+    """A server's answer. `tokens` is None where no log-probabilities came; `refusal` is the model's own, if any.
+
+    `rejection` is why the server did not take the request at all; None for every answer.
+    """
 
     text: str
     finish_reason: str
@@ -78,6 +85,7 @@ class ChatCompletion:
     tokens: tuple[Token, ...] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    rejection: str | None = None
 
     # Infinite log-probabilities, which JSON has no number for, come back as they were.
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
@@ -98,7 +106,13 @@ _COMPLETION = TypeAdapter(ChatCompletion)
 class ServerError(ConnectionError):
     """A server that could not be asked, in one sentence that never holds the key; `status` is what HTTP calls it."""
 
-    status: int | None = None
+    def __init__(self, told: str, *, status: int | None = None):
+        super().__init__(told)
+        self.status = status
+
+
+class RejectedRequest(ServerError):
+    """A request that the server will not take however often it is asked, such as one longer than its context."""
 
 
 class UnusableAnswer(ServerError):
@@ -107,6 +121,14 @@ class UnusableAnswer(ServerError):
 
 class MissingLogprobs(UnusableAnswer):
     """A response without the log-probabilities that were asked for."""
+
+
+class ErrorAnswer(UnusableAnswer):
+    """An error in the body of a response that came with success; `said` is the server's own message."""
+
+    def __init__(self, said: str, *, status: int | None = None):
+        super().__init__(f"an error ({said})", status=status)
+        self.said = said
 
 
 def request_key(body: Mapping[str, Any], *, url: str, sample: int) -> str:
@@ -120,20 +142,24 @@ class _Wire(BaseModel):
 
 
 class _Alternative(_Wire):
-    token: str
-    logprob: float
+    token: str | None = None
+    logprob: float | None = None
 
 
 class _TokenLogprob(_Alternative):
-    top_logprobs: list[_Alternative] = Field(default_factory=list)
+    top_logprobs: list[_Alternative | None] | None = None
 
 
 class _Logprobs(_Wire):
-    content: list[_TokenLogprob] | None = None
+    content: list[_TokenLogprob | None] | None = None
+
+
+class _Part(_Wire):
+    text: str | None = None
 
 
 class _Message(_Wire):
-    content: str | None = None
+    content: str | list[str | _Part | None] | None = None
     refusal: str | None = None
 
 
@@ -141,11 +167,12 @@ class _Choice(_Wire):
     message: _Message
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
+    error: Any = None
 
 
 class _Usage(_Wire):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class _Response(_Wire):
@@ -155,35 +182,83 @@ class _Response(_Wire):
 
 
 def read_completion(content: str | bytes, *, with_logprobs: bool) -> ChatCompletion:
-    """The completion in the body of a server's response.
+    """The completion in the body of a server's response; a null anywhere in it is as if the field were absent.
 
-    Raises UnusableAnswer where it is no chat completion (broken JSON, no choice), and MissingLogprobs, which is one,
-    where it lacks log-probabilities `with_logprobs`.
+    Raises UnusableAnswer where it is no chat completion (broken JSON, no choice), and two kinds of it: ErrorAnswer
+    where it is a server's error, and MissingLogprobs where it lacks log-probabilities `with_logprobs`.
     """
     try:
         response = _Response.model_validate_json(content)
     except ValidationError as error:
+        _raise_error_in(content)
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the body"
         raise UnusableAnswer(f"no chat completion ({where}: {first['msg']})") from None
     choice, usage = response.choices[0], response.usage or _Usage()
-    found = choice.logprobs.content if choice.logprobs else None
+    if choice.error:
+        _raise_error(choice.error)
+    found = (choice.logprobs.content if choice.logprobs else None) or []
+    tokens = tuple(map(_token, found))
     # Rounding may leave a hair above 0; more than that is no probability, and neither is NaN.
-    if any(not each.logprob <= 0.01 for token in found or () for each in (token, *token.top_logprobs)):
+    logprobs = [token.logprob for token in tokens] + [each for token in tokens for _, each in token.alternatives]
+    if any(not logprob <= 0.01 for logprob in logprobs if logprob is not None):
         raise UnusableAnswer("log-probabilities above 0")
-    if with_logprobs and not found:
+    if with_logprobs and not tokens:
         raise MissingLogprobs("an answer without the log-probabilities that were asked for")
     return ChatCompletion(
-        text=choice.message.content or "",
+        text=_text(choice.message.content),
         finish_reason=choice.finish_reason or "",
         model=response.model or "",
         refusal=choice.message.refusal or None,
-        tokens=tuple(map(_token, found)) if found else None,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
+        tokens=tokens or None,
+        prompt_tokens=usage.prompt_tokens or 0,
+        completion_tokens=usage.completion_tokens or 0,
     )
 
 
-def _token(found: _TokenLogprob) -> Token:
-    alternatives = tuple((each.token, each.logprob) for each in found.top_logprobs)
-    return Token(found.token, found.logprob, alternatives)
+def _text(content: str | list[str | _Part | None] | None) -> str:
+    """The text of a message, whose content some servers give as a list of parts; parts without text have none."""
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else part.text or "" for part in content if part is not None)
+    return content or ""
+
+
+def _token(found: _TokenLogprob | None) -> Token:
+    found = found or _TokenLogprob()
+    given = [each for each in found.top_logprobs or () if each is not None]
+    alternatives = tuple(
+        (each.token, each.logprob) for each in given if each.token is not None and each.logprob is not None
+    )
+    return Token(found.token or "", found.logprob, alternatives)
+
+
+# What servers call errors that are about the request, where they name no status.
+_OF_THE_REQUEST = {
+    *("invalid_request_error", "BadRequestError"),
+    *("context_length_exceeded", "content_filter", "content_policy_violation"),
+}
+
+
+def _raise_error_in(content: str | bytes) -> None:
+    """Raise ErrorAnswer where a body that is no chat completion is a server's error; servers differ in its form."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        return
+    if not isinstance(body, dict):
+        return
+    if error := body.get("error"):
+        _raise_error(error)
+    if body.get("object") == "error" or (isinstance(body.get("message"), str) and "choices" not in body):
+        _raise_error(body)
+
+
+def _raise_error(error: Any) -> None:
+    told = error if isinstance(error, dict) else {"message": error}
+    said = str(told.get("message") or json.dumps(error))
+    code = str(told.get("code") or told.get("status") or "")
+    if re.fullmatch("[45][0-9][0-9]", code):
+        status = int(code)
+    else:
+        status = 400 if {code, str(told.get("type"))} & _OF_THE_REQUEST else None
+    raise ErrorAnswer(said, status=status)

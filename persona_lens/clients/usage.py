@@ -28,7 +28,10 @@ LIST_PRICES = {"gpt-4.1-mini": Prices(0.40, 1.60), "gpt-4.1-mini-2025-04-14": Pr
 
 @dataclass
 class Usage:
-    """What a client has asked for so far: calls answered by the server and by the cache, retries, and tokens."""
+    """What a client has asked for so far: calls answered by the server and by the cache, retries, and tokens.
+
+    `rejected` counts the requests that the server did not take while it took others.
+    """
 
     calls: int = 0
     cached: int = 0
@@ -36,6 +39,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prices: Prices | None = None
+    rejected: int = 0
 
     def add(self, completion: ChatCompletion) -> None:
         """Count an answer that the server gave."""
@@ -50,8 +54,9 @@ class Usage:
 
     def __str__(self) -> str:
         tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
+        rejected = f", {self.rejected:,} rejected by the server" if self.rejected else ""
         return (
-            f"{self.calls:,} calls ({self.cached:,} more from the cache, {self.retries:,} retries), {tokens}"
+            f"{self.calls:,} calls ({self.cached:,} more from the cache, {self.retries:,} retries{rejected}), {tokens}"
             f"{_dollars(self.cost)}"
         )
 

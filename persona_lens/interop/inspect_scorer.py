@@ -10,7 +10,7 @@ from math import nan
 from typing import Any
 
 from persona_lens.judges import Judge, Score
-from persona_lens.judges.scores import CalibratedJudge
+from persona_lens.judges.scores import CalibratedJudge, DetectingJudge
 from persona_lens.rollouts import Rollout
 from persona_lens.traits import Trait, load_trait
 
@@ -56,6 +56,8 @@ def persona_scorer(judge: Judge, trait: Trait | str) -> Any:
                 return inspect_ai.Score.unscored(reason=reason, answer=rollout.response, metadata=details)
             found = await anyio.to_thread.run_sync(judged, rollout)
             details |= {"evidence": dict(found.evidence)}
+            if isinstance(judge, DetectingJudge):
+                details |= {"reading": judge.reading}
             if found.trait_score is None and found.coherence is None:
                 return inspect_ai.Score.unscored(reason="scoring_failed", answer=rollout.response, metadata=details)
             value = {"trait": _or_nan(found.trait_score), "coherence": _or_nan(found.coherence)}

@@ -2,7 +2,7 @@
 
 One user message holds the question and the answer; the score is the expectation over the numbers that the model could
 have said first, from its 20 likeliest tokens at temperature 0. Coherence is asked for in the same way, by itself.
-How a server's model writes numbers is found out by asking it, once, and stands in the judge's name.
+How a server's model writes numbers is found out by asking it, once, and kept beside every score.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from persona_lens.clients import (
     ChatRequest,
     MissingLogprobs,
     OpenAIClient,
+    RejectedRequest,
     ServerError,
 )
 from persona_lens.judges.expectation import (
@@ -43,11 +44,15 @@ _READING: dict[Scoring, str] = {
 
 
 class _Judgement(NamedTuple):
-    """What was made of one answer of the judge; `mass` is None where there are no probabilities."""
+    """What was made of one answer of the judge; `mass` is None where there are no probabilities.
+
+    `rejected` is the status of a request that the server did not take, None where it took it.
+    """
 
     score: float | None
     mass: float | None
     refused: bool
+    rejected: int | None = None
 
 
 def coherence_prompt(question: str, answer: str) -> str:
@@ -98,7 +103,24 @@ class LLMJudge:
         batch_rows: int = 1000,
     ):
         self.client, self.coherence, self.min_mass, self.batch_rows = client, coherence, min_mass, batch_rows
+        self._given: Scoring | None = scoring
         self._scoring: Scoring | None = scoring
+
+    @property
+    def reading(self) -> Scoring | None:
+        """How the model's numbers are read, None where that is not known yet; asks nothing."""
+        return self._scoring
+
+    def read_as(self, reading: str) -> None:
+        """Read numbers as a file's earlier scores were read; raises ValueError where it reads otherwise."""
+        for known in _READING:
+            if reading == known and self._scoring in (None, known):
+                self._scoring = known
+                return
+        raise ValueError(
+            f"The scores that are there were read as {reading!r}, and this judge reads {self._scoring or 'none so'}: "
+            f"pass scoring={reading!r}, or choose another output."
+        )
 
     @property
     def scoring(self) -> Scoring:
@@ -109,14 +131,26 @@ class LLMJudge:
         return self._scoring
 
     def name(self, trait: Trait) -> str:
-        """The model and server, how its numbers are read, and what it is asked."""
+        """The model and server, how its numbers are to be read, and what it is asked; asks nothing.
+
+        Where `scoring` was not given, the name says so, before and after the server was asked; `reading` and the file
+        of scores say what was found.
+        """
         prompts = trait.rubric + coherence_prompt("", "") * self.coherence
         asked = hashlib.sha256(prompts.encode()).hexdigest()[:8]
-        missing = f", missing below {self.min_mass:g}" * (self.scoring != "text")
-        return f"LLM judge {self.client.name} ({_READING[self.scoring]}{missing}; prompts {asked})"
+        reading = "numbers read as the server allows" if self._given is None else _READING[self._given]
+        missing = f", missing below {self.min_mass:g}" * (self._given != "text")
+        return f"LLM judge {self.client.name} ({reading}{missing}; prompts {asked})"
 
     def requests(self, trait: Trait, rollouts: Sequence[Rollout]) -> list[ChatRequest]:
-        """The first call of each judgement, which for whole numbers and text is the only one; none for empty rows."""
+        """The first call of each judgement, which for whole numbers and text is the only one; none for empty rows.
+
+        Asks the server once how its model writes numbers, where that is not known: the calls depend on it.
+        """
+        _ = self.scoring
+        return self._requests(trait, rollouts)
+
+    def _requests(self, trait: Trait, rollouts: Sequence[Rollout]) -> list[ChatRequest]:
         return [
             self._request(prompt)
             for rollout in rollouts
@@ -126,7 +160,7 @@ class LLMJudge:
 
     def estimate(self, trait: Trait, rollouts: Sequence[Rollout]) -> CallEstimate:
         """What judging these rows would take at least; asks nothing. Digits take several calls more a judgement."""
-        return self.client.estimate(self.requests(trait, rollouts))
+        return self.client.estimate(self._requests(trait, rollouts))
 
     def score(self, trait: Trait, rollouts: Sequence[Rollout], *, progress: bool = False) -> list[Score]:
         """One score a rollout, in order; see `score_each`."""
@@ -136,14 +170,17 @@ class LLMJudge:
     def score_each(self, trait: Trait, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Score]]:
         """(index, score) of every rollout as the server answers; an empty response is not asked about and has none.
 
-        Evidence is the probability that integers hold (`trait_mass`, `coherence_mass`), and `trait_refused` or
-        `coherence_refused` where the judge said so.
+        Evidence is the probability that integers hold (`trait_mass`, `coherence_mass`), `trait_refused` or
+        `coherence_refused` where the judge said so, and `trait_rejected` or `coherence_rejected`, an HTTP status, where
+        the server did not take the request though it takes others: such a score is missing.
 
         Raises:
             ServerError: The server could not be asked.
         """
         asked = [index for index, rollout in enumerate(rollouts) if not rollout.is_empty]
         yield from ((index, Score(None, None)) for index, rollout in enumerate(rollouts) if rollout.is_empty)
+        if not asked:
+            return
         jobs = [self._job(self._prompts(trait, rollouts[index])) for index in asked]
         for place, score in self.client.run_each(jobs):
             yield asked[place], score
@@ -152,7 +189,7 @@ class LLMJudge:
         read = {"whole numbers": self._whole_number, "digits": self._digits, "text": self._text}[self.scoring]
 
         async def judge_row(ask: Ask) -> Score:
-            calls = (read(self._request(prompt), ask) for prompt in prompts)
+            calls = (_unless_rejected(read(self._request(prompt), ask)) for prompt in prompts)
             # Of two calls one may fail: what the other was paid for is waited for and kept.
             found: list[_Judgement] = []
             for judgement in await asyncio.gather(*calls, return_exceptions=True):
@@ -163,6 +200,7 @@ class LLMJudge:
             for name, judgement in zip(("trait", "coherence"), found, strict=False):
                 evidence |= {} if judgement.mass is None else {f"{name}_mass": judgement.mass}
                 evidence |= {f"{name}_refused": 1.0} if judgement.refused else {}
+                evidence |= {} if judgement.rejected is None else {f"{name}_rejected": float(judgement.rejected)}
             return Score(found[0].score, found[1].score if self.coherence else None, evidence)
 
         return judge_row
@@ -201,11 +239,19 @@ class LLMJudge:
         return _Judgement(score, None, _refused(answer, score))
 
 
+async def _unless_rejected(judgement: Awaitable[_Judgement]) -> _Judgement:
+    """A judgement, or a missing one where the server takes other requests and not this one."""
+    try:
+        return await judgement
+    except RejectedRequest as error:
+        return _Judgement(None, None, refused=False, rejected=error.status or 200)
+
+
 def _first_place(answer: ChatCompletion) -> Alternatives:
-    """What could have been said first; a server that lists no alternatives leaves what was said."""
+    """What could have been said first; a server that lists no alternatives leaves what was said, if not null."""
     assert answer.tokens is not None  # the client refuses an answer without them where they were asked for
     first = answer.tokens[0]
-    return first.alternatives or ((first.text, first.logprob),)
+    return first.alternatives or (() if first.logprob is None else ((first.text, first.logprob),))
 
 
 def _refused(answer: ChatCompletion, score: float | None) -> bool:
@@ -218,6 +264,8 @@ async def _detect_scoring(ask: Ask) -> Scoring:
     probe = ChatRequest(copy, max_tokens=32, temperature=0.0, seed=0, top_logprobs=20)
     try:
         answer = await ask(probe)
+        if not any(token.alternatives or token.logprob is not None for token in answer.tokens or ()):
+            return "text"  # tokens, and no probability of any
         tokens = [token.text for token in answer.tokens or ()]
         if any(re.search("[0-9]{2}", text) for text in tokens):
             return "whole numbers"
@@ -227,7 +275,7 @@ async def _detect_scoring(ask: Ask) -> Scoring:
                 "Pass scoring='whole numbers', 'digits' or 'text'."
             )
         continued = await ask(replace(probe, prefill="57, 84, 9", max_tokens=1))
-        goes_on = max(_first_place(continued), key=lambda each: each[1])[0] == "2"
+        goes_on = max(_first_place(continued), key=lambda each: each[1], default=("", 0.0))[0] == "2"
     except MissingLogprobs:
         return "text"
     except ServerError as error:

@@ -49,6 +49,11 @@ class ScoredRollout:
         return bool(self.evidence.get("trait_refused"))
 
     @property
+    def rejected(self) -> bool:
+        """Whether a score is missing because the judge's server did not take the request, such as one too long."""
+        return any(self.evidence.get(f"{name}_rejected") for name in ("trait", "coherence"))
+
+    @property
     def is_empty(self) -> bool:
         """Whether the rollout has no response."""
         return self.rollout.is_empty
@@ -75,6 +80,23 @@ class StreamingJudge(Protocol):
 
     def score_each(self, trait: Trait, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Score]]:
         """(index, score) of every rollout, in whatever order they come."""
+        ...
+
+
+@runtime_checkable
+class DetectingJudge(Protocol):
+    """A judge that finds out at its first call how its scores are to be read.
+
+    That is no part of its name, which needs no server; it stands in every row of a file, and a resume reads alike.
+    """
+
+    @property
+    def reading(self) -> str | None:
+        """How scores are read; None where that is not known yet."""
+        ...
+
+    def read_as(self, reading: str) -> None:
+        """Read scores in this way; raises ValueError where it is known to be another."""
         ...
 
 
@@ -121,14 +143,15 @@ def score_rollouts(
         ensure_writable(file.path)
     with writes_file(None if file is None else file.path):
         name = judge.name(trait)
-        done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name)
+        done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name, judge)
         with (
             tqdm(total=len(rollouts), initial=len(done), desc="judge", unit="row", disable=not progress) as bar,
             closing(_fresh(judge, trait, rollouts, done, progress)) as fresh,
         ):
             for scores in fresh:
                 if file is not None:
-                    file.append(_row(key, score, name) for key, score in scores.items())
+                    reading = {"reading": judge.reading} if isinstance(judge, DetectingJudge) else {}
+                    file.append({**_row(key, score, name), **reading} for key, score in scores.items())
                 done |= scores
                 bar.update(len(scores))
     return [_scored(rollout, done[rollout.key]) for rollout in rollouts]
@@ -165,16 +188,18 @@ def _row(key: str, score: Score, judge: str) -> dict[str, Any]:
     return {"key": key, **values, "judge": judge}
 
 
-def _resume(file: JsonLines, keys: set[str], judge: str) -> dict[str, Score]:
+def _resume(file: JsonLines, keys: set[str], name: str, judge: Judge) -> dict[str, Score]:
     done: dict[str, Score] = {}
     for number, row in enumerate(file.resume(FIELDS), start=1):
         if not isinstance(row.get("key"), str) or row["key"] not in keys:
             continue
-        if row.get("judge") != judge:
+        if row.get("judge") != name:
             raise ValueError(
-                f"{file.path}, line {number}, was scored by another judge ({row.get('judge')!r}, now {judge!r}). "
+                f"{file.path}, line {number}, was scored by another judge ({row.get('judge')!r}, now {name!r}). "
                 "Choose another output, or move that file away."
             )
+        if isinstance(judge, DetectingJudge) and row.get("reading") is not None:
+            judge.read_as(str(row["reading"]))
         done[row["key"]] = _score(row, file.path, number)
     return done
 

@@ -60,7 +60,8 @@ class Context:
             return self.judge
         if how.kind == "openai":
             cache = self.folder / "calls.sqlite"
-            return LLMJudge(OpenAIClient(how.model, base_url=how.url or None, concurrency=how.concurrency, cache=cache))
+            where = {"base_url": how.url or None, "aliases": how.aliases or ()}
+            return LLMJudge(OpenAIClient(how.model, **where, concurrency=how.concurrency, cache=cache))
         return LikelihoodRatioJudge(
             self.model,
             calibration_questions=how.calibration_questions,

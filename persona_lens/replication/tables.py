@@ -49,6 +49,7 @@ class JudgeTable(Table):
     kind: Literal["likelihood", "openai"]
     model: str = ""
     url: str = ""
+    aliases: tuple[str, ...] | None = None
     concurrency: Count = 20
     calibration_questions: Annotated[int, Field(ge=2)] = 10
     neutral_samples: Count = 4

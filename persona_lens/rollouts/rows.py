@@ -13,6 +13,9 @@ from persona_lens.chat import ChatTokens, Conversation, chat_messages, encode, t
 from persona_lens.records import DAMAGE, JsonLines
 from persona_lens.traits import Polarity
 
+REJECTED = "rejected: "
+"""How the `finish_reason` of a prompt begins that a server did not take; the server's message follows."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -89,6 +92,11 @@ class Rollout:
     def is_empty(self) -> bool:
         """Whether the response holds nothing but white space."""
         return not self.response.strip()
+
+    @property
+    def rejected(self) -> bool:
+        """Whether a server did not take the prompt, such as one too long for it; `finish_reason` says why."""
+        return self.finish_reason.startswith(REJECTED)
 
     def tokenize(self, tokenizer: Any, *, system_prompt: str | None = None) -> ChatTokens:
         """The chat as token ids, as it was sampled, or its question and answer alone under another system prompt."""

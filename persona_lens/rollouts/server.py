@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from tqdm.auto import tqdm
 
 from persona_lens.clients import CallEstimate, ChatRequest, OpenAIClient
-from persona_lens.rollouts.rows import Prompt, Rollout
+from persona_lens.rollouts.rows import REJECTED, Prompt, Rollout
 
 
 @dataclass
@@ -20,9 +20,11 @@ class ServerEngine:
     """Samples rollouts from a model on a server, which renders the chat template itself.
 
     A row has no `response_tokens`: the server's tokens need not be those of the model under study. An answer that the
-    server held back (`finish_reason` "content_filter") stays as an empty row. Whether the seeds are heeded, and answers
-    repeat without the client's cache, is the server's affair. So is where a turn ends: for a server that runs past the
-    end of a turn, pass the client `extra_body={"stop": ["<end_of_turn>"]}`.
+    server held back (`finish_reason` "content_filter") stays as an empty row, and so does a prompt that it rejects
+    though it takes others, such as one longer than its context (`finish_reason` "rejected: " and the server's message):
+    a resume does not ask it again. Whether the seeds are heeded, and answers repeat without the client's cache, is the
+    server's affair. So is where a turn ends: for a server that runs past the end of a turn, pass the client
+    `extra_body={"stop": ["<end_of_turn>"]}`.
     """
 
     client: OpenAIClient
@@ -48,7 +50,7 @@ class ServerEngine:
         endpoint = self.client.endpoint
         extra = "".join(f", {name} {value!r}" for name, value in self.client.extra_body.items())
         return (
-            f"{endpoint.model} on the server {endpoint.url}{extra}, temperature {self.temperature:g}, "
+            f"{endpoint.model_name} on the server {endpoint.url}{extra}, temperature {self.temperature:g}, "
             f"top_p {self.top_p:g}, at most {self.max_new_tokens} tokens"
         )
 
@@ -69,13 +71,14 @@ class ServerEngine:
         client's `ServerError` is raised.
         """
         for index, completion in self.client.complete_each(self._requests(prompts, seed)):
+            rejection = completion.rejection
             yield (
                 index,
                 Rollout(
                     **asdict(prompts[index]),
                     response=completion.text,
                     response_tokens=None,
-                    finish_reason=completion.finish_reason,
+                    finish_reason=REJECTED + rejection if rejection else completion.finish_reason,
                     engine=self.name,
                     seed=seed,
                 ),

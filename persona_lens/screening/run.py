@@ -144,7 +144,7 @@ def _settings(model: Model, how: Scoring) -> dict[str, Any]:
         "template_hash": template_hash(model.tokenizer),
         "vectors": named,
         "fingerprints": [each.fingerprint for each in how.vectors],
-        "base": base if isinstance(base, str) else f"{base.endpoint.model} on the server {base.endpoint.url}",
+        "base": base if isinstance(base, str) else f"{base.endpoint.model_name} on the server {base.endpoint.url}",
         "max_new_tokens": how.max_new_tokens if how.makes_base else None,
         "token_budget": how.token_budget,
         "interventions": [f"{value}, at {each.at}" for each in attached for value in each.interventions],
