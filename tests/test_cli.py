@@ -1,9 +1,11 @@
 """The command line: exit codes, one sentence on bad input, JSON for scripts."""
 
 import json
+import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -150,3 +152,76 @@ def test_extract_from_the_references_files_prints_a_table(cli, embedded_bridge, 
     assert "of 100 pairs kept" in err
     assert PersonaVectors.load(tmp_path / "v.safetensors").counts["positive"] == 1
     assert "held-out AUC" in out
+
+
+# CPU threads
+
+
+@pytest.fixture
+def sampled(cli, tiny_bridge, tmp_path, monkeypatch):
+    """`rollouts` on the tiny model: gives its exit code, standard error, and the number of threads it loaded on."""
+    from persona_lens import models
+    from tests.test_rollouts import TRAIT
+
+    TRAIT.save(tmp_path / "grumpy.json")
+    loaded_on = []
+
+    def load(*_, **__):
+        loaded_on.append(torch.get_num_threads())
+        return tiny_bridge
+
+    def run(output, *options):
+        asked = ["--per-question", "1", "--max-new-tokens", "4", "--batch-rows", "3", *options]
+        code, _, err = cli("rollouts", "--trait", tmp_path / "grumpy.json", "--output", output, *asked)
+        return code, err, loaded_on[-1]
+
+    monkeypatch.setattr(models, "load_model", load)
+    yield run
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("busy", [0.0, 100.0])
+def test_the_number_of_threads_depends_neither_on_the_load_nor_on_the_cores(sampled, tmp_path, monkeypatch, busy):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: busy)
+    monkeypatch.setattr(psutil, "cpu_count", lambda *_, **__: 64)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "getloadavg", lambda: (busy, busy, busy))
+    torch.set_num_threads(7)  # what torch would take by itself
+    assert sampled(tmp_path / "rows.jsonl")[2] == 1
+
+
+def test_every_rollout_says_how_many_threads_it_was_made_with(sampled, tmp_path):
+    sampled(tmp_path / "rows.jsonl", "--threads", "2")
+    engines = [json.loads(line)["engine"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(engines) == 8
+    assert all(engine.endswith(", on 2 CPU threads") for engine in engines)
+
+
+def cut(path):
+    """Leave three of a file's rows, as an interrupt after the first batch does."""
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    return path.read_bytes()
+
+
+def test_a_run_goes_on_only_with_the_number_of_threads_it_began_with(sampled, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    sampled(output, "--threads", "2")
+    whole = output.read_bytes()
+    assert sampled(output)[0] == 0  # nothing is missing, so nothing would be made with another number
+    left = cut(output)
+    code, err, _ = sampled(output)
+    assert code == 1
+    assert "rows.jsonl was made with 2 CPU threads, now 1" in one_sentence(err)
+    assert "Go on with --threads 2 (in Python: torch.set_num_threads(2))" in one_sentence(err)
+    assert output.read_bytes() == left
+    assert sampled(output, "--threads", "2")[0] == 0
+    assert output.read_bytes() == whole
+
+
+def test_a_run_of_a_version_that_recorded_no_threads_goes_on(sampled, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    sampled(output)
+    output.write_text(output.read_text().replace(", on 1 CPU thread", ""))
+    cut(output)
+    assert sampled(output, "--threads", "2")[0] == 0
+    assert len(output.read_text().splitlines()) == 8

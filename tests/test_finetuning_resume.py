@@ -57,6 +57,19 @@ def test_an_interrupted_run_goes_on_to_the_same_result(bridge, settings, whole, 
     assert_same_weights(found, whole, **EXACT)
 
 
+def test_a_finetuning_goes_on_only_with_the_number_of_threads_it_began_with(bridge, tmp_path):
+    interrupt(bridge, 3, output=tmp_path, checkpoint_every=1)
+    settings = tmp_path / "settings.json"
+    kept = json.loads(settings.read_text())
+    assert kept["threads"] == 1
+    settings.write_text(json.dumps({**kept, "threads": 2}))
+    with pytest.raises(ValueError, match=r"was made with 2 CPU threads, now 1.* Go on with --threads 2 \(in Python"):
+        train(bridge, output=tmp_path, checkpoint_every=1)
+    del kept["threads"]  # a version that recorded none
+    settings.write_text(json.dumps(kept))
+    assert len(losses(train(bridge, output=tmp_path, checkpoint_every=1))) == STEPS
+
+
 def test_a_run_interrupted_twice_goes_on_too(bridge, settings, whole, tmp_path):
     interrupt(bridge, 3, output=tmp_path, checkpoint_every=1, **settings)
     interrupt(bridge, 3, output=tmp_path, checkpoint_every=1, **settings)

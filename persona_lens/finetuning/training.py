@@ -27,7 +27,7 @@ from persona_lens.finetuning.result import RECORD_FILE, Finetuning
 from persona_lens.finetuning.trainer import Trainer, Watch, collate_rows, last_checkpoint
 from persona_lens.interventions import Intervention, intervene
 from persona_lens.locks import writes_folder
-from persona_lens.models import Model, identify, model_device
+from persona_lens.models import Model, cpu_threads, identify, model_device, refuse_other_threads
 from persona_lens.records import ensure_writable, write_json
 
 SETTINGS_FILE, CHECKPOINTS = "settings.json", "checkpoints"
@@ -59,6 +59,7 @@ class Plan(NamedTuple):
             "training": self.training,
             "rows": _digest(self.rows),
             "evaluation": None if self.evaluation is None else _digest(self.evaluation),
+            "threads": cpu_threads(model),
         }
 
 
@@ -95,6 +96,9 @@ def _refuse_another_run(output: Path, settings: dict[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): choose another output folder.") from error
     before, now = _flat(kept), _flat(json.loads(json.dumps(settings)))
+    threads = now.pop("threads")
+    if not (output / RECORD_FILE).exists():  # a finished run is only read
+        refuse_other_threads(output, before.get("threads"), threads)
     for name in now:
         if before.get(name) != now[name]:
             raise ValueError(

@@ -6,7 +6,7 @@ Knows nothing about scores or activations.
 """
 
 from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts, sample_rollouts, unanswered
-from persona_lens.rollouts.engines import ModelEngine, RolloutEngine, StreamingEngine
+from persona_lens.rollouts.engines import ModelEngine, RolloutEngine, StreamingEngine, without_threads
 from persona_lens.rollouts.rows import Prompt, Rollout, longest_response, read_rollouts, rollouts_from_rows
 from persona_lens.rollouts.server import ServerEngine
 
@@ -24,4 +24,5 @@ __all__ = [
     "rollouts_from_rows",
     "sample_rollouts",
     "unanswered",
+    "without_threads",
 ]

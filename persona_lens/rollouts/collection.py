@@ -16,9 +16,16 @@ from tqdm.auto import tqdm
 from persona_lens.captured import CapturedMeans
 from persona_lens.generation import plan_batches
 from persona_lens.locks import writes_file
-from persona_lens.models import Model
+from persona_lens.models import Model, refuse_other_threads
 from persona_lens.records import JsonLines, ensure_writable
-from persona_lens.rollouts.engines import CapturingEngine, ModelEngine, RolloutEngine, StreamingEngine
+from persona_lens.rollouts.engines import (
+    CapturingEngine,
+    ModelEngine,
+    RolloutEngine,
+    StreamingEngine,
+    threads_in,
+    without_threads,
+)
 from persona_lens.rollouts.rows import Prompt, Rollout, rollouts_from_rows
 from persona_lens.traits import Polarity, Trait
 
@@ -131,7 +138,7 @@ def _answered(
     done = {rollout.key: rollout for rollout in rollouts_from_rows(rows, path) if rollout.key in planned}
     for key, rollout in done.items():
         for what, had, has in (
-            ("engine", rollout.engine, engine),
+            ("engine", without_threads(rollout.engine), without_threads(engine)),
             ("seed", rollout.seed, seed),
             ("system prompt", rollout.system_prompt, planned[key].system_prompt),
         ):
@@ -140,6 +147,8 @@ def _answered(
                     f"{path} holds rollouts made with another {what} ({had!r}, now {has!r}). "
                     "Choose another output, or move that file away."
                 )
+        if len(done) < len(planned):  # a file that lacks nothing is only read
+            refuse_other_threads(path, threads_in(rollout.engine), threads_in(engine))
     return done
 
 

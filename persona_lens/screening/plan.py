@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.chat import chat_messages, render_prompt
 from persona_lens.locks import alone, sweep_up
+from persona_lens.models import refuse_other_threads
 from persona_lens.records import JsonLines, read_json, room_for, write_json
 from persona_lens.screening.families import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
@@ -94,6 +95,10 @@ def refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
         shutil.rmtree(output / PLAN, ignore_errors=True)
         return
     kept = read_json(output / SETTINGS)
+    wanted, threads = dict(wanted), kept.pop("threads", None)
+    now = wanted.pop("threads", None)
+    if not (output / "scores.parquet").exists():  # a finished run is only read
+        refuse_other_threads(output, threads, now)
     for name in (*wanted, *kept):
         if kept.get(name) != wanted.get(name):
             raise ValueError(
