@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -225,3 +226,78 @@ def test_a_run_of_a_version_that_recorded_no_threads_goes_on(sampled, tmp_path):
     cut(output)
     assert sampled(output, "--threads", "2")[0] == 0
     assert len(output.read_text().splitlines()) == 8
+
+
+# Consoles that cannot encode every text
+
+ON_A_TINY_MODEL = """
+import sys
+from transformers import AutoTokenizer
+from persona_lens import cli, models
+from tests import tiny
+tokenizer = AutoTokenizer.from_pretrained(sys.argv.pop(1))
+bridge = models.bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
+models.load_model = lambda *_, **__: bridge
+cli.main()
+"""
+
+
+@pytest.fixture(params=["cp1252", "ascii"])
+def on_console(request, tiny_tokenizer):
+    """Run a command on a console of that encoding; gives its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        command = [sys.executable, "-W", "ignore", "-c", ON_A_TINY_MODEL, tiny_tokenizer.name_or_path]
+        environment = os.environ | {"PYTHONIOENCODING": request.param, "LC_ALL": "C.UTF-8"}
+        root = Path(__file__).parents[1]
+        done = subprocess.run(
+            [*command, *map(str, arguments)], cwd=root, env=environment, capture_output=True, timeout=300, check=False
+        )
+        return done.returncode, done.stdout.decode(request.param), done.stderr.decode(request.param)
+
+    return run
+
+
+@pytest.fixture
+def chinese(tiny_bridge, tmp_path):
+    """A folder of Chinese name with vectors of a Chinese trait, and chats of Chinese names in it."""
+    from tests.chat_cases import CHATS
+    from tests.intervention_cases import some_vectors
+
+    folder = tmp_path / "向量"
+    folder.mkdir()
+    some_vectors(tiny_bridge, "悲伤").save(folder / "vectors.safetensors")
+    rows = [{"id": f"聊天 {number}", "messages": each} for number, each in enumerate(CHATS)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_steer_answers_on_a_console_that_lacks_the_vectors_name(on_console, chinese):
+    code, out, err = on_console("steer", "你好", "--vectors", chinese, "--layer", 1, "--max-new-tokens", 4)
+    assert code == 0, err
+    assert r"\u60b2\u4f24" in "".join(out.split())
+    assert "charmap" not in err
+
+
+def test_steer_prints_whole_json_on_a_console_that_lacks_the_vectors_name(on_console, chinese):
+    code, out, err = on_console("steer", "你好", "--vectors", chinese, "--layer", 1, "--max-new-tokens", 4, "--json")
+    assert code == 0, err
+    assert ["悲伤" in row["intervention"] for row in json.loads(out)] == [False, True, True]
+
+
+def test_monitor_does_all_its_work_on_a_console_that_lacks_the_chats_names(on_console, chinese):
+    output, picture = chinese / "projections.jsonl", chinese / "turns.html"
+    where = ["--vectors", chinese, "--layer", 1, "--output", output, "--calibrate", 80, "--picture", picture]
+    code, out, err = on_console("monitor", chinese / "chats.jsonl", *where)
+    assert code == 0, err
+    assert r"\u804a\u5929 1" in out
+    assert "聊天 1" in output.read_text(encoding="utf-8")
+    thresholds = json.loads((chinese / "thresholds.json").read_text(encoding="utf-8"))["thresholds"]
+    assert [each["trait"] for each in thresholds] == ["悲伤"]
+    assert picture.stat().st_size > 1000
+
+
+def test_an_error_about_a_file_whose_name_the_console_lacks_is_one_sentence(on_console, chinese):
+    code, _, err = on_console("monitor", chinese / "没有.jsonl", "--vectors", chinese)
+    assert code == 1
+    assert r"\u6ca1\u6709.jsonl" in one_sentence(err)

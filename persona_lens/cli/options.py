@@ -41,9 +41,7 @@ TraitOption = Annotated[str, typer.Option("--trait", help="Bundled trait, or pat
 ClassOption = Annotated[ModelClass, typer.Option("--model-class", help="TransformerLens class.")]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(
-        min=1, help=f"CPU threads, default {DEFAULT_THREADS}; a run goes on with the number it began with."
-    ),
+    typer.Option(min=1, help=f"CPU threads, default {DEFAULT_THREADS}; a run goes on with the number it began with."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response.")]
