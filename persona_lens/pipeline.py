@@ -39,6 +39,7 @@ from persona_lens.rollouts import (
     Rollout,
     RolloutEngine,
     collect_rollouts,
+    keeps_date,
     plan_rollouts,
     without_threads,
 )
@@ -70,6 +71,7 @@ class ExtractionPlan:
 
 
 @writes_output
+@keeps_date
 def extract_persona_vectors(
     model: Model,
     trait: Trait | str,

@@ -9,6 +9,7 @@ import torch
 from persona_lens.interventions import steer
 from persona_lens.screening import ModelScorer, Scorer, ShardsMissing, finish, screen
 from persona_lens.screening.plan import read_plan
+from tests.chat_cases import CLOCKED, set_clock
 from tests.fault_cases import another_process
 from tests.intervention_cases import some_vectors
 from tests.screening_cases import (
@@ -164,6 +165,20 @@ def test_a_screening_goes_on_only_with_the_number_of_threads_it_began_with(tiny_
         assert screen(tiny_bridge, rows(12), vector, **shards[1]).rows.equals(whole.rows)  # it is only read
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_screening_that_goes_on_the_next_day_records_the_day_of_its_prompts(tiny_bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    monkeypatch.setattr(tiny_bridge.tokenizer, "chat_template", CLOCKED)
+    set_clock(monkeypatch, "2026-11-30")
+    vector = some_vectors(tiny_bridge, "evil", seed=1).at(2)
+    whole = screen(tiny_bridge, rows(12), vector, output=tmp_path / "whole", base="proxy", **QUIET)
+    with pytest.raises(ShardsMissing):
+        screen(tiny_bridge, rows(12), vector, output=tmp_path / "run", base="proxy", shard=(0, 2), **QUIET)
+    set_clock(monkeypatch, "2026-12-01")
+    found = screen(tiny_bridge, rows(12), vector, output=tmp_path / "run", base="proxy", **QUIET)
+    assert found.rows.equals(whole.rows)
+    assert found.settings["template_date"] == "2026-11-30"
 
 
 def test_a_screening_of_a_version_that_recorded_no_threads_goes_on(tiny_bridge, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ from persona_lens.finetuning.trainer import Trainer, Watch, collate_rows, last_c
 from persona_lens.interventions import Intervention, intervene
 from persona_lens.locks import writes_folder
 from persona_lens.models import Model, cpu_threads, identify, model_device, refuse_other_threads
-from persona_lens.records import ensure_writable, write_json
+from persona_lens.records import DAMAGE, ensure_writable, read_json, write_json
+from persona_lens.template_date import date_told
 
 SETTINGS_FILE, CHECKPOINTS = "settings.json", "checkpoints"
 
@@ -60,6 +62,7 @@ class Plan(NamedTuple):
             "rows": _digest(self.rows),
             "evaluation": None if self.evaluation is None else _digest(self.evaluation),
             "threads": cpu_threads(model),
+            **({"template_date": day} if (day := date_told(model.tokenizer)) else {}),
         }
 
 
@@ -86,10 +89,24 @@ def run_plan(model: Model, plan: Plan, output: Path | None) -> Finetuning:
     return done
 
 
+def recorded_date(output: Path) -> str:
+    """The day that the chat template was told in a folder's finetuning; empty where it records none."""
+    if not _begun(output):
+        return ""
+    with suppress(*DAMAGE):  # a damaged file is refused, in a sentence, before anything goes on
+        return datetime.fromisoformat(read_json(output / SETTINGS_FILE)["template_date"]).date().isoformat()
+    return ""
+
+
+def _begun(output: Path) -> bool:
+    """Whether a folder holds a finetuning, finished or to be gone on with, and says what it was made with."""
+    begun = (output / RECORD_FILE).exists() or last_checkpoint(output / CHECKPOINTS) is not None
+    return begun and (output / SETTINGS_FILE).exists()
+
+
 def _refuse_another_run(output: Path, settings: dict[str, Any]) -> None:
     path = output / SETTINGS_FILE
-    begun = (output / RECORD_FILE).exists() or last_checkpoint(output / CHECKPOINTS) is not None
-    if not (begun and path.exists()):
+    if not _begun(output):
         return
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -97,6 +114,7 @@ def _refuse_another_run(output: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{path} is damaged ({error}): choose another output folder.") from error
     before, now = _flat(kept), _flat(json.loads(json.dumps(settings)))
     threads = now.pop("threads")
+    now.pop("template_date", None)  # the recorded one holds for the rows, which are compared
     if not (output / RECORD_FILE).exists():  # a finished run is only read
         refuse_other_threads(output, before.get("threads"), threads)
     for name in now:

@@ -13,6 +13,7 @@ from persona_lens.chat import chat_messages, render_prompt
 from persona_lens.generation import generate
 from persona_lens.models import Model, cpu_threads, identify
 from persona_lens.rollouts.rows import Prompt, Rollout
+from persona_lens.template_date import date_told, fixed_date
 
 _THREADS = re.compile(r", on (\d+) CPU threads?")
 
@@ -109,9 +110,11 @@ class ModelEngine:
         self, prompts: Sequence[Prompt], seed: int, progress: bool, read_up_to: int | None = None
     ) -> list[Rollout]:
         tokenizer = self.model.tokenizer
+        with fixed_date():
+            date, asked = date_told(tokenizer), [prompt.tokenize(tokenizer).prompt for prompt in prompts]
         completions = generate(
             self.model,
-            [prompt.tokenize(tokenizer).prompt for prompt in prompts],
+            asked,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -129,6 +132,7 @@ class ModelEngine:
                 finish_reason=completion.finish_reason,
                 engine=self.name,
                 seed=seed,
+                date=date,
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]

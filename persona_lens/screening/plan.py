@@ -23,6 +23,7 @@ from persona_lens.screening.families import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
 from persona_lens.screening.samples import Rejection, Rows, Sample, Turns, fingerprint, stream_samples
 from persona_lens.screening.units import PlannedRow, cut_units, read_unit, write_units
+from persona_lens.template_date import date_told, fixed_date
 
 PLAN, REJECTS, SETTINGS = "plan", "rejects.jsonl", "settings.json"
 
@@ -77,12 +78,13 @@ def make_plan(
     given = [{"name": name, "fingerprint": fingerprint(rows)} for name, rows in datasets.items()]
     wanted = json.loads(json.dumps({**settings, **asdict(choices), "datasets": given}))
     output.mkdir(parents=True, exist_ok=True)
-    with alone(output / ".plan.lock"):
+    with alone(output / ".plan.lock"), fixed_date():
         sweep_up(output)
         refuse_other_run(output, wanted)
         if not (output / PLAN).exists():
             _make(tokenizer, room, datasets, choices, output, progress)
-            write_json(output / SETTINGS, wanted)
+            day = date_told(tokenizer)
+            write_json(output / SETTINGS, {**wanted, "template_date": day} if day else wanted)
     return read_plan(output)
 
 
@@ -95,6 +97,7 @@ def refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
         shutil.rmtree(output / PLAN, ignore_errors=True)
         return
     kept = read_json(output / SETTINGS)
+    kept.pop("template_date", None)  # the prompts of that day are in the plan
     wanted, threads = dict(wanted), kept.pop("threads", None)
     now = wanted.pop("threads", None)
     if not (output / "scores.parquet").exists():  # a finished run is only read
