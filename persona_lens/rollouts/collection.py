@@ -19,7 +19,7 @@ from persona_lens.captured import CapturedMeans
 from persona_lens.generation import plan_batches
 from persona_lens.locks import writes_file
 from persona_lens.models import Model, refuse_other_threads
-from persona_lens.records import JsonLines, ensure_writable
+from persona_lens.records import DAMAGE, JsonLines, ensure_writable
 from persona_lens.rollouts.engines import (
     CapturingEngine,
     ModelEngine,
@@ -100,7 +100,7 @@ def collect_rollouts(
 def recorded_date(folder: Path) -> str:
     """The day that the chat template was told in the rollouts of a run's folder; empty where they record none."""
     for path in sorted(folder.glob("*rollouts.jsonl")):
-        with suppress(ValueError):  # a damaged file is refused, in a sentence, by whoever goes on with it
+        with suppress(OSError, *DAMAGE):  # a damaged file is refused, in a sentence, by whoever goes on with it
             for row in JsonLines(path).stream():
                 if day := row.get("date"):
                     return datetime.fromisoformat(day).date().isoformat()
