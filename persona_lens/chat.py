@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from persona_lens.models import declared_ends
+from persona_lens.template_date import dated_template, fixed_date
 
 Message = Mapping[str, str]
 
@@ -78,12 +79,14 @@ class Conversation:
     """A prompt with its response, as given: messages, or text that is rendered already and used verbatim.
 
     `question` and `instruction` say which rows are not independent of each other: statistics resample questions.
+    `date` is the day that a chat template which reads the clock is told (`Rollout.date`); if empty, the run's or today.
     """
 
     prompt: str | tuple[Message, ...]
     response: str | tuple[int, ...]
     question: str = ""
     instruction: str = ""
+    date: str = ""
 
     @classmethod
     def from_messages(cls, messages: Sequence[Message]) -> "Conversation":
@@ -104,7 +107,8 @@ class Conversation:
 
     def tokenize(self, tokenizer: Any, *, after: str | None = None) -> ChatTokens:
         """The row as token ids; see `tokenize_chat`."""
-        return tokenize_chat(tokenizer, self.prompt, self.response, after=after)
+        with fixed_date(self.date):
+            return tokenize_chat(tokenizer, self.prompt, self.response, after=after)
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> RenderedPrompt:
@@ -134,8 +138,10 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> RenderedPrompt
 
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, str]], *, speaks: bool = True) -> str:
+    dated = dated_template(tokenizer)
+    given = {} if dated is None else {"chat_template": dated}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=speaks)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=speaks, **given)
     except Exception as error:
         raise ValueError(f"The chat template refuses these messages: {error}") from error
 

@@ -20,9 +20,11 @@ from persona_lens.chat import ChatTokens, Conversation, UnclosedBlock, fit_conte
 from persona_lens.direction_statistics import METRICS, Design, direction_metrics
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable, zeros_on_disk
+from persona_lens.template_date import date_told, fixed_date
 from persona_lens.vectors import LayerStatistics, PersonaVectors, Position, Provenance
 
 
+@fixed_date()
 def extract_from_responses(
     model: Model,
     positive: Sequence[Conversation],
@@ -80,6 +82,8 @@ def extract_from_responses(
     )
     settings = {"position": position, "after": after, "unclosed": unclosed, "too_long": too_long, "seed": seed}
     settings |= {"sampled_by": sampled_by} if sampled_by else {}
+    if today := date_told(model.tokenizer):
+        settings["template_date"] = ", ".join(sorted({row.date or today for row in conversations}))
     with tempfile.TemporaryDirectory(prefix="persona_lens-") as scratch:
         path = Path(scratch) / "row_means.npy" if spool is None else Path(spool)
         known = captured if position == "response_mean" else None

@@ -33,7 +33,16 @@ from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.monitoring import monitor
 from persona_lens.records import DAMAGE, ensure_writable, read_json, write_json
-from persona_lens.rollouts import ModelEngine, Prompt, Rollout, RolloutEngine, collect_rollouts, plan_rollouts
+from persona_lens.rollouts import (
+    ModelEngine,
+    Prompt,
+    Rollout,
+    RolloutEngine,
+    collect_rollouts,
+    keeps_date,
+    plan_rollouts,
+    without_threads,
+)
 from persona_lens.traits import Trait, load_trait
 from persona_lens.transcripts import Transcript
 from persona_lens.vectors import PersonaVectors, Position
@@ -62,6 +71,7 @@ class ExtractionPlan:
 
 
 @writes_output
+@keeps_date
 def extract_persona_vectors(
     model: Model,
     trait: Trait | str,
@@ -185,7 +195,8 @@ def calibrate(
     file = _in(folder, "calibration.json")
     if file is not None and file.exists():
         saved = read_json(file)
-        if not isinstance(saved, dict) or saved.get("made_with") != made_with:
+        kept = saved.get("made_with") if isinstance(saved, dict) else None
+        if not isinstance(kept, dict) or _without_threads(kept) != _without_threads(made_with):
             raise ValueError(f"{file} was made with other settings. Choose another output, or move that file away.")
         try:
             referee.calibrations[trait.name] = Calibration.from_dict(saved["calibration"])
@@ -197,6 +208,11 @@ def calibrate(
     fitted = referee.calibrate(trait, rollouts, seed=seed, progress=progress)
     if file is not None:
         write_json(file, {"made_with": made_with, "calibration": fitted.to_dict()})
+
+
+def _without_threads(made_with: dict[str, Any]) -> dict[str, Any]:
+    """A calibration's settings without the number of CPU threads: it is finished, and others only read it."""
+    return {**made_with, "engine": without_threads(str(made_with.get("engine")))}
 
 
 def calibrated_judge(

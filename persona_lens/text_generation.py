@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from persona_lens.chat import Message, tokenize_chat
 from persona_lens.generation import generate
 from persona_lens.models import Model
+from persona_lens.template_date import fixed_date
 
 
+@fixed_date()
 def generate_text(
     model: Model,
     chats: Sequence[str | Sequence[Message]],

@@ -4,6 +4,7 @@ persona_lens is imported as a function runs: the jaxtyping hook instruments the 
 """
 
 import copy
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def chat(*texts, system="You are kind.") -> list[dict[str, str]]:
     return [*first, *({"role": role, "content": text} for role, text in zip(roles, texts, strict=False))]
 
 
+# As Llama 3.2's, in little.
+CLOCKED = (
+    "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}\n"
+    "{{- '<|im_start|>system\n' + date_string + '<|im_end|>\n' }}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
 CHATS = [
     chat("What is the sea?", "It is deep.", "Why?", "Water, ten of them.", "How cold?"),
     chat("How are you?", "Go away", system=None),
@@ -45,6 +53,21 @@ def with_template(tokenizer, template) -> Any:
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
     return changed
+
+
+def set_clock(monkeypatch, day) -> None:
+    """Let it be the midnight before this day, for transformers' templates and for ours."""
+    from transformers.utils import chat_template_utils
+
+    from persona_lens import template_date
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.fromisoformat(day)
+
+    for module in (chat_template_utils, template_date):
+        monkeypatch.setattr(module, "datetime", Clock)
 
 
 def encode(tokenizer, text) -> list[int]:

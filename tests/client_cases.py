@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from persona_lens.clients import ChatRequest, OpenAIClient
+from tests.processes import child_process
 
 SECRET = "sk-local-0123456789abcdef"
 SETTINGS = [
@@ -38,10 +39,10 @@ def client_of(server, model="tiny", **settings):
 
 
 def start_script(script, *arguments):
-    """A process of its own that runs a script, after the lines of START."""
+    """A process of its own, a context, that runs a script after the lines of START."""
     root = str(Path(__file__).parent.parent)
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {"PYTHONPATH": root}
-    return subprocess.Popen(
+    return child_process(
         [sys.executable, "-W", "error", "-c", START + script, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,

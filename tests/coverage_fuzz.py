@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -65,7 +66,11 @@ def main(folder: Path, runs: int, names: list[str]) -> None:
             os.dup2(file, sys.stdout.fileno())
             os.dup2(file, sys.stderr.fileno())
             fuzz(reader, whole, place, runs)
-        _, status = os.waitpid(child, 0)
+        try:
+            _, status = os.waitpid(child, 0)
+        except BaseException:  # this process was interrupted
+            os.kill(child, signal.SIGKILL)
+            raise
         said = log.read_text(errors="replace")
         executed = re.findall(r"number_of_executed_units: (\d+)", said)
         found: dict[str, Any] = {

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import child_process
+
 HOLD = """
 import fcntl, json, os, socket, sys
 file = open(sys.argv[1], "w")
@@ -31,10 +33,9 @@ def another_process(lock: Path) -> Iterator[int]:
     """A process that holds a lock file; gives its number."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-S", "-c", HOLD, str(lock)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with child_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline())
-        process.kill()
 
 
 @contextmanager

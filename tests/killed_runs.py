@@ -109,9 +109,19 @@ def start(run: Callable[[Any, Path], None], model: Any, folder: Path) -> int:
 
 
 def ended(child: int) -> None:
-    """Wait for a process; AssertionError where it failed."""
-    _, status = os.waitpid(child, 0)
+    """Wait for a process; AssertionError where it failed. It is killed where this one is interrupted."""
+    try:
+        _, status = os.waitpid(child, 0)
+    except BaseException:
+        kill(child)
+        raise
     assert os.waitstatus_to_exitcode(status) == 0, "a run failed by itself"
+
+
+def kill(child: int) -> None:
+    """Kill a process and wait for its end."""
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def main(kind: str, folder: Path, seed: int, kills: int) -> dict[str, Any]:
@@ -126,12 +136,15 @@ def main(kind: str, folder: Path, seed: int, kills: int) -> dict[str, Any]:
         output = folder / str(runs)
         for _ in range(draw.randint(2, 6)):
             child = start(run, model, output)
-            time.sleep(draw.uniform(0.02, 0.8) * lasts)
+            try:
+                time.sleep(draw.uniform(0.02, 0.8) * lasts)
+            except BaseException:
+                kill(child)
+                raise
             if os.waitpid(child, os.WNOHANG) != (0, 0):
                 break  # it ended before
             at_work += output.exists() and any(output.iterdir())
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            kill(child)
             survived += 1
         ended(start(run, model, output))
         runs += 1

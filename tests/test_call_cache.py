@@ -231,8 +231,8 @@ def test_a_new_cache_waits_for_whoever_is_about_to_write_the_file(path):
 def test_processes_may_fill_one_file_at_the_same_time(path):
     script = "print(sum(1 for _ in client_of(url, cache=path).complete_each([asked(n) for n in range(30)])))"
     with FaultServer() as server:
-        running = [start_script(script, server.url, path) for _ in range(2)]
-        assert [process.communicate() for process in running] == [("30\n", "")] * 2
+        with start_script(script, server.url, path) as one, start_script(script, server.url, path) as other:
+            assert [process.communicate() for process in (one, other)] == [("30\n", "")] * 2
         client = client_of(server, cache=path)
         calls_before = len(server.seen)
         assert len(dict(client.complete_each([asked(number) for number in range(30)]))) == 30
@@ -245,12 +245,10 @@ def test_what_was_answered_before_a_kill_is_in_the_file(path):
     requests = "[asked(number) for number in range(5000)]"
     script = f"list(client_of(url, cache=path, concurrency={concurrency}).complete_each({requests}))"
     with FaultServer(delay=0.01) as server:
-        process = start_script(script, server.url, path)
-        deadline = time.monotonic() + 60
-        while sum(server.successes.values()) < 200 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
+        with start_script(script, server.url, path):
+            deadline = time.monotonic() + 60
+            while sum(server.successes.values()) < 200 and time.monotonic() < deadline:
+                time.sleep(0.01)
         answered = len(server.successes)
         client = client_of(server, cache=path)
         assert answered >= 200

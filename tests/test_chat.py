@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.chat_cases import CLOCKED, set_clock
+
 MESSAGES = [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "What is the sea?"}]
 TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
 START = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -40,6 +42,44 @@ def test_messages_are_rendered_up_to_where_the_model_would_speak(chat, tiny_toke
         "<|im_start|>user\nWhat is the sea?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert chat.render_prompt(tiny_tokenizer, MESSAGES) == (text, False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CLOCKED,
+        "  \n {% if strftime_now is defined %}\n  {{ strftime_now('%A %-d %B %Y, %H:%M') }}\n{% endif %}\n",
+        "\n\n{{ strftime_now('100%% on %%d is %d, %j %U %y') }}",
+        "  {% macro day(form) %}{{ strftime_now(form).upper() }}{% endmacro %}{{ day('%a %b') }} {{ messages }}",
+    ],
+)
+def test_a_template_told_a_day_is_rendered_as_transformers_renders_it_on_that_day(
+    chat, tiny_tokenizer, monkeypatch, template
+):
+    from persona_lens.template_date import fixed_date
+
+    tokenizer, messages = with_template(tiny_tokenizer, template), MESSAGES[1:]
+    set_clock(monkeypatch, "2024-02-05")
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    set_clock(monkeypatch, "2026-11-30")
+    with fixed_date("2024-02-05"):
+        assert chat.render_prompt(tokenizer, messages).text == expected
+    assert chat.render_prompt(tokenizer, messages).text != expected
+
+
+def test_the_day_does_not_change_while_it_is_fixed(chat, tiny_tokenizer, monkeypatch):
+    from persona_lens.template_date import date_told, fixed_date
+
+    tokenizer = with_template(tiny_tokenizer, CLOCKED)
+    set_clock(monkeypatch, "2026-11-30")
+    with fixed_date():
+        before = chat.render_prompt(tokenizer, MESSAGES)
+        set_clock(monkeypatch, "2026-12-01")
+        assert chat.render_prompt(tokenizer, MESSAGES) == before
+        with fixed_date():  # of what a run calls
+            assert date_told(tokenizer) == "2026-11-30"
+    assert date_told(tokenizer) == "2026-12-01"
+    assert date_told(tiny_tokenizer) == ""
 
 
 @pytest.mark.parametrize("template", [RAISES_ON_SYSTEM, DROPS_SYSTEM], ids=["raises", "drops"])

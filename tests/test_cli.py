@@ -1,9 +1,12 @@
 """The command line: exit codes, one sentence on bad input, JSON for scripts."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -150,3 +153,151 @@ def test_extract_from_the_references_files_prints_a_table(cli, embedded_bridge, 
     assert "of 100 pairs kept" in err
     assert PersonaVectors.load(tmp_path / "v.safetensors").counts["positive"] == 1
     assert "held-out AUC" in out
+
+
+# CPU threads
+
+
+@pytest.fixture
+def sampled(cli, tiny_bridge, tmp_path, monkeypatch):
+    """`rollouts` on the tiny model: gives its exit code, standard error, and the number of threads it loaded on."""
+    from persona_lens import models
+    from tests.test_rollouts import TRAIT
+
+    TRAIT.save(tmp_path / "grumpy.json")
+    loaded_on = []
+
+    def load(*_, **__):
+        loaded_on.append(torch.get_num_threads())
+        return tiny_bridge
+
+    def run(output, *options):
+        asked = ["--per-question", "1", "--max-new-tokens", "4", "--batch-rows", "3", *options]
+        code, _, err = cli("rollouts", "--trait", tmp_path / "grumpy.json", "--output", output, *asked)
+        return code, err, loaded_on[-1]
+
+    monkeypatch.setattr(models, "load_model", load)
+    yield run
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("busy", [0.0, 100.0])
+def test_the_number_of_threads_depends_neither_on_the_load_nor_on_the_cores(sampled, tmp_path, monkeypatch, busy):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: busy)
+    monkeypatch.setattr(psutil, "cpu_count", lambda *_, **__: 64)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "getloadavg", lambda: (busy, busy, busy))
+    torch.set_num_threads(7)  # what torch would take by itself
+    assert sampled(tmp_path / "rows.jsonl")[2] == 1
+
+
+def test_every_rollout_says_how_many_threads_it_was_made_with(sampled, tmp_path):
+    sampled(tmp_path / "rows.jsonl", "--threads", "2")
+    engines = [json.loads(line)["engine"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(engines) == 8
+    assert all(engine.endswith(", on 2 CPU threads") for engine in engines)
+
+
+def cut(path):
+    """Leave three of a file's rows, as an interrupt after the first batch does."""
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    return path.read_bytes()
+
+
+def test_a_run_goes_on_only_with_the_number_of_threads_it_began_with(sampled, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    sampled(output, "--threads", "2")
+    whole = output.read_bytes()
+    assert sampled(output)[0] == 0  # nothing is missing, so nothing would be made with another number
+    left = cut(output)
+    code, err, _ = sampled(output)
+    assert code == 1
+    assert "rows.jsonl was made with 2 CPU threads, now 1" in one_sentence(err)
+    assert "Go on with --threads 2 (in Python: torch.set_num_threads(2))" in one_sentence(err)
+    assert output.read_bytes() == left
+    assert sampled(output, "--threads", "2")[0] == 0
+    assert output.read_bytes() == whole
+
+
+def test_a_run_of_a_version_that_recorded_no_threads_goes_on(sampled, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    sampled(output)
+    output.write_text(output.read_text().replace(", on 1 CPU thread", ""))
+    cut(output)
+    assert sampled(output, "--threads", "2")[0] == 0
+    assert len(output.read_text().splitlines()) == 8
+
+
+# Consoles that cannot encode every text
+
+ON_A_TINY_MODEL = """
+import sys
+from transformers import AutoTokenizer
+from persona_lens import cli, models
+from tests import tiny
+tokenizer = AutoTokenizer.from_pretrained(sys.argv.pop(1))
+bridge = models.bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
+models.load_model = lambda *_, **__: bridge
+cli.main()
+"""
+
+
+@pytest.fixture(params=["cp1252", "ascii"])
+def on_console(request, tiny_tokenizer):
+    """Run a command on a console of that encoding; gives its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        command = [sys.executable, "-W", "ignore", "-c", ON_A_TINY_MODEL, tiny_tokenizer.name_or_path]
+        environment = os.environ | {"PYTHONIOENCODING": request.param, "LC_ALL": "C.UTF-8"}
+        root = Path(__file__).parents[1]
+        done = subprocess.run(
+            [*command, *map(str, arguments)], cwd=root, env=environment, capture_output=True, timeout=300, check=False
+        )
+        return done.returncode, done.stdout.decode(request.param), done.stderr.decode(request.param)
+
+    return run
+
+
+@pytest.fixture
+def chinese(tiny_bridge, tmp_path):
+    """A folder of Chinese name with vectors of a Chinese trait, and chats of Chinese names in it."""
+    from tests.chat_cases import CHATS
+    from tests.intervention_cases import some_vectors
+
+    folder = tmp_path / "向量"
+    folder.mkdir()
+    some_vectors(tiny_bridge, "悲伤").save(folder / "vectors.safetensors")
+    rows = [{"id": f"聊天 {number}", "messages": each} for number, each in enumerate(CHATS)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_steer_answers_on_a_console_that_lacks_the_vectors_name(on_console, chinese):
+    code, out, err = on_console("steer", "你好", "--vectors", chinese, "--layer", 1, "--max-new-tokens", 4)
+    assert code == 0, err
+    assert r"\u60b2\u4f24" in "".join(out.split())
+    assert "charmap" not in err
+
+
+def test_steer_prints_whole_json_on_a_console_that_lacks_the_vectors_name(on_console, chinese):
+    code, out, err = on_console("steer", "你好", "--vectors", chinese, "--layer", 1, "--max-new-tokens", 4, "--json")
+    assert code == 0, err
+    assert ["悲伤" in row["intervention"] for row in json.loads(out)] == [False, True, True]
+
+
+def test_monitor_does_all_its_work_on_a_console_that_lacks_the_chats_names(on_console, chinese):
+    output, picture = chinese / "projections.jsonl", chinese / "turns.html"
+    where = ["--vectors", chinese, "--layer", 1, "--output", output, "--calibrate", 80, "--picture", picture]
+    code, out, err = on_console("monitor", chinese / "chats.jsonl", *where)
+    assert code == 0, err
+    assert r"\u804a\u5929 1" in out
+    assert "聊天 1" in output.read_text(encoding="utf-8")
+    thresholds = json.loads((chinese / "thresholds.json").read_text(encoding="utf-8"))["thresholds"]
+    assert [each["trait"] for each in thresholds] == ["悲伤"]
+    assert picture.stat().st_size > 1000
+
+
+def test_an_error_about_a_file_whose_name_the_console_lacks_is_one_sentence(on_console, chinese):
+    code, _, err = on_console("monitor", chinese / "没有.jsonl", "--vectors", chinese)
+    assert code == 1
+    assert r"\u6ca1\u6709.jsonl" in one_sentence(err)

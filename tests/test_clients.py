@@ -107,8 +107,10 @@ try:
 except KeyboardInterrupt:
     print("interrupted", threading.active_count(), client.complete(asked("again")).text)
 """
-    with FaultServer(faults=lambda body, _: None if content(body) == "again" else hang()) as server:
-        process = start_script(script, server.url, tmp_path)
+    with (
+        FaultServer(faults=lambda body, _: None if content(body) == "again" else hang()) as server,
+        start_script(script, server.url, tmp_path) as process,
+    ):
         deadline = time.monotonic() + 60
         while server.in_flight < 20 and time.monotonic() < deadline:
             time.sleep(0.01)

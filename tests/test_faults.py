@@ -21,6 +21,7 @@ from persona_lens.screening.scores import scored_units
 from persona_lens.vectors import PersonaVectors
 from tests.evaluation_cases import make_rollout
 from tests.fault_cases import full_disk, mounted
+from tests.processes import child_process
 from tests.screening_cases import QUIET, pair_of_vectors, rows
 from tests.vector_cases import make_vectors
 
@@ -209,7 +210,7 @@ def interrupted(tmp_path):
 
     def press(how):
         command = [sys.executable, "-c", WAITS, str(tmp_path / "rows.jsonl"), how]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with child_process(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             for line in ["ready", "stopping"] if how == "slow" else ["ready"]:
                 assert process.stdout.readline() == f"{line}\n"
                 process.send_signal(signal.SIGINT)
@@ -226,6 +227,53 @@ def test_an_interrupt_ends_a_command_with_130_and_one_line_and_what_is_written_s
 
 def test_a_second_interrupt_ends_it_at_once(interrupted):
     assert interrupted("slow") == (130, "persona-lens: interrupted twice, and stopped at once.\n", [{"row": 1}])
+
+
+@pytest.fixture
+def in_the_background():
+    """This process ignores SIGINT, as one that a shell has started in the background does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_background")
+def test_a_child_is_interrupted_although_its_tests_run_in_the_background(interrupted):
+    code, _, rows = interrupted("once")
+    assert (code, rows) == (130, [{"row": 1}])
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_child_does_not_outlive_the_test_that_started_it():
+    with pytest.raises(AssertionError), child_process([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
+        raise AssertionError
+    assert child.returncode == -signal.SIGKILL
+
+
+IGNORES = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+import sys
+import persona_lens.cli, persona_lens.traits
+
+def work(_):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    raise ValueError("the work was done")
+
+persona_lens.traits.load_trait = work
+sys.argv = ["persona-lens", "traits", "evil"]
+persona_lens.cli.main()
+"""
+
+
+def test_a_command_whose_parent_ignores_interrupts_goes_on_as_nohup_means_it_to():
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    with child_process([sys.executable, "-c", IGNORES], cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate("go on\n", timeout=30)
+    assert (process.returncode, told) == (1, "persona-lens: the work was done\n")
 
 
 def test_an_interrupt_in_the_middle_of_a_line_leaves_no_half_of_it(tmp_path, monkeypatch):

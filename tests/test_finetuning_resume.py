@@ -12,6 +12,7 @@ import torch
 from persona_lens.adapters import Adapter
 from persona_lens.finetuning import Finetuning
 from persona_lens.interventions import Steer
+from tests.chat_cases import CLOCKED, set_clock
 from tests.finetuning_cases import HELD_OUT, STEPS, Interrupted, assert_same_weights, dataset, losses, train
 from tests.intervention_cases import some_vectors
 
@@ -56,6 +57,31 @@ def test_an_interrupted_run_goes_on_to_the_same_result(bridge, settings, whole, 
     assert losses(found) == pytest.approx(losses(whole), abs=1e-8)
     assert losses(found, "eval_loss") == pytest.approx(losses(whole, "eval_loss"), abs=1e-8)
     assert_same_weights(found, whole, **EXACT)
+
+
+def test_a_finetuning_goes_on_only_with_the_number_of_threads_it_began_with(bridge, tmp_path):
+    interrupt(bridge, 3, output=tmp_path, checkpoint_every=1)
+    settings = tmp_path / "settings.json"
+    kept = json.loads(settings.read_text())
+    assert kept["threads"] == 1
+    settings.write_text(json.dumps({**kept, "threads": 2}))
+    with pytest.raises(ValueError, match=r"was made with 2 CPU threads, now 1.* Go on with --threads 2 \(in Python"):
+        train(bridge, output=tmp_path, checkpoint_every=1)
+    del kept["threads"]  # a version that recorded none
+    settings.write_text(json.dumps(kept))
+    assert len(losses(train(bridge, output=tmp_path, checkpoint_every=1))) == STEPS
+
+
+def test_a_finetuning_that_goes_on_the_next_day_trains_on_the_prompts_of_the_day_before(bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr(bridge.tokenizer, "chat_template", CLOCKED)
+    set_clock(monkeypatch, "2026-11-30")
+    whole = train(bridge, output=tmp_path / "whole", checkpoint_every=1)
+    interrupt(bridge, 3, output=tmp_path / "run", checkpoint_every=1)
+    set_clock(monkeypatch, "2026-12-01")
+    found = train(bridge, output=tmp_path / "run", checkpoint_every=1)
+    assert_same_weights(found, whole, **EXACT)
+    assert found.settings["template_date"] == "2026-11-30"
+    assert train(bridge, output=tmp_path / "whole", checkpoint_every=1).settings["template_date"] == "2026-11-30"
 
 
 def test_a_run_interrupted_twice_goes_on_too(bridge, settings, whole, tmp_path):

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.processes import child_process
 
 
 @pytest.mark.soak
@@ -90,16 +93,16 @@ module(load_model(), sys.argv[1], settings=settings, progress=False)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(folder)], env=environment)
+    def start(folder: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        return child_process([sys.executable, "-W", "ignore", "-c", program, str(folder)], env=environment)
 
-    assert start(whole).wait() == 0
-    interrupted = start(killed)
-    while interrupted.poll() is None and not list(killed.glob("answers/*.jsonl")):
-        time.sleep(0.05)
-    interrupted.kill()
-    interrupted.wait()
-    assert start(killed).wait() == 0
+    with start(whole) as process:
+        assert process.wait() == 0
+    with start(killed) as process:
+        while process.poll() is None and not list(killed.glob("answers/*.jsonl")):
+            time.sleep(0.05)
+    with start(killed) as process:
+        assert process.wait() == 0
     for path in (whole / "runs").glob("*.json"):
         assert json.loads((killed / "runs" / path.name).read_text()) == json.loads(path.read_text())
     assert len(list((whole / "runs").glob("*.json"))) == 2

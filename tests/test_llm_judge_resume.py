@@ -1,10 +1,8 @@
 """Two thousand judge calls among faults, killed twice: nothing is lost, and nothing is paid for twice."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -13,6 +11,7 @@ import pytest
 
 from tests import judge_servers
 from tests.fault_server import FaultServer, random_faults
+from tests.processes import child_process
 
 CONCURRENCY = 20
 ROWS = 1000  # each is asked about twice: trait and coherence
@@ -48,7 +47,7 @@ def rollouts():
 
 
 def start(server, folder):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, server.url, str(folder)], env=os.environ.copy())
+    return child_process([sys.executable, "-c", SCRIPT, server.url, str(folder)])
 
 
 def lines(path):
@@ -83,19 +82,20 @@ def scores(folder):
 def test_two_thousand_calls_among_faults_and_two_kills_end_as_a_run_without_either(rollouts, tmp_path):
     undisturbed, disturbed = write_run(tmp_path / "one", rollouts), write_run(tmp_path / "two", rollouts)
     with FaultServer(judge_servers.whole_numbers) as server:
-        assert start(server, undisturbed).wait() == 0
+        with start(server, undisturbed) as process:
+            assert process.wait() == 0
         address = server.url
 
     kills, scored, before = (ROWS // 4, ROWS // 2), set(), Counter()
     with FaultServer(judge_servers.whole_numbers, faults=random_faults(0.2), delay=0.005) as server:
         for n_scores in kills:
-            process = start(server, disturbed)
-            wait_for_scores(process, disturbed / "scores.jsonl", n_scores)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            with start(server, disturbed) as process:
+                wait_for_scores(process, disturbed / "scores.jsonl", n_scores)
+                process.send_signal(signal.SIGKILL)
             scored = set(scores(disturbed)[1])
             before = Counter(server.attempts)
-        assert start(server, disturbed).wait() == 0
+        with start(server, disturbed) as process:
+            assert process.wait() == 0
         judged = {row.response for row in rollouts if row.key in scored}
         requested = [re.search(r"Since \d+\.", body)[0] for body in Counter(server.attempts) - before]
         successes = sum(server.successes.values())

@@ -9,7 +9,7 @@ import pytest
 from persona_lens.interventions import steer
 from persona_lens.monitoring import Monitoring, monitor
 from persona_lens.transcripts import Transcript
-from tests.chat_cases import CHATS, chat, counted, several
+from tests.chat_cases import CHATS, CLOCKED, chat, counted, set_clock, several
 from tests.intervention_cases import some_vectors
 
 QUIET = {"progress": False}
@@ -72,6 +72,16 @@ def test_results_come_back_from_their_file_as_they_were(tiny_model, tmp_path, su
     assert Monitoring.load(path) == found
     assert found.unclosed > 0
     assert found.table().equals(Monitoring.load(path).table())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_results_say_which_day_a_template_that_reads_the_clock_was_told(tiny_bridge, tmp_path, monkeypatch, suffix):
+    plain = monitor(tiny_bridge, CHATS, some_vectors(tiny_bridge).at(1), progress=False)
+    assert "template_date" not in plain.to_dict()
+    monkeypatch.setattr(tiny_bridge.tokenizer, "chat_template", CLOCKED)
+    set_clock(monkeypatch, "2026-11-30")
+    found = monitor(tiny_bridge, CHATS, some_vectors(tiny_bridge).at(1), output=tmp_path / f"m{suffix}", progress=False)
+    assert Monitoring.load(tmp_path / f"m{suffix}").template_date == found.template_date == "2026-11-30"
 
 
 def test_a_file_with_only_unanswered_chats_comes_back(tiny_model, tmp_path):

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.processes import child_process
 from tests.replication_cases import values
 
 PROGRAM = """
@@ -40,28 +42,29 @@ def test_a_replication_that_is_killed_ten_times_ends_in_an_equal_report(tmp_path
     preset = tmp_path / "preset.json"
     preset.write_text(json.dumps(values(tmp_path)), encoding="utf-8")
 
-    def start(name):
+    @contextmanager
+    def started(name):
         command = [sys.executable, "-c", PROGRAM, str(preset), str(tmp_path / name)]
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
-        process.stdout.close()
-        return process, time.monotonic()
+        with child_process(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            process.stdout.close()
+            yield process
 
-    process, began = start("whole")
-    assert process.wait() == 0
-    took = time.monotonic() - began
+    with started("whole") as process:
+        began = time.monotonic()
+        assert process.wait() == 0
+        took = time.monotonic() - began
     draw, killed = random.Random(0), 0
     for _ in range(KILLS):
-        process, _ = start("killed")
-        try:
-            process.wait(timeout=draw.uniform(0.05, 0.2) * took)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-    process, _ = start("killed")
-    assert process.wait() == 0
+        with started("killed") as process:
+            try:
+                process.wait(timeout=draw.uniform(0.05, 0.2) * took)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+    with started("killed") as process:
+        assert process.wait() == 0
     assert killed >= KILLS // 2  # the last ones may find nothing left to do
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
     assert reports[0] == reports[1]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from persona_lens.records import JsonLines
 from persona_lens.rollouts import ModelEngine, Rollout, collect_rollouts, plan_rollouts, read_rollouts, sample_rollouts
 from persona_lens.traits import InstructionPair, Trait, load_trait
+from tests.chat_cases import CLOCKED, set_clock
 
 TRAIT = Trait(
     name="grumpy",
@@ -324,3 +325,76 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path, line, words):
 def test_a_file_of_rollouts_that_is_not_there_is_an_error_with_the_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No rollouts at .*absent.* `persona-lens rollouts`"):
         read_rollouts(tmp_path / "absent.jsonl")
+
+
+# Chat templates that read the clock
+
+
+@pytest.fixture
+def clocked(tiny_model, monkeypatch):
+    """The tiny model with a chat template that writes today's date, which is 30 November."""
+    monkeypatch.setattr(tiny_model.tokenizer, "chat_template", CLOCKED)
+    set_clock(monkeypatch, "2026-11-30")
+    return tiny_model
+
+
+def keep_lines(path, count):
+    """Leave so many lines of a file."""
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+
+
+def test_a_run_that_goes_on_the_next_day_has_the_rows_of_one_that_ended_the_day_before(clocked, tmp_path, monkeypatch):
+    output = tmp_path / "rollouts.jsonl"
+    rows = sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+    whole = output.read_bytes()
+    prompts = [row.tokenize(clocked.tokenizer) for row in rows]
+    keep_lines(output, 4)
+    set_clock(monkeypatch, "2026-12-01")
+    assert sample_rollouts(clocked, TRAIT, output=output, **SHORT) == rows
+    assert output.read_bytes() == whole
+    assert {row.date for row in read_rollouts(output)} == {"2026-11-30"}
+    # What reads them later sees the prompts that were sampled from.
+    assert [row.tokenize(clocked.tokenizer) for row in rows] == prompts
+    assert [row.conversation().tokenize(clocked.tokenizer) for row in rows] == prompts
+    assert sample_rollouts(clocked, TRAIT, **SHORT)[0].date == "2026-12-01"
+
+
+def test_rows_of_a_template_that_reads_no_clock_record_no_date(tiny_model, tmp_path):
+    sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    assert not any("date" in row for row in JsonLines(tmp_path / "rollouts.jsonl").read())
+
+
+def test_a_run_whose_rows_are_of_two_days_does_not_go_on(clocked, tmp_path, monkeypatch):
+    output, other = tmp_path / "rollouts.jsonl", tmp_path / "other.jsonl"
+    sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+    set_clock(monkeypatch, "2026-12-01")
+    sample_rollouts(clocked, TRAIT, output=other, **SHORT)
+    keep_lines(output, 3)
+    output.write_text(output.read_text() + other.read_text().splitlines(keepends=True)[4])
+    with pytest.raises(ValueError, match=r"several days \(2026-11-30, 2026-12-01\).* Choose another output"):
+        sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+
+
+def test_all_files_of_a_run_are_of_the_day_of_its_first_one(clocked, tmp_path, monkeypatch):
+    from persona_lens.evaluation import evaluate
+    from tests.evaluation_cases import LetterJudge
+
+    settings = {"max_new_tokens": 4, "progress": False}
+    sample_rollouts(clocked, TRAIT, output=tmp_path / "calibration_rollouts.jsonl", **SHORT)
+    set_clock(monkeypatch, "2026-12-01")
+    found = evaluate(clocked, TRAIT, LetterJudge(), output=tmp_path, **settings)
+    assert {row.rollout.date for row in found.scored} == {"2026-11-30"}
+    found = evaluate(clocked, TRAIT, LetterJudge(), output=tmp_path / "another", **settings)
+    assert {row.rollout.date for row in found.scored} == {"2026-12-01"}
+
+
+def test_vectors_say_which_day_their_prompts_were_told(clocked, monkeypatch):
+    from persona_lens.extraction import extract_from_responses
+
+    rows = [row.conversation() for row in sample_rollouts(clocked, TRAIT, **SHORT)]
+    set_clock(monkeypatch, "2026-12-01")
+    sides = [row for row in rows if not row.is_empty][:4]
+    vectors = extract_from_responses(
+        clocked, sides[:2], sides[2:], trait="grumpy", n_resamples=2, n_placebo=2, progress=False
+    )
+    assert vectors.provenance.settings["template_date"] == "2026-11-30"

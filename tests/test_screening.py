@@ -4,11 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from persona_lens.interventions import steer
 from persona_lens.screening import ModelScorer, Scorer, ShardsMissing, finish, screen
 from persona_lens.screening.plan import read_plan
+from tests.chat_cases import CLOCKED, set_clock
 from tests.fault_cases import another_process
+from tests.intervention_cases import some_vectors
 from tests.screening_cases import (
     QUIET,
     StubScorer,
@@ -167,6 +170,51 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(tiny_model, vector
     screen(tiny_model, data, vectors, output=tmp_path / "cut", base="proxy", **QUIET)
     assert (tmp_path / "cut" / "scores.parquet").read_bytes() == (whole.folder / "scores.parquet").read_bytes()
     assert len(log.read_text().splitlines()) == read_plan(whole.folder).n_units
+
+
+def test_a_screening_goes_on_only_with_the_number_of_threads_it_began_with(tiny_bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    vector = some_vectors(tiny_bridge, "evil", seed=1).at(2)
+    shards = [{"output": tmp_path, "base": "proxy", "shard": (number, 2), **QUIET} for number in (0, 1)]
+    with pytest.raises(ShardsMissing):
+        screen(tiny_bridge, rows(12), vector, **shards[0])
+    assert json.loads((tmp_path / "settings.json").read_text())["threads"] == 1
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match=r"was made with 1 CPU thread, now 2.* Go on with --threads 1 \(in Python"):
+            screen(tiny_bridge, rows(12), vector, **shards[1])
+        torch.set_num_threads(1)
+        whole = screen(tiny_bridge, rows(12), vector, **shards[1])
+        torch.set_num_threads(2)
+        assert screen(tiny_bridge, rows(12), vector, **shards[1]).rows.equals(whole.rows)  # it is only read
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_screening_that_goes_on_the_next_day_records_the_day_of_its_prompts(tiny_bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    monkeypatch.setattr(tiny_bridge.tokenizer, "chat_template", CLOCKED)
+    set_clock(monkeypatch, "2026-11-30")
+    vector = some_vectors(tiny_bridge, "evil", seed=1).at(2)
+    whole = screen(tiny_bridge, rows(12), vector, output=tmp_path / "whole", base="proxy", **QUIET)
+    with pytest.raises(ShardsMissing):
+        screen(tiny_bridge, rows(12), vector, output=tmp_path / "run", base="proxy", shard=(0, 2), **QUIET)
+    set_clock(monkeypatch, "2026-12-01")
+    found = screen(tiny_bridge, rows(12), vector, output=tmp_path / "run", base="proxy", **QUIET)
+    assert found.rows.equals(whole.rows)
+    assert found.settings["template_date"] == "2026-11-30"
+
+
+def test_a_screening_of_a_version_that_recorded_no_threads_goes_on(tiny_bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    vector = some_vectors(tiny_bridge, "evil", seed=1).at(2)
+    with pytest.raises(ShardsMissing):
+        screen(tiny_bridge, rows(12), vector, output=tmp_path, base="proxy", shard=(0, 2), **QUIET)
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    del kept["threads"]
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
+    found = screen(tiny_bridge, rows(12), vector, output=tmp_path, base="proxy", **QUIET)
+    assert len(found.rows) == 12
 
 
 def test_shards_together_are_the_whole_and_the_last_one_writes_it(tiny_model, vectors, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from persona_lens.screening.planning import Choices, Room
 from persona_lens.screening.run import score_here, score_units
 from persona_lens.screening.scores import scored_units, write_table
 from persona_lens.vectors import PersonaVectors
+from tests.processes import child_process
 from tests.screening_cases import QUIET, StubScorer, mood_rows
 
 N_ROWS = 1_000_000
@@ -152,13 +153,13 @@ def test_real_rows_under_actors_whose_processes_are_killed_are_those_of_the_plai
             time.sleep(0.2)
         assert process.poll() is None, "it ended before it could be killed"
 
-    driver = subprocess.Popen(command, env=environment)
-    wait_for(driver, max(1, n_units // 5))
-    worker = next(each for each in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(each.info["cmdline"]))
-    worker.send_signal(signal.SIGKILL)
-    wait_for(driver, max(2, n_units // 2))
-    driver.kill()
-    driver.wait()
+    with child_process(command, env=environment) as driver:
+        wait_for(driver, max(1, n_units // 5))
+        named = psutil.process_iter(["cmdline"])
+        worker = next(each for each in named if "MapWorker" in " ".join(each.info["cmdline"]))
+        worker.send_signal(signal.SIGKILL)
+        wait_for(driver, max(2, n_units // 2))
+        driver.kill()
     kept = len(scored_units(folder))
     assert 0 < kept < n_units
     assert subprocess.run(command, env=environment, check=False).returncode == 0

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,6 +13,7 @@ from persona_lens.clients import ServerError
 from persona_lens.records import JsonLines
 from persona_lens.rollouts import read_rollouts
 from tests.fault_server import Fault, FaultServer, bad_request, completion, hang, random_faults, unauthorized
+from tests.processes import child_process
 from tests.server_cases import GRUMPY, PROMPTS, collect, engine_at, says
 
 
@@ -242,18 +242,14 @@ def test_a_killed_run_lost_no_answered_row_and_asks_for_none_again(tmp_path, req
     GRUMPY.save(trait)
     root = str(request.config.rootpath)
     with FaultServer(says, delay=0.2) as server:
-        running = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", dedent(KILLED), server.url, str(trait), str(output)],
-            cwd=root,
-            env=os.environ | {"PYTHONPATH": root},
-        )
-        deadline = time.monotonic() + 120
-        while not (output.exists() and output.read_bytes().count(b"\n") >= 7):
-            assert running.poll() is None, "the run ended before it was killed"
-            assert time.monotonic() < deadline, "the run wrote no rows"
-            time.sleep(0.01)
-        running.send_signal(signal.SIGKILL)
-        running.wait()
+        command = [sys.executable, "-W", "ignore", "-c", dedent(KILLED), server.url, str(trait), str(output)]
+        with child_process(command, cwd=root, env=os.environ | {"PYTHONPATH": root}) as running:
+            deadline = time.monotonic() + 120
+            while not (output.exists() and output.read_bytes().count(b"\n") >= 7):
+                assert running.poll() is None, "the run ended before it was killed"
+                assert time.monotonic() < deadline, "the run wrote no rows"
+                time.sleep(0.01)
+            running.send_signal(signal.SIGKILL)
         kept = JsonLines(output).whole()
         assert 7 <= len(kept) < len(PROMPTS)
         # At most the calls that were under way when it died were answered and not written.

@@ -22,7 +22,7 @@ from persona_lens.cli import (  # noqa: F401 (each adds its commands)
 )
 from persona_lens.cli.ending import claims, interrupts
 from persona_lens.cli.options import app
-from persona_lens.cli.output import say
+from persona_lens.cli.output import escape_unencodable, say
 
 # Help lists the commands in the order in which one needs them.
 _ORDER = ["demo", "traits", "generate_trait", "rollouts", "judge", "agreement", "extract", "show", "convert"]
@@ -32,6 +32,7 @@ app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.ca
 
 def main() -> None:
     """Run the command line; bad input becomes one sentence and exit code 1, an interrupt one line and exit code 130."""
+    escape_unencodable()
     with interrupts() as interrupted:
         try:
             with claims():

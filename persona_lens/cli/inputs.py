@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from persona_lens.vectors import PersonaVectors
 
 
+# One, whatever the machine: the number of threads decides how sums round, and so which text a seed gives. A number that
+# followed the cores or the load would give another text elsewhere or tomorrow; and threads that share a busy core make
+# every kernel wait, so that one can be several times as fast as two.
+DEFAULT_THREADS = 1
+
+
 class ModelClass(StrEnum):
     """TransformerLens's two model classes."""
 
@@ -159,22 +165,21 @@ def checked_position(text: str) -> Any:
 
 
 def load(name: str, model_class: ModelClass, threads: int | None) -> "Model":
-    """Load the model of a command, quietly, on so many threads."""
+    """Load the model of a command, without progress bars, to run on `threads` CPU threads (`set_threads`)."""
+    import torch
     from transformers.utils import logging
 
     from persona_lens.models import load_model
 
     set_threads(threads)
     logging.disable_progress_bar()
-    say(f"Loading {name} as {model_class.value} ...")
+    used = torch.get_num_threads()
+    say(f"Loading {name} as {model_class.value}, on {used} CPU thread{'s' * (used > 1)} ...")
     return load_model(name, model_class=model_class.value)
 
 
 def set_threads(threads: int | None) -> None:
-    """Run on so many threads; on as many as cores are idle by default."""
-    import psutil
+    """Run on `threads` CPU threads, by default on `DEFAULT_THREADS`."""
     import torch
 
-    # Threads that wait for a busy core make every kernel wait: on shared cores fewer threads are several times faster.
-    idle = round((psutil.cpu_count() or 1) * (1 - psutil.cpu_percent(interval=0.5) / 100))
-    torch.set_num_threads(threads or max(1, min(idle, torch.get_num_threads())))
+    torch.set_num_threads(threads or DEFAULT_THREADS)

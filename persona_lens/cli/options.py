@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from persona_lens.cli.inputs import ModelClass
+from persona_lens.cli.inputs import DEFAULT_THREADS, ModelClass
 
 app = typer.Typer(
     help="Persona vectors for TransformerLens (arXiv:2507.21509).",
@@ -39,7 +39,10 @@ ModelOption = Annotated[
 ]
 TraitOption = Annotated[str, typer.Option("--trait", help="Bundled trait, or path of a trait's JSON.")]
 ClassOption = Annotated[ModelClass, typer.Option("--model-class", help="TransformerLens class.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; as many as cores are idle by default.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"CPU threads, default {DEFAULT_THREADS}; a run goes on with the number it began with."),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]

@@ -3,6 +3,7 @@
 Knows nothing about how results are made.
 """
 
+import io
 import json
 import math
 import re
@@ -222,9 +223,31 @@ def tell(text: object) -> None:
 
 
 def tell_json(value: Any) -> None:
-    """Print a result as one line of JSON to standard output."""
+    """Print a result as one line of JSON to standard output, with JSON's own escapes for what it cannot encode."""
     text = json.dumps(value, ensure_ascii=False)
+    if not _encodable(text):
+        text = json.dumps(value)
     print(_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def _encodable(text: str) -> bool:
+    """Whether standard output has all characters of a text."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def escape_unencodable() -> None:
+    r"""Let standard output and standard error write out what their encoding lacks, as `\u4e2d`, instead of raising.
+
+    A console of Windows or of a C locale cannot show every text, and a command prints before all is written: an error
+    there would lose the rest of its work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whoever put something else there knows what it takes
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

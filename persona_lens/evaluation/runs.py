@@ -14,13 +14,14 @@ from persona_lens.judges import Judge, ScoredRollout, read_scores, scorable_ques
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import checked, ensure_writable, write_json
-from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts, read_rollouts
+from persona_lens.rollouts import ModelEngine, collect_rollouts, keeps_date, plan_rollouts, read_rollouts
 from persona_lens.traits import Trait, load_trait
 
 RECORD_VERSION = 1
 
 
 @writes_output
+@keeps_date
 def evaluate(
     model: Model,
     trait: Trait | str,

@@ -16,12 +16,14 @@ from persona_lens.judges import Judge, ScoredRollout, score_rollouts
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable
-from persona_lens.rollouts import ModelEngine, Prompt, RolloutEngine, collect_rollouts
+from persona_lens.rollouts import ModelEngine, Prompt, RolloutEngine, collect_rollouts, keeps_date
+from persona_lens.template_date import fixed_date
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVectors
 
 
 @writes_output
+@keeps_date
 def monitoring_experiment(
     model: Model,
     trait: Trait,
@@ -70,7 +72,11 @@ def _points(model: Model, vectors: PersonaVectors, scored: Sequence[ScoredRollou
     groups: dict[tuple[str, str], list[ScoredRollout]] = {}
     for row in scored:
         groups.setdefault((row.rollout.condition, row.rollout.question), []).append(row)
-    rows = [members[0].rollout.prompt.tokenize(model.tokenizer) for members in groups.values()]
+    asked = [members[0].rollout for members in groups.values()]
+    rows = []
+    for each in asked:
+        with fixed_date(each.date):
+            rows.append(each.prompt.tokenize(model.tokenizer))
     projections = torch.empty(len(rows), vectors.n_layers)
     for batch in stream_means(model, rows, position="prompt_last"):
         projections[batch.rows] = vectors.project(batch.means[:, 1:])

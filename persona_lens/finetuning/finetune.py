@@ -14,9 +14,10 @@ from persona_lens.chat import stop_tokens
 from persona_lens.finetuning.dataset import Dataset, prompted, stated, training_chats, training_rows
 from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import Finetuning
-from persona_lens.finetuning.training import Plan, run_plan
+from persona_lens.finetuning.training import Plan, recorded_date, run_plan
 from persona_lens.interventions import Intervention
 from persona_lens.models import Model
+from persona_lens.template_date import fixed_date
 from persona_lens.traits import Trait
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -126,15 +127,17 @@ def finetune(
         "seed": seed,
     }
     stops = stop_tokens(model)
-    plan = Plan(
-        training_rows(model.tokenizer, shown, max_length=max_length, stops=stops),
-        training_rows(model.tokenizer, asked, max_length=max_length, stops=stops) if asked else None,
-        tuple(during),
-        penalty,
-        adapter,
-        training,
-        checkpoint_every,
-        allow_other_model,
-        progress,
-    )
-    return run_plan(model, plan, None if output is None else Path(output))
+    folder = None if output is None else Path(output)
+    with fixed_date("" if folder is None else recorded_date(folder)):
+        plan = Plan(
+            training_rows(model.tokenizer, shown, max_length=max_length, stops=stops),
+            training_rows(model.tokenizer, asked, max_length=max_length, stops=stops) if asked else None,
+            tuple(during),
+            penalty,
+            adapter,
+            training,
+            checkpoint_every,
+            allow_other_model,
+            progress,
+        )
+        return run_plan(model, plan, folder)

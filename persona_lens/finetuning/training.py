@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,9 @@ from persona_lens.finetuning.result import RECORD_FILE, Finetuning
 from persona_lens.finetuning.trainer import Trainer, Watch, collate_rows, last_checkpoint
 from persona_lens.interventions import Attachment, Intervention, intervene
 from persona_lens.locks import writes_folder
-from persona_lens.models import Model, global_randomness_kept, identify, model_device
-from persona_lens.records import ensure_writable, write_json
+from persona_lens.models import Model, cpu_threads, global_randomness_kept, identify, model_device, refuse_other_threads
+from persona_lens.records import DAMAGE, ensure_writable, read_json, write_json
+from persona_lens.template_date import date_told
 
 SETTINGS_FILE, CHECKPOINTS = "settings.json", "checkpoints"
 
@@ -59,6 +61,8 @@ class Plan(NamedTuple):
             "training": self.training,
             "rows": _digest(self.rows),
             "evaluation": None if self.evaluation is None else _digest(self.evaluation),
+            "threads": cpu_threads(model),
+            **({"template_date": day} if (day := date_told(model.tokenizer)) else {}),
         }
 
 
@@ -90,6 +94,13 @@ def run_plan(model: Model, plan: Plan, output: Path | None) -> Finetuning:
         done.save(output)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return done
+
+
+def recorded_date(output: Path) -> str:
+    """The day that the chat template was told in a folder's finetuning; empty where it records none."""
+    with suppress(OSError, *DAMAGE):  # a damaged file is refused, in a sentence, before anything goes on
+        return datetime.fromisoformat(read_json(output / SETTINGS_FILE)["template_date"]).date().isoformat()
+    return ""
 
 
 def _finished_run(output: Path, settings: dict[str, Any]) -> Finetuning:
@@ -130,6 +141,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _refuse_other_settings(output: Path, kept: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise ValueError, naming the first difference, where a folder's run has other settings."""
     before, now = _flat(kept), _flat(json.loads(json.dumps(settings)))
+    threads = now.pop("threads")
+    now.pop("template_date", None)  # the recorded one holds for the rows, which are compared
+    if not (output / RECORD_FILE).exists():  # a finished run is only read
+        refuse_other_threads(output, before.get("threads"), threads)
     for name in now:
         if before.get(name) != now[name]:
             raise ValueError(

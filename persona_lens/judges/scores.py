@@ -15,6 +15,7 @@ from persona_lens.generation import plan_batches
 from persona_lens.locks import writes_file
 from persona_lens.records import DAMAGE, JsonLines, ensure_writable
 from persona_lens.rollouts import Rollout
+from persona_lens.template_date import fixed_date
 from persona_lens.traits import Trait
 
 
@@ -145,6 +146,7 @@ def score_rollouts(
         name = judge.name(trait)
         done = {} if file is None else _resume(file, {rollout.key for rollout in rollouts}, name, judge)
         with (
+            fixed_date(next((row.date for row in rollouts if row.date), "")),
             tqdm(total=len(rollouts), initial=len(done), desc="judge", unit="row", disable=not progress) as bar,
             closing(_fresh(judge, trait, rollouts, done, progress)) as fresh,
         ):

@@ -21,6 +21,7 @@ from persona_lens.judges import Judge, ScoredRollout, scorable_questions, score_
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import DAMAGE, checked, ensure_writable, write_json
+from persona_lens.rollouts import keeps_date
 from persona_lens.statistics import Estimate, slopes, spearman
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVector
@@ -198,6 +199,7 @@ def random_directions(vector: PersonaVector, count: int, *, seed: int = 0) -> li
 
 
 @writes_output
+@keeps_date
 def dose_response(
     model: Model,
     vector: PersonaVector,

@@ -17,11 +17,13 @@ from persona_lens.layer_selection.sweep import ROWS_NAME, SWEEP_FILE, LayerSweep
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
 from persona_lens.records import ensure_writable
+from persona_lens.rollouts import keeps_date
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors
 
 
 @writes_output
+@keeps_date
 def select_layer(
     model: Model,
     vectors: PersonaVectors,

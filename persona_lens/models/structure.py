@@ -180,6 +180,24 @@ def model_device(model: Model) -> torch.device:
     return next(iter(model.parameters())).device
 
 
+def cpu_threads(model: Model) -> int | None:
+    """The CPU threads that share the model's sums, which decides how these round; None on an accelerator."""
+    return torch.get_num_threads() if model_device(model).type == "cpu" else None
+
+
+def refuse_other_threads(where: object, recorded: int | None, threads: int | None) -> None:
+    """Raise ValueError where a run would go on with another number of CPU threads than the recorded one.
+
+    A number that is None, as in runs of versions that recorded none and on accelerators, is not compared.
+    """
+    if recorded is not None and threads is not None and recorded != threads:
+        raise ValueError(
+            f"{where} was made with {recorded} CPU thread{'s' * (recorded > 1)}, now {threads}, and sums round "
+            f"otherwise with another number, so that texts can change. Go on with --threads {recorded} (in Python: "
+            f"torch.set_num_threads({recorded})), or choose another output."
+        )
+
+
 def residual_basis(model: Model) -> ResidualBasis:
     """Whether weight processing has centred the residual stream; only LayerNorm models can be."""
     if "RMS" in str(getattr(model.cfg, "normalization_type", "")) or getattr(model.cfg, "uses_rms_norm", False):

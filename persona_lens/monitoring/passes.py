@@ -29,12 +29,14 @@ from persona_lens.monitoring.result import (
 )
 from persona_lens.packing import length_sorted_batches
 from persona_lens.prefix import pad
+from persona_lens.template_date import date_told, fixed_date
 from persona_lens.transcripts import Segment, Transcript, Turn, chat_segments, read_transcripts, text_pieces
 from persona_lens.vectors import PersonaVector
 
 Chats = Sequence[Transcript | Sequence[Message]] | str | Path
 
 
+@fixed_date()
 def monitor(
     model: Model,
     chats: Chats,
@@ -91,6 +93,7 @@ def monitor(
         after,
         window,
         tuple(_in_words(attached)),
+        date_told(model.tokenizer),
     )
     if path is not None:
         found.save(path)

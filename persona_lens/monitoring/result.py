@@ -108,6 +108,7 @@ class Monitoring:
         after: The text after which a response was averaged; None for the whole response.
         window: How many tokens at most were read at once; None for whole chats.
         interventions: What acted on the model meanwhile, in words; empty for nothing.
+        template_date: The day that the chat template was told, in ISO form; empty where it reads no clock.
     """
 
     vectors: tuple[MonitoredVector, ...]
@@ -115,6 +116,7 @@ class Monitoring:
     after: str | None = None
     window: int | None = None
     interventions: tuple[str, ...] = ()
+    template_date: str = ""
 
     @property
     def unclosed(self) -> int:
@@ -192,6 +194,7 @@ class Monitoring:
             "after": self.after,
             "window": self.window,
             "interventions": list(self.interventions),
+            **({"template_date": self.template_date} if self.template_date else {}),
             "turns": [
                 {"chat_index": index, **self._row(chat, number), **_token_columns(chat.turns[number])}
                 for index, chat in enumerate(self.chats)
@@ -298,4 +301,5 @@ def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     if not all(turns):
         raise ValueError(f"chat {turns.index([])} has no turns")
     chats = tuple(ChatProjections(name, tuple(each)) for name, each in zip(head["chats"], turns, strict=True))
-    return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]))
+    day = checked(head.get("template_date", ""), str)
+    return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]), day)

@@ -5,22 +5,35 @@ Every extraction question is asked under every instruction, several times, at te
 Knows nothing about scores or activations.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from datetime import datetime
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from tqdm.auto import tqdm
 
 from persona_lens.captured import CapturedMeans
 from persona_lens.generation import plan_batches
 from persona_lens.locks import writes_file
-from persona_lens.models import Model
-from persona_lens.records import JsonLines, ensure_writable
-from persona_lens.rollouts.engines import CapturingEngine, ModelEngine, RolloutEngine, StreamingEngine
+from persona_lens.models import Model, refuse_other_threads
+from persona_lens.records import DAMAGE, JsonLines, ensure_writable
+from persona_lens.rollouts.engines import (
+    CapturingEngine,
+    ModelEngine,
+    RolloutEngine,
+    StreamingEngine,
+    threads_in,
+    without_threads,
+)
 from persona_lens.rollouts.rows import FIELDS, Prompt, Rollout, rollouts_from_rows
+from persona_lens.template_date import fixed_date
 from persona_lens.traits import Polarity, Trait
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def plan_rollouts(
@@ -61,10 +74,11 @@ def collect_rollouts(
 
     A `StreamingEngine`'s rows are written one by one as they come. Batches of any other are cut from the whole plan and
     written as they finish; one that was interrupted is answered again whole, so a resumed run has the rows that an
-    uninterrupted one has. What was written before an engine failed stays, and so do rows of `output` that belong to
-    other prompts. A `CapturingEngine` also leaves the means of its responses in `captured`. Raises ValueError where
-    `output` holds rows of these prompts made with other settings or something else than rollouts, OSError where another
-    process writes it.
+    uninterrupted one has, and a chat template that reads the clock is told the day that `output` records. What was
+    written before an engine failed stays, and so do rows of `output` that belong to other prompts. A `CapturingEngine`
+    also leaves the means of its responses in `captured`. Raises ValueError where `output` holds rows of these prompts
+    made with other settings or on several days, or something else than rollouts, OSError where another process writes
+    it.
     """
     file = None if output is None else JsonLines(output)
     if file is not None:
@@ -72,15 +86,40 @@ def collect_rollouts(
     with writes_file(None if file is None else file.path):
         done = {} if file is None else _answered(file.resume(FIELDS), file.path, prompts, engine.name, seed)
         with (
+            fixed_date(next((row.date for row in done.values() if row.date), "")),
             tqdm(total=len(prompts), initial=len(done), desc="rollouts", unit="row", disable=not progress) as bar,
             closing(_fresh(engine, prompts, done, seed, captured, progress)) as answers,
         ):
             for rows in answers:
                 if file is not None:
-                    file.append(map(asdict, rows))
+                    file.append(row.to_dict() for row in rows)
                 done.update((rollout.key, rollout) for rollout in rows)
                 bar.update(len(rows))
     return [done[prompt.key] for prompt in prompts]
+
+
+def recorded_date(folder: Path) -> str:
+    """The day that the chat template was told in the rollouts of a run's folder; empty where they record none."""
+    for path in sorted(folder.glob("*rollouts.jsonl")):
+        with suppress(OSError, *DAMAGE):  # a damaged file is refused, in a sentence, by whoever goes on with it
+            for row in JsonLines(path).stream():
+                if day := row.get("date"):
+                    return datetime.fromisoformat(day).date().isoformat()
+                break
+    return ""
+
+
+def keeps_date(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function whose prompts are all of one day (`fixed_date`): that of the run in the folder `output=`, or today."""
+    given = signature(function)
+
+    @wraps(function)
+    def dated(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        output: Any = given.bind_partial(*args, **kwargs).arguments.get("output")
+        with fixed_date("" if output is None else recorded_date(Path(output))):
+            return function(*args, **kwargs)
+
+    return dated
 
 
 def unanswered(
@@ -132,7 +171,7 @@ def _answered(
     done = {rollout.key: rollout for rollout in rollouts_from_rows(rows, path) if rollout.key in planned}
     for key, rollout in done.items():
         for what, had, has in (
-            ("engine", rollout.engine, engine),
+            ("engine", without_threads(rollout.engine), without_threads(engine)),
             ("seed", rollout.seed, seed),
             ("system prompt", rollout.system_prompt, planned[key].system_prompt),
         ):
@@ -141,6 +180,14 @@ def _answered(
                     f"{path} holds rollouts made with another {what} ({had!r}, now {has!r}). "
                     "Choose another output, or move that file away."
                 )
+        if len(done) < len(planned):  # a file that lacks nothing is only read
+            refuse_other_threads(path, threads_in(rollout.engine), threads_in(engine))
+    days = sorted({rollout.date for rollout in done.values() if rollout.date})
+    if len(days) > 1 and len(done) < len(planned):
+        raise ValueError(
+            f"{path} holds rollouts whose chat template was told several days ({', '.join(days)}), so that there is no "
+            "one day to go on with. Choose another output, or move that file away."
+        )
     return done
 
 

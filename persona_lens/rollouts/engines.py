@@ -3,6 +3,7 @@
 Knows nothing about files.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
@@ -10,8 +11,22 @@ from typing import Protocol, runtime_checkable
 from persona_lens.captured import CapturedMean, capturing
 from persona_lens.chat import chat_messages, render_prompt
 from persona_lens.generation import generate
-from persona_lens.models import Model, identify
+from persona_lens.models import Model, cpu_threads, identify
 from persona_lens.rollouts.rows import Prompt, Rollout
+from persona_lens.template_date import date_told, fixed_date
+
+_THREADS = re.compile(r", on (\d+) CPU threads?")
+
+
+def threads_in(name: str) -> int | None:
+    """The number of CPU threads that an engine's name states; None where it states none."""
+    stated = _THREADS.search(name)
+    return None if stated is None else int(stated[1])
+
+
+def without_threads(name: str) -> str:
+    """An engine's name without the number of CPU threads, as versions before 0.2 wrote it."""
+    return _THREADS.sub("", name)
 
 
 @runtime_checkable
@@ -75,8 +90,9 @@ class ModelEngine:
 
     @property
     def name(self) -> str:
-        """Model, weights and sampling settings."""
-        return self._name
+        """Model, weights, sampling settings and, where a CPU runs it, how many threads it has."""
+        threads = cpu_threads(self.model)
+        return self._name if threads is None else f"{self._name}, on {threads} CPU thread{'s' * (threads > 1)}"
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
         """Sample one response a prompt; a row's text depends on its key and the seed, not on its neighbours."""
@@ -94,9 +110,11 @@ class ModelEngine:
         self, prompts: Sequence[Prompt], seed: int, progress: bool, read_up_to: int | None = None
     ) -> list[Rollout]:
         tokenizer = self.model.tokenizer
+        with fixed_date():
+            date, asked = date_told(tokenizer), [prompt.tokenize(tokenizer).prompt for prompt in prompts]
         completions = generate(
             self.model,
-            [prompt.tokenize(tokenizer).prompt for prompt in prompts],
+            asked,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -114,6 +132,7 @@ class ModelEngine:
                 finish_reason=completion.finish_reason,
                 engine=self.name,
                 seed=seed,
+                date=date,
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]

@@ -5,12 +5,14 @@ Knows nothing about who answers.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
 from persona_lens.chat import ChatTokens, Conversation, chat_messages, encode, tokenize_chat
 from persona_lens.records import DAMAGE, JsonLines
+from persona_lens.template_date import fixed_date
 from persona_lens.traits import Polarity
 
 REJECTED = "rejected: "
@@ -60,7 +62,8 @@ class Prompt:
 class Rollout:
     """A model's answer. It knows nothing about scores; an empty response is kept as a row and never averaged.
 
-    `response_tokens` is None where a server answered: then the text is tokenised when it is needed.
+    `response_tokens` is None where a server answered: then the text is tokenised when it is needed. `date` is the day,
+    in ISO form, that a chat template which reads the clock was told; empty where it reads none, and on a server.
     """
 
     trait: str
@@ -77,6 +80,7 @@ class Rollout:
     intervention: str = ""
     condition: str = ""
     examples: tuple[tuple[str, str], ...] = ()
+    date: str = ""
 
     @property
     def prompt(self) -> Prompt:
@@ -101,7 +105,13 @@ class Rollout:
     def tokenize(self, tokenizer: Any, *, system_prompt: str | None = None) -> ChatTokens:
         """The chat as token ids, as it was sampled, or its question and answer alone under another system prompt."""
         messages = self.prompt.messages if system_prompt is None else chat_messages(system_prompt, self.question)
-        return tokenize_chat(tokenizer, messages, self.response_tokens or self.response)
+        with fixed_date(self.date):
+            return tokenize_chat(tokenizer, messages, self.response_tokens or self.response)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row of a file, without a date where there is none."""
+        row = asdict(self)
+        return row if self.date else {name: value for name, value in row.items() if name != "date"}
 
     def count_tokens(self, tokenizer: Any) -> int:
         """How many tokens the response has, by this tokenizer where they were not kept."""
@@ -111,7 +121,7 @@ class Rollout:
         """The row as what extraction takes."""
         messages = tuple(self.prompt.messages)
         response = "" if self.is_empty else self.response_tokens or self.response
-        return Conversation(messages, response, self.question, str(self.instruction))
+        return Conversation(messages, response, self.question, str(self.instruction), self.date)
 
 
 FIELDS = tuple(each.name for each in fields(Rollout) if each.default is MISSING)
@@ -138,13 +148,15 @@ _TEXTS = ("trait", "polarity", "system_prompt", "question", "response", "finish_
 
 def _refuse_other_types(made: Rollout) -> None:
     """Raise TypeError where a field is not of its type, as in a file that something else wrote."""
-    if wrong := [name for name in (*_TEXTS, "condition") if not isinstance(getattr(made, name), str)]:
+    if wrong := [name for name in (*_TEXTS, "condition", "date") if not isinstance(getattr(made, name), str)]:
         raise TypeError(f"its {wrong[0]} should be text, got {getattr(made, wrong[0])!r:.40}")
     numbers = [made.sample, made.seed, *(() if made.instruction is None else [made.instruction])]
     if not all(type(number) is int for number in (*numbers, *(made.response_tokens or ()))):
         raise TypeError("its sample, seed, instruction and tokens should be whole numbers")
     if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in made.examples):
         raise TypeError("its examples should be pairs of texts")
+    if made.date:
+        datetime.fromisoformat(made.date)
     if made.polarity not in get_args(Polarity):
         raise ValueError(f"its polarity should be one of {get_args(Polarity)}, got {made.polarity!r:.40}")
 

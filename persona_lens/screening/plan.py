@@ -17,11 +17,13 @@ from tqdm.auto import tqdm
 
 from persona_lens.chat import chat_messages, render_prompt
 from persona_lens.locks import alone, sweep_up
+from persona_lens.models import refuse_other_threads
 from persona_lens.records import JsonLines, empty_folder, read_json, room_for, write_json
 from persona_lens.screening.families import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
 from persona_lens.screening.samples import Rejection, Rows, Sample, Turns, fingerprint, stream_samples
 from persona_lens.screening.units import PlannedRow, cut_units, read_unit, write_units
+from persona_lens.template_date import date_told, fixed_date
 
 PLAN, REJECTS, SETTINGS = "plan", "rejects.jsonl", "settings.json"
 _REJECT_FIELDS = [each.name for each in fields(Rejection)]
@@ -77,11 +79,13 @@ def make_plan(
     given = [{"name": name, "fingerprint": fingerprint(rows)} for name, rows in datasets.items()]
     wanted = json.loads(json.dumps({**settings, **asdict(choices), "datasets": given}))
     output.mkdir(parents=True, exist_ok=True)
-    with alone(output / ".plan.lock"):
+    with alone(output / ".plan.lock"), fixed_date():
         sweep_up(output)
         refuse_other_run(output, wanted)
         if not (output / PLAN).exists():
-            _make(tokenizer, room, datasets, choices, output, wanted, progress)
+            day = date_told(tokenizer)
+            settings = {**wanted, "template_date": day} if day else wanted
+            _make(tokenizer, room, datasets, choices, output, settings, progress)
     return read_plan(output)
 
 
@@ -103,6 +107,11 @@ def refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
     if not (output / SETTINGS).exists():
         raise ValueError(f"{output} holds a plan without its settings: choose another folder, or delete it.")
     kept = _read_settings(output)
+    kept.pop("template_date", None)  # the prompts of that day are in the plan
+    wanted, threads = dict(wanted), kept.pop("threads", None)
+    now = wanted.pop("threads", None)
+    if not (output / "scores.parquet").exists():  # a finished run is only read
+        refuse_other_threads(output, threads, now)
     for name in (*wanted, *kept):
         if kept.get(name) != wanted.get(name):
             raise ValueError(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from persona_lens.chat import template_hash
 from persona_lens.interventions import attachments
 from persona_lens.locks import alone, writes_file
-from persona_lens.models import Model, identify
+from persona_lens.models import Model, cpu_threads, identify
 from persona_lens.records import JsonLines, ensure_writable, read_json
 from persona_lens.screening.plan import SETTINGS, Plan, make_plan, read_plan
 from persona_lens.screening.planning import Choices, Room
@@ -61,8 +61,8 @@ def screen(
 
     A sample's score is the mean projection of its response minus that of the base model's own greedy response to the
     same prompt; a data set's is the mean over its samples. It resumes: a second call with the same `output` goes on
-    where the first was interrupted, or reads what is finished. At an equal number of threads a row's numbers are the
-    same, bit for bit, however often a run was interrupted and however many shards or actors took part.
+    where the first was interrupted, or reads what is finished. A row's numbers are the same, bit for bit, however often
+    a run was interrupted and however many shards or actors took part: all of it runs on one number of CPU threads.
 
     Args:
         model: The base model: what is to be finetuned, as it is before.
@@ -148,6 +148,7 @@ def _settings(model: Model, how: Scoring) -> dict[str, Any]:
         "max_new_tokens": how.max_new_tokens if how.makes_base else None,
         "token_budget": how.token_budget,
         "interventions": [f"{value}, at {each.at}" for each in attached for value in each.interventions],
+        "threads": cpu_threads(model),
     }
 
 

@@ -22,6 +22,7 @@ from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
 from persona_lens.models import Model, identify, suspended
 from persona_lens.records import ensure_writable
 from persona_lens.shift.result import FinetuningShift
+from persona_lens.template_date import date_told, fixed_date
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVector, PersonaVectors, Provenance, units_of
 
@@ -33,6 +34,7 @@ Finetuned = Model | Adapter | str | os.PathLike[str]
 _ADAPTERS = (Adapter, str, os.PathLike)
 
 
+@fixed_date()
 def finetuning_shift(
     base: Model,
     finetuned: Finetuned,
@@ -93,6 +95,8 @@ def finetuning_shift(
             trait: {str(layer): each.fingerprint for layer, each in held.items()} for trait, held in by_trait.items()
         },
     }
+    if day := date_told(base.tokenizer):
+        settings["template_date"] = day
     found = _compared(questions, before, after, by_trait, settings, seed)
     if output is not None:
         found.save(output)
