@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from persona_lens.chat import ChatTokens, Message, UnclosedBlock, tokenize_chat
+from persona_lens.encoding import refuse_half_characters
 from persona_lens.records import JsonLines
 
 ROLES = ("system", "user", "assistant")
@@ -67,6 +68,7 @@ def _checked(index: int, message: Any) -> dict[str, str]:
         raise ValueError(f"{place} has role {role!r}, expected one of {', '.join(ROLES)}.")
     if not isinstance(content, str):
         raise ValueError(f"{place} has content of type {type(content).__name__}, expected one string: keep its text.")
+    refuse_half_characters(content, f"{place}, of role {role},")
     if not content.strip():
         raise ValueError(f"{place}, of role {role}, is empty: drop it, or drop the chat.")
     return {"role": role, "content": content}

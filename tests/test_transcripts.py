@@ -161,7 +161,7 @@ THINKING = chat("Why?", "<think>One.</think>Two.", "How?", "<think>Three.</think
     ("template", "messages", "n_segments"),
     [
         (FORGETS_THOUGHTS, THINKING, 3),  # the last two turns have no thought to forget between them
-        (TRIMS, chat("Why?", " One. ", "How?", "Two.", "Who?", "Three.\n"), 2),
+        (TRIMS, chat("Why?", " One. ", "How?", "Two.", "Who?", "Three.\n"), 1),  # and what it writes is what is read
         (TRIMS, CHATS[0], 1),
     ],
 )

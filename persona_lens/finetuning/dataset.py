@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from persona_lens.chat import Message, end_of_turn
 from persona_lens.traits import Trait
-from persona_lens.transcripts import Transcript, Turn, chat_segments, read_transcripts
+from persona_lens.transcripts import Segment, Transcript, Turn, chat_segments, read_transcripts
 
 IGNORED = -100
 """The label of a token that the loss leaves out, as Hugging Face's losses have it."""
@@ -127,9 +127,9 @@ def training_rows(tokenizer: Any, chats: Sequence[Transcript], *, max_length: in
     end = end_of_turn(tokenizer)
     rows: list[TrainingRow] = []
     cut = dropped = 0
-    for chat in chats:
+    for number, chat in enumerate(chats, start=1):
         # The model may be shown more than it is trained on: what is too long is cut below, and counted.
-        for segment in chat_segments(tokenizer, chat, limit=1 << 30):
+        for segment in _segments(tokenizer, chat, number):
             whole = _row(segment.tokens, segment.turns, end)
             row = TrainingRow(whole.tokens[:max_length], whole.labels[:max_length])
             if whole.n_learnt and row.n_learnt:
@@ -143,6 +143,13 @@ def training_rows(tokenizer: Any, chats: Sequence[Transcript], *, max_length: in
             "Raise max_length."
         )
     return TrainingRows(rows, cut, dropped)
+
+
+def _segments(tokenizer: Any, chat: Transcript, number: int) -> list[Segment]:
+    try:
+        return chat_segments(tokenizer, chat, limit=1 << 30)
+    except ValueError as error:
+        raise ValueError(f"Training row {number}: {error}") from error
 
 
 def _row(tokens: tuple[int, ...], turns: Sequence[Turn], end: int | None) -> TrainingRow:

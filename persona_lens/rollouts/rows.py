@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from persona_lens.chat import ChatTokens, Conversation, chat_messages, encode, tokenize_chat
+from persona_lens.chat import ChatTokens, Conversation, chat_messages, tokenize_chat
+from persona_lens.encoding import encode_content
 from persona_lens.records import DAMAGE, JsonLines
 from persona_lens.traits import Polarity
 
@@ -49,8 +50,11 @@ class Prompt:
         return chat_messages(self.system_prompt, self.question, self.examples)
 
     def tokenize(self, tokenizer: Any) -> ChatTokens:
-        """The rendered prompt as token ids."""
-        return tokenize_chat(tokenizer, self.messages)
+        """The rendered prompt as token ids. Raises ValueError that names the row for what cannot be tokenised."""
+        try:
+            return tokenize_chat(tokenizer, self.messages)
+        except ValueError as error:
+            raise ValueError(f"Rollout {self.key!a}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,19 @@ class Rollout:
         return not self.response.strip()
 
     def tokenize(self, tokenizer: Any, *, system_prompt: str | None = None) -> ChatTokens:
-        """The chat as token ids, as it was sampled, or its question and answer alone under another system prompt."""
+        """The chat as token ids, as it was sampled, or its question and answer alone under another system prompt.
+
+        Raises ValueError that names the row for what cannot be tokenised.
+        """
         messages = self.prompt.messages if system_prompt is None else chat_messages(system_prompt, self.question)
-        return tokenize_chat(tokenizer, messages, self.response_tokens or self.response)
+        try:
+            return tokenize_chat(tokenizer, messages, self.response_tokens or self.response)
+        except ValueError as error:
+            raise ValueError(f"Rollout {self.key!a}: {error}") from error
 
     def count_tokens(self, tokenizer: Any) -> int:
         """How many tokens the response has, by this tokenizer where they were not kept."""
-        return len(encode(tokenizer, self.response) if self.response_tokens is None else self.response_tokens)
+        return len(encode_content(tokenizer, self.response) if self.response_tokens is None else self.response_tokens)
 
     def conversation(self) -> Conversation:
         """The row as what extraction takes."""
