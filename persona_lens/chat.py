@@ -208,13 +208,14 @@ def _prompt_and_response(
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """The ids of both, and how many of the response's first ones the template writes before what is said."""
     said = response if isinstance(response, str) else ""
+    sampled: tuple[int, ...] = () if isinstance(response, str) else tuple(response)
     if isinstance(prompt, str):
-        return encode(tokenizer, prompt), encode_content(tokenizer, said) if said else tuple(response), 0
+        return encode(tokenizer, prompt), encode_content(tokenizer, said) if said else sampled, 0
     (*contents, said), marks = mark_contents(tokenizer, [*prompt, said])
     rendered, messages = _render(tokenizer, contents)
     prompt_ids = encode_marked(tokenizer, rendered.text, marks)
     if not said.strip():
-        return prompt_ids, encode(tokenizer, said) if said else tuple(response), 0
+        return prompt_ids, encode(tokenizer, said) if said else sampled, 0
 
     def render(answer: str | None) -> str:
         turns = messages if answer is None else [*messages, {"role": "assistant", "content": answer}]

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.records import DAMAGE, JsonLines, checked, ensure_writable, write_whole
+from persona_lens.transcripts import RejectedChat
 
 if TYPE_CHECKING:
     import pandas
@@ -108,6 +109,7 @@ class Monitoring:
         after: The text after which a response was averaged; None for the whole response.
         window: How many tokens at most were read at once; None for whole chats.
         interventions: What acted on the model meanwhile, in words; empty for nothing.
+        rejected: Rows of the file or table that are no chats, with their numbers and reasons; empty for none.
     """
 
     vectors: tuple[MonitoredVector, ...]
@@ -115,6 +117,7 @@ class Monitoring:
     after: str | None = None
     window: int | None = None
     interventions: tuple[str, ...] = ()
+    rejected: tuple[RejectedChat, ...] = ()
 
     @property
     def unclosed(self) -> int:
@@ -192,6 +195,7 @@ class Monitoring:
             "after": self.after,
             "window": self.window,
             "interventions": list(self.interventions),
+            "rejected": [asdict(each) for each in self.rejected],
             "turns": [
                 {"chat_index": index, **self._row(chat, number), **_token_columns(chat.turns[number])}
                 for index, chat in enumerate(self.chats)
@@ -203,7 +207,8 @@ class Monitoring:
         turns = sum(len(chat.turns) for chat in self.chats)
         lost = f", {self.unclosed} of which never say {self.after!r}" if self.unclosed else ""
         names = ", ".join(each.name for each in self.vectors)
-        return f"{turns} turns of {len(self.chats)} chats{lost}, projected on {names}"
+        left_out = f" ({len(self.rejected)} rows could not be read)" if self.rejected else ""
+        return f"{turns} turns of {len(self.chats)} chats{left_out}{lost}, projected on {names}"
 
 
 def checked_output(path: str | Path) -> Path:
@@ -298,4 +303,5 @@ def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     if not all(turns):
         raise ValueError(f"chat {turns.index([])} has no turns")
     chats = tuple(ChatProjections(name, tuple(each)) for name, each in zip(head["chats"], turns, strict=True))
-    return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]))
+    rejected = tuple(RejectedChat(**each) for each in head.get("rejected", ()))
+    return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]), rejected)
