@@ -1,19 +1,24 @@
 """Messages, or text that is rendered already, to token ids with a known boundary between prompt and response.
 
 The boundary comes from token ids: prompt and response are tokenised apart and joined, so no token straddles it, and the
-response is the ids of its text alone, without the end-of-turn token or what the template appends.
+response is the ids of its text alone, without the end-of-turn token or what the template appends. A response that is
+given as text is tokenised as the template writes it in an assistant's turn (`assistant_turns`). A control token that a
+content spells is plain text (`encoding`).
 Knows tokenizers and chat templates; knows nothing about traits or vectors.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from persona_lens.assistant_turns import written_turn
+from persona_lens.encoding import encode, encode_content, encode_marked, mark_contents, refuse_half_characters
 from persona_lens.models import declared_ends
 from persona_lens.template_date import dated_template, fixed_date
 
@@ -34,7 +39,10 @@ class RenderedPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """One chat row as token ids; the first `skip` tokens of the response are not averaged (`after=`)."""
+    """One chat row as token ids; the first `skip` tokens of the response are not averaged.
+
+    These are what comes before `after`, and what the chat template writes into the turn before what is said.
+    """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...] = ()
@@ -115,8 +123,14 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> RenderedPrompt
     """Render messages with the tokenizer's own chat template, ending where the assistant would speak.
 
     A template that refuses or drops the system turn gets its text before the first user turn, and the result says so.
-    Raises ValueError where the tokenizer has no chat template.
+    In the text, a control token that a message spells looks like the template's own: tokenise messages, not this text,
+    where a message may be anybody's. Raises ValueError where the tokenizer has no chat template.
     """
+    return _render(tokenizer, messages)[0]
+
+
+def _render(tokenizer: Any, messages: Sequence[Message]) -> tuple[RenderedPrompt, list[dict[str, str]]]:
+    """The rendered prompt, and the messages as the template takes them."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "The tokenizer has no chat template, so messages cannot be rendered. "
@@ -133,8 +147,9 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> RenderedPrompt
             raise
         text, refused = "", True
     if not refused:
-        return RenderedPrompt(text, system_folded=False)
-    return RenderedPrompt(_apply_template(tokenizer, _fold_system(plain)), system_folded=True)
+        return RenderedPrompt(text, system_folded=False), plain
+    folded = _fold_system(plain)
+    return RenderedPrompt(_apply_template(tokenizer, folded), system_folded=True), folded
 
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, str]], *, speaks: bool = True) -> str:
@@ -164,11 +179,6 @@ def chat_messages(system: str | None, question: str, examples: Sequence[tuple[st
     return [*turns, {"role": "user", "content": question}]
 
 
-def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of text as it stands, without special tokens of the tokenizer's own."""
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
-
-
 def tokenize_chat(
     tokenizer: Any,
     prompt: str | Sequence[Message],
@@ -178,12 +188,55 @@ def tokenize_chat(
 ) -> ChatTokens:
     """A prompt (messages, or text that is rendered already and used verbatim) and its response as token ids.
 
-    A response given as ids is taken as it is. With `after` (such as `"</think>"`) only what follows that text is
-    averaged; a response without it raises `UnclosedBlock`.
+    After messages, a response given as text is tokenised as the template writes it into an assistant's turn. What the
+    template writes before it beyond the prompt for generation, such as an empty `<think>` block, belongs to the
+    response and is not averaged; where the template finishes a turn otherwise than it prompts for one, the prompt is as
+    far as both agree. A response given as ids is what a model said after the prompt, and is taken as it is. A control
+    token that a message or a response spells is plain text, and one in rendered text is that token.
+
+    With `after` (such as `"</think>"`) only what follows that text is averaged; a response without it raises
+    `UnclosedBlock`. Raises ValueError, naming the message, for what is no text, and for a template that does not write
+    the messages or the response as they are given.
     """
-    text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt).text
-    ids = encode(tokenizer, response) if isinstance(response, str) else tuple(response)
-    return ChatTokens(encode(tokenizer, text), ids, averaged_from(tokenizer, ids, after))
+    if isinstance(prompt, str):
+        refuse_half_characters(prompt, "The prompt")
+    else:
+        for index, message in enumerate(prompt):
+            if isinstance(content := message.get("content"), str):
+                refuse_half_characters(content, f"messages[{index}], of role {message.get('role')},")
+    if isinstance(response, str):
+        refuse_half_characters(response, "The response")
+    before, ids, skip = _prompt_and_response(tokenizer, prompt, response)
+    return ChatTokens(before, ids, max(skip, averaged_from(tokenizer, ids, after)))
+
+
+def _prompt_and_response(
+    tokenizer: Any, prompt: str | Sequence[Message], response: str | Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The ids of both, and how many of the response's first ones the template writes before what is said."""
+    said = response if isinstance(response, str) else ""
+    sampled: tuple[int, ...] = () if isinstance(response, str) else tuple(response)
+    if isinstance(prompt, str):
+        return encode(tokenizer, prompt), encode_content(tokenizer, said) if said else sampled, 0
+    (*contents, said), marks = mark_contents(tokenizer, [*prompt, said])
+    rendered, messages = _render(tokenizer, contents)
+    prompt_ids = encode_marked(tokenizer, rendered.text, marks)
+    if not said.strip():
+        return prompt_ids, encode(tokenizer, said) if said else sampled, 0
+
+    def render(answer: str | None) -> str:
+        turns = messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+        return _apply_template(tokenizer, turns, speaks=False)
+
+    turn = written_turn(said, rendered.text, render, marks)
+    said_ids = encode_marked(tokenizer, turn.response, marks)
+    if turn.before == turn.prompt:
+        return prompt_ids, said_ids, 0
+    before = encode_marked(tokenizer, turn.before, marks)
+    ids = before + said_ids
+    # The prompt is as far as the model would be prompted with these tokens, and a response has one token at least.
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids[:-1], strict=False)))
+    return ids[:start], ids[start:], max(0, len(before) - start)
 
 
 def averaged_from(tokenizer: Any, ids: Sequence[int], after: str | None) -> int:

@@ -59,7 +59,7 @@ def extract_from_responses(
     counted), or activations are not finite. Source: arXiv:2507.21509, section 2.2.
     """
     sides = {
-        side: _tokenize(model.tokenizer, _with_tokens(given, position), after, unclosed)
+        side: _tokenize(model.tokenizer, side, _with_tokens(given, position), after, unclosed)
         for side, given in (("positive", positive), ("negative", negative))
     }
     counts: dict[str, int] = {}
@@ -109,16 +109,18 @@ def _with_tokens(given: Sequence[Conversation], position: Position) -> list[Conv
 
 
 def _tokenize(
-    tokenizer: Any, given: Sequence[Conversation], after: str | None, unclosed: Literal["error", "drop"]
+    tokenizer: Any, side: str, given: Sequence[Conversation], after: str | None, unclosed: Literal["error", "drop"]
 ) -> list[tuple[Conversation, ChatTokens]]:
     """The rows as token ids, without those that never close a block."""
     rows: list[tuple[Conversation, ChatTokens]] = []
-    for row in given:
+    for number, row in enumerate(given, start=1):
         try:
             rows.append((row, row.tokenize(tokenizer, after=after)))
         except UnclosedBlock as error:
             if unclosed == "error":
                 raise ValueError(f"{error} With unclosed='drop' such rows are left out and counted.") from error
+        except ValueError as error:
+            raise ValueError(f"{side} row {number}: {error}") from error
     return rows
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persona_lens.chat import Conversation
-from persona_lens.records import DAMAGE, JsonLines
+from persona_lens.chat_rows import Unreadable, json_lines, messages_of
+from persona_lens.records import DAMAGE
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,12 @@ def read_messages(path: str | Path) -> list[Conversation]:
     if not Path(path).exists():
         raise FileNotFoundError(f"No file {path}.")
     conversations: list[Conversation] = []
-    for number, row in enumerate(JsonLines(path).read(), start=1):
+    for number, row in json_lines(Path(path)):
+        if not isinstance(row, dict):
+            got = row.text[:60] if isinstance(row, Unreadable) else type(row).__name__
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {got!r}.")
         try:
-            conversations.append(Conversation.from_messages(row["messages"]))
+            conversations.append(Conversation.from_messages(messages_of(row)))
         except DAMAGE as error:
             raise ValueError(
                 f"{path}, line {number}: expected {{'messages': [{{'role', 'content'}}, ...]}} ending with the "

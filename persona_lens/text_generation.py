@@ -33,7 +33,7 @@ def generate_text(
     messages = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in chats]
     completions = generate(
         model,
-        [tokenize_chat(model.tokenizer, chat).prompt for chat in messages],
+        [_prompt(model, number, chat) for number, chat in enumerate(messages, start=1)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -42,3 +42,10 @@ def generate_text(
         progress=progress,
     )
     return [model.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in completions]
+
+
+def _prompt(model: Model, number: int, chat: Sequence[Message]) -> tuple[int, ...]:
+    try:
+        return tokenize_chat(model.tokenizer, chat).prompt
+    except ValueError as error:
+        raise ValueError(f"Chat {number}: {error}") from error

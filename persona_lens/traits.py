@@ -15,6 +15,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Literal, TypeVar
 
+from persona_lens.encoding import refuse_half_characters
 from persona_lens.records import write_whole
 
 Polarity = Literal["positive", "negative", "neutral"]
@@ -258,6 +259,7 @@ def _article(word: str) -> str:
 def _require_text(field: str, text: object) -> None:
     if not isinstance(text, str) or not text or text != text.strip():
         raise ValueError(f"{field} should be text, with no space around it, got {shortened(text)}; correct it")
+    refuse_half_characters(text, field)
 
 
 def _require_distinct(field: str, values: object, kind: type, *, at_least: int = 0) -> None:

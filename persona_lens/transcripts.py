@@ -6,20 +6,19 @@ breaks this, and each turn is then a pass of its own.
 Knows files, tokenizers and chat templates; knows nothing about models or vectors.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from persona_lens.chat import ChatTokens, Message, UnclosedBlock, tokenize_chat
-from persona_lens.records import JsonLines
+from persona_lens.chat_rows import Table, chat_rows, messages_of, name_of, plain_message
+from persona_lens.encoding import refuse_half_characters
 
 ROLES = ("system", "user", "assistant")
-KEYS = ("messages", "conversation", "conversations")
 NAME_KEYS = ("conversation_id", "id", "name")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 BESIDE_THE_TEXT = ("tool_calls", "function_call", "reasoning_content")
 
@@ -55,6 +54,7 @@ def _checked(index: int, message: Any) -> dict[str, str]:
     place = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise ValueError(f"{place} is {type(message).__name__}, expected an object with 'role' and 'content'.")
+    message = plain_message(message)
     role, content = message.get("role"), message.get("content")
     if isinstance(role, str) and role in TOOL_ROLES:
         raise ValueError(f"{place} is a tool message: drop such messages, or fold them into the text of others.")
@@ -67,89 +67,82 @@ def _checked(index: int, message: Any) -> dict[str, str]:
         raise ValueError(f"{place} has role {role!r}, expected one of {', '.join(ROLES)}.")
     if not isinstance(content, str):
         raise ValueError(f"{place} has content of type {type(content).__name__}, expected one string: keep its text.")
+    refuse_half_characters(content, f"{place}, of role {role},")
     if not content.strip():
         raise ValueError(f"{place}, of role {role}, is empty: drop it, or drop the chat.")
     return {"role": role, "content": content}
 
 
+@dataclass(frozen=True)
+class RejectedChat:
+    """A row that is no chat, with its number in its file or table, counted from 1, and why."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ReadChats:
+    """What was read of a file or a table: the chats, and the rows that could not be read."""
+
+    chats: tuple[Transcript, ...]
+    rejected: tuple[RejectedChat, ...] = ()
+
+    @property
+    def in_words(self) -> str:
+        """How many rows could not be read, and the first of them; empty where all could."""
+        if not self.rejected:
+            return ""
+        first = self.rejected[0]
+        of = len(self.chats) + len(self.rejected)
+        return f"{len(self.rejected)} of {of} rows could not be read, the first of them row {first.row}: {first.reason}"
+
+
 def read_transcripts(path: str | Path) -> list[Transcript]:
     """Chats from JSON-lines, a .json file with one chat or a list of them, or Parquet.
 
-    Each has `messages` or `conversation` (`role`, `content`), or ShareGPT's `conversations` (`from`, `value`), and is
-    named by its `conversation_id`, `id` or `name`, or else by the file and its row. Raises ValueError, naming the file,
-    the row and the message, for whatever is not a chat.
+    Each has `messages` or `conversation` (`role`, `content`), or ShareGPT's `conversations` (`from`, `value`): the
+    first of these that has a value. It is named by its `conversation_id`, `id` or `name`, or else by file and row.
+    Raises ValueError, naming the file, the row and the message, for what is no chat; `read_chats` counts such rows.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"No file {path}.")
-    rows = _rows_of(path)
-    if not rows:
-        raise ValueError(f"{path} has no chats.")
-    return [_transcript(row, path, number, len(rows)) for number, row in enumerate(rows, start=1)]
+    found = read_chats(path)
+    if found.rejected:
+        raise ValueError(f"{path}, row {found.rejected[0].row}: {found.rejected[0].reason}")
+    return list(found.chats)
 
 
-def _rows_of(path: Path) -> Sequence[Any]:
-    if path.suffix == ".jsonl":
-        return JsonLines(path).read()
-    if path.suffix == ".json":
-        try:
-            found = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON that can be read: {error}.") from error
-        return found if isinstance(found, list) else [found]
-    if path.suffix == ".parquet":
-        import pandas as pd
+def read_chats(rows: str | os.PathLike[str] | Table | Iterable[Any]) -> ReadChats:
+    """The chats of a file, a pandas DataFrame or a `datasets.Dataset`, and its rows that are no chats, with why.
 
-        try:
-            return pd.read_parquet(path).to_dict("records")
-        except ImportError as error:
-            raise ImportError(
-                "Parquet files need pyarrow: `pip install pyarrow`, or convert them to .jsonl."
-            ) from error
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
-    raise ValueError(f"Chats are read from .jsonl, .json or .parquet files, got {path}: convert it to one of these.")
-
-
-def _transcript(row: Any, path: Path, number: int, of: int) -> Transcript:
-    place = f"{path}, row {number}"
-    try:
-        given = messages_of(row)
-        named = name_of(row, NAME_KEYS) or (path.stem if of == 1 else f"{path.stem}:{number}")
-        return Transcript(tuple(given), named)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
-def messages_of(row: Any) -> list[Any]:
-    """The messages of a row that has them under one of `KEYS`, those of ShareGPT with `role` and `content` too.
-
-    What each message holds is not checked: `Transcript` does that. Raises ValueError for a row without messages.
+    Raises ValueError where no row is a chat, and for a file that cannot be read as a whole.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object with one of {', '.join(KEYS)}, got {type(row).__name__}.")
-    key = next((key for key in KEYS if key in row), None)
-    if key is None:
-        raise ValueError(f"expected one of {', '.join(KEYS)}, got the keys {', '.join(map(str, row))}.")
-    given = row[key]
-    # Parquet's lists are arrays.
-    given = given.tolist() if hasattr(given, "tolist") else given
-    if not isinstance(given, list | tuple):
-        raise ValueError(f"{key} is {type(given).__name__}, expected a list of messages.")
-    return [_from_sharegpt(message) for message in given]
+    of_file = isinstance(rows, str | os.PathLike)
+    if of_file and not Path(rows).exists():
+        raise FileNotFoundError(f"No file {rows}.")
+    chats: list[Transcript] = []
+    rejected: list[RejectedChat] = []
+    named = f"{Path(rows).stem}:" if of_file else "chat "
+    for number, row in chat_rows(rows):
+        try:
+            chats.append(_transcript(row, f"{named}{number}"))
+        except ValueError as error:
+            rejected.append(RejectedChat(number, str(error)))
+    if not chats:
+        place = str(rows) if of_file else "The table"
+        if not rejected:
+            raise ValueError(f"{place} has no chats.")
+        none = f" (none of its {len(rejected)} rows is a chat)" if len(rejected) > 1 else ""
+        raise ValueError(f"{place}, row {rejected[0].row}: {rejected[0].reason}{none}")
+    if of_file and len(chats) == 1 and not rejected and chats[0].name.startswith(named):
+        chats = [Transcript(chats[0].messages, Path(rows).stem)]
+    return ReadChats(tuple(chats), tuple(rejected))
 
 
-def name_of(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """What a row calls itself under the first of the keys that has a text or a number; None where none has."""
-    names = (row.get(key) for key in keys)
-    return next((str(name) for name in names if isinstance(name, (str, int)) and name != ""), None)
-
-
-def _from_sharegpt(message: Any) -> Any:
-    if not isinstance(message, Mapping) or "from" not in message or "role" in message:
-        return message
-    role = message["from"]
-    return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": message.get("value")}
+def _transcript(row: Any, name: str) -> Transcript:
+    if isinstance(row, Transcript):
+        return row
+    messages = messages_of(row)
+    return Transcript(messages, name_of(row, NAME_KEYS) or name)
 
 
 class Turn(NamedTuple):

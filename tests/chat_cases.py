@@ -83,7 +83,8 @@ def rendered(tokenizer, messages) -> list[int]:
 def slow_turn(hf_model, tokenizer, messages, index, vector, skip=0) -> tuple[float, float | None]:
     """A turn's prompt and response projection: the turn as a chat of its own, one row, on the plain model."""
     prompt = rendered(tokenizer, messages[:index])
-    response = encode(tokenizer, messages[index]["content"]) if index < len(messages) else []
+    said = messages[index]["content"] if index < len(messages) else ""
+    response = encode(tokenizer, said.strip() if tokenizer.chat_template == TRIMS else said)
     stream = naive.residual_stream(hf_model, [*prompt, *response])[vector.layer + 1]
     unit = vector.direction.double() / vector.direction.double().norm()
     along = [float(torch.dot(token, unit)) for token in stream]

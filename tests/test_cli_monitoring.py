@@ -159,6 +159,21 @@ def test_what_is_wrong_is_said_in_one_sentence_before_the_model_is_loaded(cli, v
         assert "Loading" not in err
 
 
+def test_rows_that_are_no_chats_are_said_and_the_others_are_monitored(cli, vectors, chats, tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    whole = chats.read_text(encoding="utf-8")
+    path.write_text(f"{whole}not json\n\n", encoding="utf-8")
+    expected, found = (
+        cli("monitor", each, "--vectors", vectors, "--layer", 1, *QUIET, "--json") for each in (chats, path)
+    )
+    assert (expected[0], found[0]) == (0, 0)
+    number = len(whole.splitlines()) + 1
+    assert f"1 of {number} rows could not be read, the first of them row {number}: not JSON" in found[2]
+    one, other = json.loads(expected[1]), json.loads(found[1])
+    assert [each["row"] for each in other["rejected"]] == [number]
+    assert len(one["turns"]) == len(other["turns"])
+
+
 def test_tokens_without_a_place_to_go_are_bad_usage(cli, vectors, chats):
     code, _, err = cli("monitor", chats, "--vectors", vectors, "--tokens", *QUIET)
     assert code == 2

@@ -1,12 +1,13 @@
 """Monitoring against the obvious way: every turn by itself, one row, on the plain Hugging Face model."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from persona_lens.interventions import Steer, ablate, intervene, steer
-from persona_lens.monitoring import monitor
+from persona_lens.monitoring import Monitoring, monitor
 from persona_lens.transcripts import Transcript, read_transcripts
 from tests import naive, tiny
 from tests.chat_cases import (
@@ -229,3 +230,40 @@ def test_a_long_reference_transcript_asks_for_a_window_and_runs_with_one(embedde
     table = monitor(embedded_bridge, path, vector, window=2048, **QUIET).table()
     assert len(table) == 15
     assert table["dropped_messages"].iloc[0] == 0 < table["dropped_messages"].iloc[-1]
+
+
+# --- files and tables -----------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_is_no_chat_is_left_out_counted_and_kept_with_the_result(tiny_model, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rows = [{"messages": CHATS[0]}, {"messages": [*CHATS[1], {"role": "user", "content": ""}]}, {"messages": CHATS[2]}]
+    rows += [{"messages": chat("hi \ud83d", system=None)}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
+    for suffix in (".jsonl", ".parquet"):
+        output = tmp_path / f"found{suffix}"
+        found = monitor(tiny_model, path, several(tiny_model), output=output, **QUIET)
+        assert [each.name for each in found.chats] == ["chats:1", "chats:3"]
+        assert [(each.row, each.reason[:11]) for each in found.rejected] == [(2, "messages[2]"), (4, "messages[0]")]
+        assert "(2 rows could not be read)" in str(found)
+        assert Monitoring.load(output) == found
+    whole = monitor(tiny_model, [CHATS[0], CHATS[2]], several(tiny_model), **QUIET)
+    assert [each.turns for each in found.chats] == [each.turns for each in whole.chats]
+
+
+def test_a_file_without_any_chat_is_refused_with_its_first_reason(tiny_model, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": []}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"chats\.jsonl, row 1: A chat needs a user turn"):
+        monitor(tiny_model, path, several(tiny_model), **QUIET)
+
+
+@pytest.mark.parametrize("table", ["pandas", "datasets"])
+def test_tables_are_monitored_as_lists_of_messages_are(tiny_model, table):
+    module = pytest.importorskip(table)
+    rows = [{"id": "a", "messages": CHATS[0]}, {"id": "b", "messages": CHATS[1]}]
+    given = module.DataFrame(rows) if table == "pandas" else module.Dataset.from_list(rows)
+    found = monitor(tiny_model, given, several(tiny_model), **QUIET)
+    plain = monitor(tiny_model, CHATS[:2], several(tiny_model), **QUIET)
+    assert [each.name for each in found.chats] == ["a", "b"]
+    assert [each.turns for each in found.chats] == [each.turns for each in plain.chats]

@@ -183,7 +183,7 @@ def test_rows_of_messages_are_grouped_by_last_question_and_system_turn(write_lin
         {"messages": []},
         {"messages": "Because."},
         {"messages": [{"role": "user"}, CHAT[-1]]},
-        {"conversation": CHAT},
+        {"prompt": CHAT},
     ],
     ids=["no assistant at the end", "no turns", "text", "a turn without content", "another field"],
 )
@@ -192,7 +192,7 @@ def test_a_line_without_such_messages_is_named(write_lines, row):
         read_messages(write_lines({"messages": CHAT}, row))
 
 
-@pytest.mark.parametrize("line", ["{not json\n", "[1, 2]\n", "\n"])
+@pytest.mark.parametrize("line", ["{not json\n", "[1, 2]\n"])
 def test_a_line_that_is_no_object_is_named(write_lines, line):
     with pytest.raises(ValueError, match=r"chats\.jsonl, line 2: expected a JSON object"):
         read_messages(write_lines({"messages": CHAT}, line))

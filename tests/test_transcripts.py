@@ -5,7 +5,10 @@ import json
 import pytest
 
 from persona_lens.chat import tokenize_chat
-from persona_lens.transcripts import Transcript, chat_segments, read_transcripts, text_pieces
+from persona_lens.finetuning import training_chats
+from persona_lens.responses import read_messages
+from persona_lens.screening import Turns, named_datasets, stream_samples
+from persona_lens.transcripts import Transcript, chat_segments, read_chats, read_transcripts, text_pieces
 from tests.chat_cases import CHATS, FORGETS_THOUGHTS, TRIMS, chat, rendered, with_template
 
 HELLO = chat("Hello.", "Hi.")
@@ -62,6 +65,68 @@ def test_rows_without_a_name_are_named_by_file_and_row(tmp_path):
     assert [each.name for each in found] == ["chats:1", "chats:2"]
 
 
+@pytest.mark.parametrize("empty", [None, [], float("nan")])
+def test_the_first_key_with_a_value_holds_the_messages(empty):
+    said = [{"from": "system", "value": "You are kind."}, {"from": "human", "value": "Hello."}]
+    row = {"messages": empty, "conversation": empty, "conversations": [*said, {"from": "gpt", "value": "Hi."}]}
+    (found,) = read_chats([row]).chats
+    assert list(found.messages) == HELLO
+    (trained,) = training_chats([row])
+    assert list(trained.messages) == HELLO
+
+
+@pytest.mark.parametrize("assistant", ["chatgpt", "ChatGPT", "bard", "bing", "gpt", "GPT", "model", "Assistant"])
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+def test_roles_of_other_names_and_cases_are_ours(assistant, keys):
+    who = zip(("System", "Human", assistant), (each["content"] for each in HELLO), strict=True)
+    given = [dict(zip(keys, each, strict=True)) for each in who]
+    (found,) = read_chats([{"conversations": given}]).chats
+    assert list(found.messages) == HELLO
+    assert list(Transcript(given).messages) == HELLO
+    (sample,) = stream_samples(named_datasets([{"conversations": given}]), Turns())
+    assert sample.response == "Hi."
+
+
+def test_messages_that_data_sets_keep_as_columns_are_read():
+    columns = {key: [each[key] for each in HELLO] for key in ("role", "content")}
+    (found,) = read_chats([{"messages": columns}]).chats
+    assert list(found.messages) == HELLO
+
+
+def test_rows_that_are_no_chats_are_counted_by_their_line_and_the_others_read(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    good, bad = json.dumps({"messages": HELLO}), json.dumps({"messages": [*HELLO, {"role": "user", "content": " "}]})
+    path.write_text(f"{good}\n\n{bad}\nnot json\n{good}\n\n", encoding="utf-8")
+    found = read_chats(path)
+    assert [each.name for each in found.chats] == ["chats:1", "chats:5"]
+    assert [each.row for each in found.rejected] == [3, 4]
+    assert found.in_words.startswith(
+        "2 of 4 rows could not be read, the first of them row 3: messages[3], of role user"
+    )
+    with pytest.raises(ValueError, match=r"chats\.jsonl, row 3: messages\[3\], of role user, is empty"):
+        read_transcripts(path)
+
+
+def test_a_blank_last_line_is_no_row(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": HELLO}) + "\n\n", encoding="utf-8")
+    assert [list(each.messages) for each in read_transcripts(path)] == [HELLO]
+    assert [row.response for row in read_messages(path)] == ["Hi."]
+
+
+@pytest.mark.parametrize("table", ["pandas", "datasets"])
+def test_a_table_of_chats_is_read_wherever_chats_are(table):
+    rows = [{"id": "a", "messages": HELLO}, {"id": "b", "messages": CHATS[0][:3]}]
+    module = pytest.importorskip(table)
+    given = module.DataFrame(rows) if table == "pandas" else module.Dataset.from_list(rows)
+    assert [(each.name, list(each.messages)) for each in read_chats(given).chats] == [
+        ("a", HELLO),
+        ("b", CHATS[0][:3]),
+    ]
+    assert [list(each.messages) for each in training_chats(given)] == [HELLO, CHATS[0][:3]]
+    assert [each.id for each in stream_samples(named_datasets(given), Turns())] == ["a", "b"]
+
+
 TOOL = {"role": "tool", "content": "42"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
 THOUGHT = {"role": "assistant", "content": "Hi", "reasoning_content": "Hm."}
@@ -84,7 +149,8 @@ IMAGE = {"role": "user", "content": [{"type": "image"}]}
         ({"messages": HELLO[2:] + HELLO}, r"messages\[0\] is the assistant's, and nothing prompts it"),
         ({"messages": "Hello"}, "row 2: messages is str, expected a list"),
         ({"prompt": "Hello", "text": "Hi"}, "row 2: expected one of messages, .*, got the keys prompt, text"),
-        ({"conversations": [{"from": "bing", "value": "Hi"}]}, r"row 2: messages\[0\] has role 'bing'"),
+        ({"conversations": [{"from": "critic", "value": "Hi"}]}, r"row 2: messages\[0\] has role 'critic'"),
+        ({"messages": None}, "row 2: messages is NoneType, expected a list"),
     ],
 )
 def test_what_is_no_chat_is_refused_with_its_file_row_and_message(tmp_path, shapes_unchecked, row, words):
@@ -161,7 +227,7 @@ THINKING = chat("Why?", "<think>One.</think>Two.", "How?", "<think>Three.</think
     ("template", "messages", "n_segments"),
     [
         (FORGETS_THOUGHTS, THINKING, 3),  # the last two turns have no thought to forget between them
-        (TRIMS, chat("Why?", " One. ", "How?", "Two.", "Who?", "Three.\n"), 2),
+        (TRIMS, chat("Why?", " One. ", "How?", "Two.", "Who?", "Three.\n"), 1),  # and what it writes is what is read
         (TRIMS, CHATS[0], 1),
     ],
 )

@@ -82,7 +82,7 @@ def monitor(
     from persona_lens.monitoring import checked_output
     from persona_lens.monitoring import monitor as project
     from persona_lens.records import ensure_writable
-    from persona_lens.transcripts import read_transcripts
+    from persona_lens.transcripts import read_chats
 
     if tokens and not (output or as_json or picture):
         raise typer.BadParameter("--tokens goes with --output, --picture or --json: a table has a row for each turn")
@@ -90,11 +90,11 @@ def monitor(
         checked_output(output)
     if picture is not None:
         ensure_writable(picture)
-    transcripts = read_transcripts(chats)
+    read = read_chats(chats)
     chosen = [_vector(path, layer) for path in vectors]
     found = project(
         load(model, model_class, threads),
-        transcripts,
+        read,
         chosen,
         tokens=tokens,
         window=window,
@@ -109,6 +109,8 @@ def monitor(
         _calibrate(found, chosen, vectors, calibrate, chats)
     if picture is not None:
         _draw(found, picture, tokens=tokens)
+    if read.rejected:
+        say(f"{chats}: {read.in_words} Rows that could not be read are left out; --json and --output list them.")
     passed = None if fail_above is None else _first_above(found, fail_above)
     if passed is not None:
         say(f"persona-lens: {passed}")

@@ -16,7 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from persona_lens.activations import stream_means
-from persona_lens.chat import ChatTokens, chat_messages, encode, tokenize_chat
+from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
+from persona_lens.encoding import encode_content
 from persona_lens.evaluation import Cell, CellEngine
 from persona_lens.experiments.conditions import NEUTRAL
 from persona_lens.experiments.finetuning_plan import StudySettings
@@ -147,7 +148,7 @@ def _coherence(model: Model, neutral: Sequence[Rollout], folder: Path) -> Cohere
         clean = base_nlls(model, neutral)
         texts = [shuffle_words(row.response, index) for index, row in enumerate(neutral)]
         shuffled = base_nlls(model, [replace(row, response=text) for row, text in zip(neutral, texts, strict=True)])
-        distinct = [distinct_four_grams(encode(model.tokenizer, row.response)) for row in neutral]
+        distinct = [distinct_four_grams(encode_content(model.tokenizer, row.response)) for row in neutral]
         found = CoherenceScale.fit(clean, shuffled, distinct)
         write_json(path, {"centre": found.centre, "width": found.width, "distinct_floor": found.distinct_floor})
     return CoherenceScale(**json.loads(path.read_text(encoding="utf-8")))
@@ -176,7 +177,7 @@ def _under(model: Model, row: Rollout, system_prompt: str) -> ChatTokens:
 
 def coherence_scores(model: Model, scale: CoherenceScale, rows: Sequence[Rollout]) -> list[float | None]:
     """Coherence from 0 to 100 under the base model; None for an empty response."""
-    distinct = [distinct_four_grams(encode(model.tokenizer, row.response)) for row in rows]
+    distinct = [distinct_four_grams(encode_content(model.tokenizer, row.response)) for row in rows]
     return [
         None if row.is_empty or np.isnan(nll) else scale.score(float(nll), share)
         for row, nll, share in zip(rows, base_nlls(model, rows), distinct, strict=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from persona_lens.chat import Message, end_of_turn, turn_ends
+from persona_lens.chat_rows import Table, chat_rows, messages_of
 from persona_lens.traits import Trait
-from persona_lens.transcripts import Transcript, Turn, chat_segments, read_transcripts
+from persona_lens.transcripts import Segment, Transcript, Turn, chat_segments, read_transcripts
 
 IGNORED = -100
 """The label of a token that the loss leaves out, as Hugging Face's losses have it."""
@@ -49,8 +50,9 @@ class TrainingRows(NamedTuple):
         return f"{len(self.rows)} rows{cut}, {learnt} tokens to learn{dropped}"
 
 
-Dataset = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Transcript]
-"""Chats: a file that `read_transcripts` reads, `Transcript`s, or rows with `messages` such as a `datasets.Dataset`."""
+Dataset = str | os.PathLike[str] | Table | Iterable[Mapping[str, Any] | Transcript]
+"""Chats: a file that `read_transcripts` reads, `Transcript`s, a pandas DataFrame, or rows with `messages` such as a
+`datasets.Dataset`."""
 
 
 def training_chats(dataset: Dataset) -> list[Transcript]:
@@ -63,7 +65,7 @@ def training_chats(dataset: Dataset) -> list[Transcript]:
         chats, source = read_transcripts(Path(dataset)), f"{os.fspath(dataset)}, row"
     else:
         source = "Training row"
-        chats = [_chat(row, f"{source} {number}") for number, row in enumerate(dataset, start=1)]
+        chats = [_chat(row, f"{source} {number}") for number, row in chat_rows(dataset)]
     if not chats:
         raise ValueError("There is nothing to train on: the dataset has no rows.")
     for number, chat in enumerate(chats, start=1):
@@ -75,13 +77,12 @@ def training_chats(dataset: Dataset) -> list[Transcript]:
 def _chat(row: Any, place: str) -> Transcript:
     if isinstance(row, Transcript):
         return row
-    messages: Any = row.get("messages") if isinstance(row, Mapping) else None
-    # As Parquet gives them, in an array.
-    messages = messages.tolist() if hasattr(messages, "tolist") else messages
-    if not isinstance(messages, list | tuple):
+    try:
+        messages = messages_of(row)
+    except ValueError as error:
         fields = row.items() if isinstance(row, Mapping) else ()
         found = {name: type(value).__name__ for name, value in fields} or type(row).__name__
-        raise ValueError(f"{place}: expected {{'messages': [{{'role', 'content'}}, ...]}}, got {found}.")
+        raise ValueError(f"{place}: expected {{'messages': [{{'role', 'content'}}, ...]}}, got {found}.") from error
     try:
         return Transcript(messages)
     except ValueError as error:
@@ -132,9 +133,9 @@ def training_rows(
     stops = turn_ends(tokenizer) if stops is None else frozenset(stops)
     rows: list[TrainingRow] = []
     cut = dropped = 0
-    for chat in chats:
+    for number, chat in enumerate(chats, start=1):
         # The model may be shown more than it is trained on: what is too long is cut below, and counted.
-        for segment in chat_segments(tokenizer, chat, limit=1 << 30):
+        for segment in _segments(tokenizer, chat, number):
             whole = _row(segment.tokens, segment.turns, end, stops)
             row = TrainingRow(whole.tokens[:max_length], whole.labels[:max_length])
             if whole.n_learnt and row.n_learnt:
@@ -148,6 +149,13 @@ def training_rows(
             "Raise max_length."
         )
     return TrainingRows(rows, cut, dropped)
+
+
+def _segments(tokenizer: Any, chat: Transcript, number: int) -> list[Segment]:
+    try:
+        return chat_segments(tokenizer, chat, limit=1 << 30)
+    except ValueError as error:
+        raise ValueError(f"Training row {number}: {error}") from error
 
 
 def _row(tokens: tuple[int, ...], turns: Sequence[Turn], end: int | None, stops: frozenset[int]) -> TrainingRow:

@@ -20,6 +20,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
+from persona_lens.encoding import encode_content
 from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, loop_words, shuffle_words
 from persona_lens.judges.likelihood import mean_log_likelihoods
 from persona_lens.judges.scores import Score
@@ -268,14 +269,14 @@ class LikelihoodRatioJudge:
     def _calibrate_coherence(
         self, neutral: Sequence[Rollout], seed: int
     ) -> tuple[CoherenceScale, dict[str, float | int | None]]:
-        encode = self.model.tokenizer
+        tokenizer = self.model.tokenizer
         texts = {
             "clean": [self._tokens(row) for row in neutral],
             "shuffled": [
-                tuple(encode(shuffle_words(row.response, seed + index), add_special_tokens=False).input_ids)
+                encode_content(tokenizer, shuffle_words(row.response, seed + index))
                 for index, row in enumerate(neutral)
             ],
-            "looping": [tuple(encode(loop_words(row.response), add_special_tokens=False).input_ids) for row in neutral],
+            "looping": [encode_content(tokenizer, loop_words(row.response)) for row in neutral],
         }
         questions = [row.question for row in neutral]
         together = [pair for rows in texts.values() for pair in zip(questions, rows, strict=True)]

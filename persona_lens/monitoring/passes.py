@@ -5,8 +5,9 @@ Source: arXiv:2507.21509, section 3.3.
 Knows nothing about tokenizers and files.
 """
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.activations import NotFinite, attached_projections, check_vectors
 from persona_lens.chat import Message
+from persona_lens.chat_rows import Table, chat_rows
 from persona_lens.interventions import attachments
 from persona_lens.models import KnownPass, Model, backing_off, forward
 from persona_lens.monitoring.result import (
@@ -30,10 +32,11 @@ from persona_lens.monitoring.result import (
 from persona_lens.packing import length_sorted_batches
 from persona_lens.prefix import pad
 from persona_lens.template_date import date_told, fixed_date
-from persona_lens.transcripts import Segment, Transcript, Turn, chat_segments, read_transcripts, text_pieces
+from persona_lens.transcripts import ReadChats, Segment, Transcript, Turn, chat_segments, read_chats, text_pieces
 from persona_lens.vectors import PersonaVector
 
-Chats = Sequence[Transcript | Sequence[Message]] | str | Path
+Chats = str | os.PathLike[str] | ReadChats | Table | Iterable[Transcript | Sequence[Message] | Mapping[str, Any]]
+"""A file of chats, what `read_chats` read, a pandas DataFrame, a `datasets.Dataset`, or transcripts and messages."""
 
 
 @fixed_date()
@@ -52,8 +55,10 @@ def monitor(
 ) -> Monitoring:
     """The scalar projections of chats on persona vectors: every turn's last prompt token and mean response.
 
-    `chats` are transcripts, lists of messages, or a file of them (`read_transcripts`); a chat that ends before the
-    model speaks has a last turn without a response. `vectors` may be of several traits and layers. `tokens=True` keeps
+    `chats` are transcripts, lists of messages, a file of them (`read_transcripts`), a pandas DataFrame or a
+    `datasets.Dataset` with a column of messages; a chat that ends before the model speaks has a last turn without a
+    response. Rows of a file, a table or a data set that are no chats are left out, and stand in the result's `rejected`
+    with their numbers and reasons. `vectors` may be of several traits and layers. `tokens=True` keeps
     every token's projection. `window` reads at most so many tokens at once and leaves out the oldest messages, which
     are counted. With `after` (such as `"</think>"`) only what follows it is averaged. Interventions that are attached
     to the model act and are seen; those at `response` or `prompt` treat each turn as they would if the model said it,
@@ -63,13 +68,14 @@ def monitor(
     says little of the answer; there the response `after` its thinking counts.
 
     Raises:
-        ValueError: There are no chats; one is malformed or does not fit the context or window; a vector does not belong
-            to the model; the model's activations are not finite.
+        ValueError: There are no chats; a list of messages is no chat; a chat does not fit the context or window; a
+            vector does not belong to the model; the model's activations are not finite.
         OSError: `output` could not be written, which is found before anything runs.
     """
     given = (vectors,) if isinstance(vectors, PersonaVector) else tuple(vectors)
     path = None if output is None else checked_output(output)
-    transcripts = _transcripts(chats)
+    read = _read_chats(chats)
+    transcripts = _named_apart(read.chats)
     named = _named(given)
     attached = attachments(model)
     if unlike := [rows for each in attached for rows in each.n_rows if rows != len(transcripts)]:
@@ -94,23 +100,39 @@ def monitor(
         window,
         tuple(_in_words(attached)),
         date_told(model.tokenizer),
+        read.rejected,
     )
     if path is not None:
         found.save(path)
     return found
 
 
-def _transcripts(chats: Chats) -> list[Transcript]:
-    """The chats, each under a name of its own."""
-    if isinstance(chats, (str, Path)):
-        found = read_transcripts(chats)
+def _read_chats(chats: Chats) -> ReadChats:
+    """The chats, and which rows of a file, a table or a data set are none."""
+    if isinstance(chats, ReadChats):
+        found = chats
+    elif isinstance(chats, str | os.PathLike):
+        found = read_chats(chats)
+    elif isinstance(chats, Mapping):
+        raise ValueError(
+            f"chats is a file, a table, or a list of chats, got {type(chats).__name__}: pass one split of a "
+            "DatasetDict, or a single chat in brackets."
+        )
     else:
-        found = [_transcript(chat, number) for number, chat in enumerate(chats, start=1)]
-    if not found:
+        rows = [row if isinstance(row, Mapping) else _transcript(row, number) for number, row in chat_rows(chats)]
+        if any(isinstance(row, Mapping) and {"role", "content"} <= set(row) for row in rows):
+            raise ValueError("chats is a list of chats, each a list of messages, and got messages: pass [messages].")
+        found = read_chats(rows) if rows else ReadChats(())
+    if not found.chats:
         raise ValueError("There is nothing to monitor: pass at least one chat.")
+    return found
+
+
+def _named_apart(chats: Sequence[Transcript]) -> list[Transcript]:
+    """The chats, each under a name of its own."""
     seen: Counter[str] = Counter()
     named: list[Transcript] = []
-    for number, chat in enumerate(found, start=1):
+    for number, chat in enumerate(chats, start=1):
         name = chat.name or f"chat {number}"
         seen[name] += 1
         named.append(Transcript(chat.messages, f"{name} ({seen[name]})" if seen[name] > 1 else name))
@@ -120,8 +142,8 @@ def _transcripts(chats: Chats) -> list[Transcript]:
 def _transcript(chat: Transcript | Sequence[Message], number: int) -> Transcript:
     if isinstance(chat, Transcript):
         return chat
-    if isinstance(chat, Mapping):
-        raise ValueError("chats is a list of chats, each a list of messages, and got messages: pass [messages].")
+    if isinstance(chat, str):
+        raise ValueError(f"Chat {number}: expected a list of messages, got text: pass its messages.")
     try:
         return Transcript(chat)
     except ValueError as error:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.records import DAMAGE, JsonLines, checked, ensure_writable, write_whole
+from persona_lens.transcripts import RejectedChat
 
 if TYPE_CHECKING:
     import pandas
@@ -109,6 +110,7 @@ class Monitoring:
         window: How many tokens at most were read at once; None for whole chats.
         interventions: What acted on the model meanwhile, in words; empty for nothing.
         template_date: The day that the chat template was told, in ISO form; empty where it reads no clock.
+        rejected: Rows of the file or table that are no chats, with their numbers and reasons; empty for none.
     """
 
     vectors: tuple[MonitoredVector, ...]
@@ -117,6 +119,7 @@ class Monitoring:
     window: int | None = None
     interventions: tuple[str, ...] = ()
     template_date: str = ""
+    rejected: tuple[RejectedChat, ...] = ()
 
     @property
     def unclosed(self) -> int:
@@ -195,6 +198,7 @@ class Monitoring:
             "window": self.window,
             "interventions": list(self.interventions),
             **({"template_date": self.template_date} if self.template_date else {}),
+            "rejected": [asdict(each) for each in self.rejected],
             "turns": [
                 {"chat_index": index, **self._row(chat, number), **_token_columns(chat.turns[number])}
                 for index, chat in enumerate(self.chats)
@@ -206,7 +210,8 @@ class Monitoring:
         turns = sum(len(chat.turns) for chat in self.chats)
         lost = f", {self.unclosed} of which never say {self.after!r}" if self.unclosed else ""
         names = ", ".join(each.name for each in self.vectors)
-        return f"{turns} turns of {len(self.chats)} chats{lost}, projected on {names}"
+        left_out = f" ({len(self.rejected)} rows could not be read)" if self.rejected else ""
+        return f"{turns} turns of {len(self.chats)} chats{left_out}{lost}, projected on {names}"
 
 
 def checked_output(path: str | Path) -> Path:
@@ -302,4 +307,5 @@ def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         raise ValueError(f"chat {turns.index([])} has no turns")
     chats = tuple(ChatProjections(name, tuple(each)) for name, each in zip(head["chats"], turns, strict=True))
     day = checked(head.get("template_date", ""), str)
-    return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]), day)
+    rejected = tuple(RejectedChat(**each) for each in head.get("rejected", ()))
+    return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]), day, rejected)

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from persona_lens.chat import ChatTokens, Conversation, chat_messages, encode, tokenize_chat
+from persona_lens.chat import ChatTokens, Conversation, chat_messages, tokenize_chat
+from persona_lens.encoding import encode_content
 from persona_lens.records import DAMAGE, JsonLines
 from persona_lens.template_date import fixed_date
 from persona_lens.traits import Polarity
@@ -54,8 +55,11 @@ class Prompt:
         return chat_messages(self.system_prompt, self.question, self.examples)
 
     def tokenize(self, tokenizer: Any) -> ChatTokens:
-        """The rendered prompt as token ids."""
-        return tokenize_chat(tokenizer, self.messages)
+        """The rendered prompt as token ids. Raises ValueError that names the row for what cannot be tokenised."""
+        try:
+            return tokenize_chat(tokenizer, self.messages)
+        except ValueError as error:
+            raise ValueError(f"Rollout {self.key!a}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,16 @@ class Rollout:
         return self.finish_reason.startswith(REJECTED)
 
     def tokenize(self, tokenizer: Any, *, system_prompt: str | None = None) -> ChatTokens:
-        """The chat as token ids, as it was sampled, or its question and answer alone under another system prompt."""
+        """The chat as token ids, as it was sampled, or its question and answer alone under another system prompt.
+
+        Raises ValueError that names the row for what cannot be tokenised.
+        """
         messages = self.prompt.messages if system_prompt is None else chat_messages(system_prompt, self.question)
-        with fixed_date(self.date):
-            return tokenize_chat(tokenizer, messages, self.response_tokens or self.response)
+        try:
+            with fixed_date(self.date):
+                return tokenize_chat(tokenizer, messages, self.response_tokens or self.response)
+        except ValueError as error:
+            raise ValueError(f"Rollout {self.key!a}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The row of a file, without a date where there is none."""
@@ -115,7 +125,7 @@ class Rollout:
 
     def count_tokens(self, tokenizer: Any) -> int:
         """How many tokens the response has, by this tokenizer where they were not kept."""
-        return len(encode(tokenizer, self.response) if self.response_tokens is None else self.response_tokens)
+        return len(encode_content(tokenizer, self.response) if self.response_tokens is None else self.response_tokens)
 
     def conversation(self) -> Conversation:
         """The row as what extraction takes."""

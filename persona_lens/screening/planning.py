@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from persona_lens.chat import ChatTokens, Message, UnclosedBlock, encode, tokenize_chat
+from persona_lens.chat import ChatTokens, Message, UnclosedBlock, tokenize_chat
+from persona_lens.encoding import refuse_half_characters
 from persona_lens.records import JsonLines
 from persona_lens.screening.families import Seen
 from persona_lens.screening.samples import Kind, Rejection, Sample
@@ -39,6 +40,7 @@ class Choices:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is 1 or more, or None for no limit; got {value}.")
+        refuse_half_characters(self.system_prompt or "", "system_prompt")
         if not 0 < self.base_fraction <= 1:
             raise ValueError(f"base_fraction is above 0 and at most 1, got {self.base_fraction}.")
 
@@ -81,6 +83,8 @@ class Planner:
         messages, choices = stated(sample.messages, self.choices.system_prompt), self.choices
         try:
             tokens = tokenize_chat(self.tokenizer, messages, sample.response, after=choices.after)
+            base = sample.base_response
+            base_tokens = None if base is None else tokenize_chat(self.tokenizer, messages, base).response
         except UnclosedBlock:
             return self.reject(_rejection(sample, "no token to average", f"it never says {choices.after!r}"))
         except ValueError as error:
@@ -106,7 +110,7 @@ class Planner:
             prompt=tokens.prompt,
             response=tokens.response,
             skip=tokens.skip,
-            base=None if sample.base_response is None else encode(self.tokenizer, sample.base_response),
+            base=base_tokens,
             wants_base=wants_base,
             cut=len(tokens) < len(whole),
             group=_number(*map(str, tokens.prompt)) >> 1,

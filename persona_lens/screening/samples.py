@@ -6,7 +6,6 @@ Knows nothing about tokenizers or models.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,15 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from persona_lens.chat import Message
-from persona_lens.transcripts import Transcript, messages_of, name_of
+from persona_lens.chat_rows import SUFFIXES, Table, Unreadable, chat_rows, messages_of, name_of
+from persona_lens.transcripts import Transcript
 
 ID_KEYS = ("id", "conversation_id")
 BASE_KEY = "base_response"
-SUFFIXES = (".jsonl", ".json", ".parquet")
 
 Kind = Literal["malformed", "no response", "no base response", "too long", "duplicate id", "no token to average"]
-Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any] | Transcript]
-"""A file of chats, or rows with `messages` such as a `datasets.Dataset`, streamed or not."""
+Rows = str | os.PathLike[str] | Table | Iterable[Mapping[str, Any] | Transcript]
+"""A file of chats, a pandas DataFrame, or rows with `messages` such as a `datasets.Dataset`, streamed or not."""
 Data = Rows | Mapping[str, Rows]
 
 
@@ -120,63 +119,13 @@ def stream_samples(datasets: Mapping[str, Rows], turns: Turns) -> Iterator[Sampl
     """
     row = 0
     for dataset, rows in datasets.items():
-        for line, content in _contents(rows):
+        for line, content in chat_rows(rows):
             yield _sample(row, dataset, line, content, turns)
             row += 1
 
 
-class _Malformed(NamedTuple):
-    reason: str
-    text: str
-
-
-def _contents(rows: Rows) -> Iterator[tuple[int, Any]]:
-    """Line numbers with what stands there."""
-    if not isinstance(rows, str | os.PathLike):
-        return enumerate(rows, start=1)
-    path = Path(rows)
-    return {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}[path.suffix](path)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                text = line.decode("utf-8", errors="replace").rstrip("\n")
-                yield number, _Malformed(f"not JSON that can be read: {error}", text)
-
-
-def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be read: {error}.") from error
-    return enumerate(found if isinstance(found, list) else [found], start=1)
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
-    # Checked before any row is rejected for it: in a table every row lacks what one lacks.
-    messages_of({name: [] for name in file.schema_arrow.names})
-    number = 0
-    for batch in file.iter_batches(batch_size=1000):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
-
-
 def _sample(row: int, dataset: str, line: int, content: Any, turns: Turns) -> Sample | Rejection:
-    if isinstance(content, _Malformed):
+    if isinstance(content, Unreadable):
         return Rejection(dataset, line, "malformed", content.reason, content.text)
     try:
         given = list(content.messages) if isinstance(content, Transcript) else messages_of(content)

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from persona_lens.activations import check_vectors
-from persona_lens.chat import ChatTokens, UnclosedBlock, averaged_from, encode
+from persona_lens.chat import ChatTokens, UnclosedBlock, averaged_from, tokenize_chat
 from persona_lens.clients import ChatRequest, OpenAIClient
 from persona_lens.generation import generate
 from persona_lens.models import KnownPass, Model
@@ -140,33 +140,41 @@ class ModelScorer:
         if not rows or self.how.base in ("proxy", "none"):
             return {}
         if self.how.base == "given":
-            return {row.row: self._answer(row, tuple(row.base or ()), None) for row in rows}
+            given = {row.row: json.loads(row.text)["base_response"] for row in rows}
+            return {row.row: _BaseAnswer(self._written(row, given[row.row]), None) for row in rows}
         # A prompt that stands in a unit many times is answered once.
         prompts = {tuple(row.prompt): row for row in rows}
         if isinstance(self.how.base, OpenAIClient):
             texts = self._served(self.how.base, list(prompts.values()))
-            tokens = [encode(self.model.tokenizer, text) for text in texts]
-        else:
-            said = generate(
-                self.model,
-                list(prompts),
-                max_new_tokens=self.how.max_new_tokens,
-                temperature=0,
-                batch_rows=UNIT_ROWS,
-            )
-            tokens = [each.tokens for each in said]
-            texts = [self.model.tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
-        by_prompt = dict(zip(prompts, zip(tokens, texts, strict=True), strict=True))
-        return {row.row: self._answer(row, *by_prompt[tuple(row.prompt)]) for row in rows}
+            served = dict(zip(prompts, texts, strict=True))
+            answered = {row.row: served[tuple(row.prompt)] for row in rows}
+            return {row.row: _BaseAnswer(self._written(row, answered[row.row]), answered[row.row]) for row in rows}
+        said = generate(
+            self.model,
+            list(prompts),
+            max_new_tokens=self.how.max_new_tokens,
+            temperature=0,
+            batch_rows=UNIT_ROWS,
+        )
+        texts = [self.model.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in said]
+        by_prompt = dict(zip(prompts, zip((each.tokens for each in said), texts, strict=True), strict=True))
+        return {row.row: self._sampled(row, *by_prompt[tuple(row.prompt)]) for row in rows}
 
-    def _answer(self, row: PlannedRow, tokens: tuple[int, ...], text: str | None) -> _BaseAnswer:
+    def _sampled(self, row: PlannedRow, tokens: tuple[int, ...], text: str) -> _BaseAnswer:
+        return _BaseAnswer(self._averaged(ChatTokens(tuple(row.prompt), tokens)), text)
+
+    def _written(self, row: PlannedRow, text: str) -> ChatTokens:
+        """A base response that is known as text, as the chat template writes it after the row's messages."""
+        return self._averaged(tokenize_chat(self.model.tokenizer, json.loads(row.text)["messages"], text))
+
+    def _averaged(self, chat: ChatTokens) -> ChatTokens:
         # Cut to what the context holds, as the base model itself would have stopped.
-        tokens = tokens[: int(self.model.cfg.n_ctx) - len(row.prompt)]
+        tokens = chat.response[: int(self.model.cfg.n_ctx) - len(chat.prompt)]
         try:
-            skip = averaged_from(self.model.tokenizer, tokens, self.how.after)
+            skip = max(chat.skip, averaged_from(self.model.tokenizer, tokens, self.how.after))
         except UnclosedBlock:
             skip = len(tokens)
-        return _BaseAnswer(ChatTokens(tuple(row.prompt), tokens, skip), text)
+        return ChatTokens(chat.prompt, tokens, skip)
 
     def _served(self, client: OpenAIClient, rows: Sequence[PlannedRow]) -> list[str]:
         requests = [

@@ -1,0 +1,246 @@
+"""Text to token ids, where text that comes from outside stays text.
+
+A tokenizer makes the token of every spelling of a control token, such as `<|im_end|>`, wherever it stands. In what a
+chat template writes this is meant; in the content of a message it would let the content end its own turn and open
+another. So the spellings in contents are put between two marks before the template runs, and what stands between marks
+is then tokenised as plain text. Texts without such a spelling never pass through any of this.
+Knows tokenizers; knows nothing about chats.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from threading import Lock
+from typing import Any, NamedTuple
+
+_ONE_AT_A_TIME = Lock()
+"""Whether special tokens are split is a setting of the tokenizer's backend, which every call may change."""
+
+_REASONING_TAG = re.compile(r"\W*(think|thinking|thought|reasoning)\W*", re.IGNORECASE)
+_PRIVATE_USE = range(0xF0000, 0xF1000)
+
+
+class Marks(NamedTuple):
+    """Two characters, in none of the contents, between which the spelling of a control token is plain text."""
+
+    opening: str
+    closing: str
+
+
+class _ControlTokens(NamedTuple):
+    """The tokens that a text could forge, and what it takes to find their spellings."""
+
+    ids: dict[str, int]
+    """Special tokens, and the added tokens by which the template tells turns apart."""
+    marked: frozenset[str]
+    """Those that contents may not write: all but the tags of reasoning, which responses hold by right."""
+    unsplit: frozenset[str]
+    """Those that are no special tokens, so that splitting special tokens leaves them whole."""
+    first_letters: re.Pattern[str]
+    lengths: tuple[int, ...]
+    takes_space_before: frozenset[str]
+    takes_space_after: frozenset[str]
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where their spellings stand in a text, the longest first where several begin at one place."""
+        found: list[tuple[int, int]] = []
+        stop = 0
+        for letter in self.first_letters.finditer(text):
+            start = letter.start()
+            if start < stop:
+                continue
+            length = next((length for length in self.lengths if text[start : start + length] in self.ids), None)
+            if length is not None:
+                stop = start + length
+                found.append((start, stop))
+        return found
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of text as it stands: spellings of special tokens become those tokens, and none is added.
+
+    Raises ValueError for half of a surrogate pair, which is no text.
+    """
+    refuse_half_characters(text, "The text")
+    return _tokenized(tokenizer, text)
+
+
+def encode_content(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of text from outside, in which the spelling of a control token is plain text."""
+    (marked,), marks = mark_contents(tokenizer, [text])
+    return encode_marked(tokenizer, marked, marks)
+
+
+def refuse_half_characters(text: str, place: str) -> None:
+    """Raise ValueError, naming the place, where a text holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} should be text, got half of a surrogate pair ({text[error.start]!a}, character {error.start}): "
+            "remove it, or replace it, as by text.encode(errors='replace').decode()."
+        ) from None
+
+
+def mark_contents(tokenizer: Any, contents: Sequence[Any]) -> tuple[list[Any], Marks | None]:
+    """Contents, texts or what holds texts, with marks around what spells a control token; None where nothing does."""
+    tokens = _control_tokens_of(tokenizer)
+    texts = _texts(contents)
+    if not any(text[start:stop] in tokens.marked for text in texts for start, stop in tokens.spans(text)):
+        return list(contents), None
+    taken = set().union(*texts)
+    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
+    marks = Marks(next(free), next(free))
+    return [_marked(content, tokens, marks) for content in contents], marks
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [text for each in value for text in _texts(each)] if isinstance(value, list | tuple) else []
+
+
+def _marked(value: Any, tokens: _ControlTokens, marks: Marks) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _marked(each, tokens, marks) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(each, tokens, marks) for each in value]
+    if not isinstance(value, str):
+        return value
+    for start, stop in reversed(tokens.spans(value)):
+        if (spelling := value[start:stop]) in tokens.marked:
+            value = f"{value[:start]}{marks.opening}{spelling}{marks.closing}{value[stop:]}"
+    return value
+
+
+def encode_marked(tokenizer: Any, text: str, marks: Marks | None) -> tuple[int, ...]:
+    """Token ids of a text in which what stands between marks is plain text.
+
+    Control tokens divide a text wherever they stand. So what lies between two of the template's own is tokenised by
+    itself, with special tokens split, where it holds a mark, and the ids are those of the whole text otherwise. Raises
+    ValueError where a chat template took marks apart, so that its own tokens cannot be told from the content's.
+    """
+    if marks is None or not (marks.opening in text or marks.closing in text):
+        return encode(tokenizer, text)
+    tokens = _control_tokens_of(tokenizer)
+    clean, forged = _without_marks(text, marks)
+    own = _outside(tokens, clean, forged)
+    ids: tuple[int, ...] = ()
+    done = 0
+    for start, stop in _plain_stretches(tokens, clean, forged, own):
+        ids += _tokenized(tokenizer, clean[done:start]) if start > done else ()
+        cuts = [at + 1 for at, end in forged if start <= at < stop and clean[at:end] in tokens.unsplit]
+        for left, right in zip([start, *cuts], [*cuts, stop], strict=True):
+            ids += _plain(tokenizer, clean[left:right], within=left > 0)
+        done = stop
+    return ids + (_tokenized(tokenizer, clean[done:]) if done < len(clean) else ())
+
+
+def _without_marks(text: str, marks: Marks) -> tuple[str, list[tuple[int, int]]]:
+    """The text without its marks, and where what stood between them is in it."""
+    opening, closing = map(re.escape, marks)
+    clean, forged = "", []
+    for place, piece in enumerate(re.split(f"{opening}([^{opening}{closing}]*){closing}", text)):
+        if marks.opening in piece or marks.closing in piece:
+            raise ValueError(
+                "The chat template takes apart a message that spells a control token, so the message cannot be told "
+                "from what the template writes: remove that spelling (such as <|im_end|>) from the messages."
+            )
+        if place % 2:
+            forged.append((len(clean), len(clean) + len(piece)))
+        clean += piece
+    return clean, forged
+
+
+def _outside(tokens: _ControlTokens, clean: str, forged: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where the tokens stand that no content wrote."""
+    edges = [0, *(edge for span in forged for edge in span), len(clean)]
+    return [
+        (left + start, left + stop)
+        for left, right in zip(edges[::2], edges[1::2], strict=True)
+        for start, stop in tokens.spans(clean[left:right])
+    ]
+
+
+def _plain_stretches(
+    tokens: _ControlTokens, clean: str, forged: Sequence[tuple[int, int]], own: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """From the token before each forged one to the token after it, without the white space that those swallow."""
+    stretches: list[tuple[int, int]] = []
+    for at, end in forged:
+        before = max((span for span in own if span[1] <= at), default=None)
+        after = min((span for span in own if span[0] >= end), default=None)
+        start, stop = before[1] if before else 0, after[0] if after else len(clean)
+        if before and clean[slice(*before)] in tokens.takes_space_after:
+            start += len(clean[start:at]) - len(clean[start:at].lstrip())
+        if after and clean[slice(*after)] in tokens.takes_space_before:
+            stop -= len(clean[end:stop]) - len(clean[end:stop].rstrip())
+        if not stretches or stretches[-1] != (start, stop):
+            stretches.append((start, stop))
+    return stretches
+
+
+def _plain(tokenizer: Any, text: str, *, within: bool) -> tuple[int, ...]:
+    """Token ids of a piece of text without control tokens; `within` says that other text stands before it."""
+    if not text:
+        return ()
+    ids: tuple[int, ...] | None = None
+    if within:
+        # Some tokenizers begin every text with a space: behind a line break, which is taken off again, they do not.
+        line_break = _tokenized(tokenizer, "\n", split=True)
+        found = _tokenized(tokenizer, f"\n{text}", split=True)
+        ids = found[len(line_break) :] if found[: len(line_break)] == line_break else None
+    ids = _tokenized(tokenizer, text, split=True) if ids is None else ids
+    tokens = _control_tokens_of(tokenizer)
+    if forged := set(ids) & {tokens.ids[spelling] for spelling in tokens.marked}:
+        names = [spelling for spelling, token in tokens.ids.items() if token in forged]
+        raise ValueError(
+            f"Text should have no control token, and this tokenizer makes {names[0]!r} of plain text too: remove it "
+            "from the messages."
+        )
+    return ids
+
+
+def _tokenized(tokenizer: Any, text: str, *, split: bool = False) -> tuple[int, ...]:
+    with _ONE_AT_A_TIME:
+        if split:
+            return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _control_tokens_of(tokenizer: Any) -> _ControlTokens:
+    # Tokens may be added to a tokenizer, and its template changed, after it was first seen.
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    return _control_tokens(tokenizer, str(getattr(tokenizer, "chat_template", None)), size)
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any, _template: str, _size: int) -> _ControlTokens:
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {token: place for place, token in added.items() if token.content and not token.content.isspace()}
+    others = [token.content for token in found if not token.special]
+    # DeepSeek's mark of a user's turn, for one, is an added token and no special one.
+    written = _a_prompt(tokenizer) if others else ""
+    turns = {spelling for spelling in others if spelling in written and not _REASONING_TAG.fullmatch(spelling)}
+    held = {token.content: place for token, place in found.items() if token.special or token.content in turns}
+    letters = "".join(re.escape(letter) for letter in sorted({spelling[0] for spelling in held}))
+    return _ControlTokens(
+        ids=held,
+        marked=frozenset(spelling for spelling in held if not _REASONING_TAG.fullmatch(spelling)),
+        unsplit=frozenset(turns),
+        first_letters=re.compile(f"[{letters}]" if letters else "(?!)"),
+        lengths=tuple(sorted({len(spelling) for spelling in held}, reverse=True)),
+        takes_space_before=frozenset(token.content for token in found if token.lstrip),
+        takes_space_after=frozenset(token.content for token in found if token.rstrip),
+    )
+
+
+def _a_prompt(tokenizer: Any) -> str:
+    """What the chat template makes of a question; empty where it makes nothing of it."""
+    try:
+        question = [{"role": "user", "content": "?"}]
+        return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+    except Exception:  # whatever a template raises is said where messages are rendered
+        return ""
