@@ -46,9 +46,7 @@ class Brought:
     @property
     def sets(self) -> dict[str, Path]:
         """The files of datasets, by `{name}_{version}`."""
-        return {
-            key: self.path / name / f"{version}.jsonl" for key, (name, version) in self.table.set_parts.items()
-        }
+        return {key: self.path / name / f"{version}.jsonl" for key, (name, version) in self.table.set_parts.items()}
 
     @property
     def files(self) -> dict[Path, str]:

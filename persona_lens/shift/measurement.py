@@ -19,6 +19,7 @@ from torch import Tensor
 from persona_lens.activations import stream_means
 from persona_lens.adapters import Adapter, adapted
 from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
+from persona_lens.foreign_text import shown_name
 from persona_lens.models import Model, identify, suspended
 from persona_lens.records import ensure_writable
 from persona_lens.shift.result import FinetuningShift
@@ -210,4 +211,4 @@ def _compared(
 def _name(model: Finetuned) -> str:
     if isinstance(model, Adapter):
         return "an adapter in memory"
-    return str(model) if isinstance(model, _ADAPTERS) else identify(model).name
+    return shown_name(model) if isinstance(model, _ADAPTERS) else identify(model).name
