@@ -8,7 +8,7 @@ Knows nothing about traits or vectors: token ids and masks come in, means go out
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -22,7 +22,6 @@ from persona_lens.models import (
     backing_off,
     default_token_budget,
     forward,
-    model_device,
     residual_points,
 )
 from persona_lens.packing import length_sorted_batches
@@ -45,13 +44,15 @@ def pooled_residuals(
 ) -> Iterator[list[tuple[Float[Tensor, "pool batch d_model"], Float[Tensor, "pool batch"]]]]:
     """While open, each forward pass leaves the weighted sum of every stream row's tokens in the yielded list.
 
-    A pool whose weights sum to 1 gives a mean. Sums are float32 whatever the model's dtype: bfloat16 sums of more than
-    256 tokens lose the low bits that a difference in means lives on.
+    A pool whose weights sum to 1 gives a mean. Sums are float32, or float64 where the model is: bfloat16 sums of more
+    than 256 tokens lose the low bits that a difference in means lives on.
     """
     sums: list[tuple[Tensor, Tensor]] = []
 
     def pool(_module: object, _inputs: object, resid: Tensor) -> None:
-        resid, weight = resid.float(), weights.to(resid.device)
+        resid = resid.to(torch.promote_types(resid.dtype, torch.float32))
+        # First in its dtype, then to its device: some accelerators have no float64.
+        weight = weights.to(resid.dtype).to(resid.device)
         total = einsum(resid, weight, "batch pos d_model, pool batch pos -> pool batch d_model")
         norm = einsum(resid.norm(dim=-1), weight, "batch pos, pool batch pos -> pool batch")
         sums.append((total, norm))
@@ -113,12 +114,17 @@ def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iter
     points = residual_points(model)
     with ExitStack() as stack:
         for layer in found.layers:
-            units = units_of([vector for vector in vectors if vector.layer == layer]).to(model_device(model))
+            # Moved in the dtype of the activations, as the first pass shows it: some accelerators have no float64.
+            units = units_of([vector for vector in vectors if vector.layer == layer])
+            placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-            def project(_: object, __: object, resid: Tensor, layer: int = layer, on: Tensor = units) -> None:
+            def project(
+                _: object, __: object, resid: Tensor, layer: int = layer, units: Tensor = units, placed: Any = placed
+            ) -> None:
                 wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+                on = placed.setdefault((wide.device, wide.dtype), units.to(wide.dtype).to(wide.device))
                 pattern = "batch pos d_model, vector d_model -> batch pos vector"
-                found.by_layer[layer] = einsum(wide, on.to(wide), pattern)
+                found.by_layer[layer] = einsum(wide, on, pattern)
 
             stack.callback(points[layer + 1].register_forward_hook(project).remove)
         yield found
@@ -167,7 +173,7 @@ def pool_weights(batch: ChatBatch, positions: Sequence[Position]) -> Float[Tenso
     order = torch.arange(batch.tokens.shape[1])
     last = prompt & (order == reduce(torch.where(prompt, order, -1), "batch pos -> batch 1", "max"))
     masks = {"response_mean": batch.response_mask, "prompt_mean": prompt, "prompt_last": last}
-    chosen = torch.stack([masks[position] for position in positions]).float()
+    chosen = torch.stack([masks[position] for position in positions]).double()
     counts = reduce(chosen, "pool batch pos -> pool batch 1", "sum")
     if bool((counts == 0).any()):
         pool, row, _ = (counts == 0).nonzero()[0].tolist()
@@ -183,14 +189,14 @@ def mean_activations(
     """Mean residual stream over each row's response (or prompt), at every layer, in one forward pass.
 
     Row `l` is the output of block `l`; the result is float32 on the CPU. Interventions that are attached to the model
-    act and are seen. Raises ValueError for rows without tokens at `position` and for activations that are not finite.
-    Source: arXiv:2507.21509, section 2.2.
+    act and are seen. Raises ValueError for rows without tokens at `position` and for
+    activations that are not finite. Source: arXiv:2507.21509, section 2.2.
     """
     if position not in get_args(Position):
         raise ValueError(f"position is one of {get_args(Position)}, got {position!r}.")
     with pooled_residuals(model, pool_weights(batch, [position])) as sums:
         forward(model, batch.tokens, batch.attention_mask, known=_known(batch))
-    return _stack(sums, range(len(batch.tokens))).means[0, :, 1:]
+    return _stack(sums, range(len(batch.tokens))).means[0, :, 1:].float()
 
 
 def _known(batch: ChatBatch) -> KnownPass | None:
@@ -222,9 +228,10 @@ def stream_means(
     """Means of any number of rows, batch by batch; a prompt that several rows have is run once.
 
     Every row comes out exactly once, unless its averaged tokens are none (an empty response), which never comes out.
-    `stream` row 0 is the embedding. `token_budget` is how many padded tokens run at a time, by default what suits the
-    model's device; where memory does not suffice for it, the rows that are left run with half of it. Rows longer than
-    the context are an error (`chat.fit_context` cuts them), and so is one that does not fit the memory alone.
+    `stream` row 0 is the embedding; means are float32, or float64 where the model is. `token_budget` is how many padded
+    tokens run at a time, by default what suits the model's device; where memory does not suffice for it, the rows that
+    are left run with half of it. Rows longer than the context are an error (`chat.fit_context` cuts them), and so is
+    one that does not fit the memory alone.
     """
     rows, _ = fit_context(rows, int(model.cfg.n_ctx))
     budget = default_token_budget(model) if token_budget is None else token_budget
@@ -284,7 +291,7 @@ def _continued_means(
             batch.run()
             continue
         batch.rows = [chosen[place] for place in batch.rows]
-        weights = batch.mask.float()
+        weights = batch.mask.double()
         for place, row in enumerate(batch.rows):
             weights[place, : rows[row].skip] = 0
         weights = weights / reduce(weights, "batch pos -> batch 1", "sum")

@@ -293,3 +293,25 @@ def test_an_unknown_position_is_refused(activations, tiny_model, texts, shapes_u
 def test_a_row_that_is_longer_than_the_context_is_refused(activations, tiny_model):
     with pytest.raises(ValueError, match=r"Row 0 has 257 tokens .* the context holds 256"):
         gathered(activations, tiny_model, as_rows([((5,) * 200, (6,) * 57)]))
+
+
+def test_means_of_a_float64_model_are_summed_in_float64(activations, tiny_model, tiny_hf_model):
+    """Against one row at a time in float64: float32 sums are off by 1e-7 of it."""
+    from persona_lens.chat import ChatTokens
+
+    rows = [ChatTokens((5, 6, 7), (8, 9, 11)), ChatTokens((5, 6, 7), (10, 11, 12, 13, 14))]
+    found = {
+        row: batch.means[place]
+        for batch in activations.stream_means(tiny_model, rows)
+        for place, row in enumerate(batch.rows)
+    }
+    found |= {2: next(activations.stream_means(tiny_model, rows[:1])).means[0]}  # alone, it runs whole
+    for index, row in ((0, rows[0]), (1, rows[1]), (2, rows[0])):
+        with torch.no_grad():
+            ids = torch.tensor([row.prompt + row.response])
+            states = tiny_hf_model.model(ids, output_hidden_states=True).hidden_states
+        expected = torch.stack([state[0, 3:].mean(dim=0) for state in states[:-1]])
+        assert found[index].dtype == torch.float64
+        # The softmax of eager attention is float32 in both.
+        torch.testing.assert_close(found[index][:1], expected[:1], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[index][:-1], expected, rtol=1e-5, atol=1e-5)

@@ -258,9 +258,8 @@ def test_a_file_that_was_cut_short_is_one_sentence_that_names_the_folder(models,
     path = own_model / name
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=str(own_model)) as refused:
         models.load_model(own_model, device="cpu")
-    assert str(own_model) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -269,9 +268,8 @@ def test_a_file_that_was_cut_short_is_one_sentence_that_names_the_folder(models,
 )
 def test_a_config_that_is_none_is_one_sentence_that_names_the_folder(models, own_model, text):
     (own_model / "config.json").write_text(text)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=str(own_model)) as refused:
         models.load_model(own_model, device="cpu")
-    assert str(own_model) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -304,7 +302,9 @@ def test_a_model_without_one_of_its_shards_is_refused(models, tiny_hf_model, tin
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "xpu", "gpu", "", "cpu:x", "meta"])
 def test_a_device_that_is_not_there_is_one_sentence(models, saved_model, device):
-    if device == "cuda" and torch.cuda.is_available() or device == "mps" and torch.backends.mps.is_available():
+    if (device.startswith("cuda") and torch.cuda.is_available()) or (
+        device == "mps" and torch.backends.mps.is_available()
+    ):
         pytest.skip("it is there")
     with pytest.raises(ValueError, match=r"^The device .*: pass device=") as refused:
         models.load_model(saved_model, device=device)

@@ -184,7 +184,7 @@ def identify(model: Model) -> ModelIdentity:
         d_model=int(model.cfg.d_model),
         residual_basis=residual_basis(model),
         weights_hash=digest.hexdigest()[:16],
-        embedding_sample=tuple(embedding[rows, columns].float().tolist()),
+        embedding_sample=tuple(embedding[rows, columns].float().cpu().tolist()),
     )
 
 
