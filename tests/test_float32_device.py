@@ -34,7 +34,7 @@ def test_the_pretended_device_refuses_float64_and_meeting_the_cpu():
         with pytest.raises(TypeError, match="no"):
             torch.ones(3, dtype=torch.float64).to(device)
         with pytest.raises(AssertionError, match="two devices"):
-            there + torch.ones(3)
+            torch.add(there, torch.ones(3))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])

@@ -128,7 +128,7 @@ def _refuse_foreign_metrics(path: str | Path, metrics: Any) -> None:
 
     for metric in metrics or []:
         name = metric.get("metric") if isinstance(metric, Mapping) else metric
-        if not isinstance(metric, Mapping) or metric.get("hf_evaluate") or name not in metric_registry:
+        if not isinstance(metric, Mapping) or metric.get("hf_evaluate") or str(name) not in metric_registry:
             raise _needs_code(path, f"scores by {str(name)[:60]!r}, which is no metric of lm-eval's own")
 
 

@@ -195,9 +195,10 @@ def _load_transformers(source: str, name: str, dtype: torch.dtype, device: torch
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         # eager: the attention that TransformerLens gives a bridge anyway, so that both classes start from one thing
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
+        model, found = loaded
     except (OSError, ValueError) as error:
         if Path(source).is_dir():
             raise _damaged(source, error) from error
