@@ -122,9 +122,11 @@ def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iter
                 _: object, __: object, resid: Tensor, layer: int = layer, units: Tensor = units, placed: Any = placed
             ) -> None:
                 wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
-                on = placed.setdefault((wide.device, wide.dtype), units.to(wide.dtype).to(wide.device))
+                key = (wide.device, wide.dtype)
+                if key not in placed:
+                    placed[key] = units.to(wide.dtype).to(wide.device)
                 pattern = "batch pos d_model, vector d_model -> batch pos vector"
-                found.by_layer[layer] = einsum(wide, on, pattern)
+                found.by_layer[layer] = einsum(wide, placed[key], pattern)
 
             stack.callback(points[layer + 1].register_forward_hook(project).remove)
         yield found
@@ -151,8 +153,8 @@ def refuse_not_finite(means: Float[Tensor, "batch stream d_model"], rows: Sequen
 def _stack(sums: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int]) -> PooledResiduals:
     # Stacked where they are, so that a batch is one copy from an accelerator, and a wait for it, instead of sixty.
     device = sums[-1][0].device
-    means = torch.stack([total.to(device) for total, _ in sums]).cpu()
-    norms = torch.stack([norm.to(device) for _, norm in sums]).cpu()
+    means = torch.stack([total.to(device) for total, _ in sums]).cpu().float()
+    norms = torch.stack([norm.to(device) for _, norm in sums]).cpu().float()
     pooled = PooledResiduals(
         means=rearrange(means, "stream pool batch d_model -> pool batch stream d_model"),
         norms=rearrange(norms, "stream pool batch -> pool batch stream"),
@@ -196,7 +198,7 @@ def mean_activations(
         raise ValueError(f"position is one of {get_args(Position)}, got {position!r}.")
     with pooled_residuals(model, pool_weights(batch, [position])) as sums:
         forward(model, batch.tokens, batch.attention_mask, known=_known(batch))
-    return _stack(sums, range(len(batch.tokens))).means[0, :, 1:].float()
+    return _stack(sums, range(len(batch.tokens))).means[0, :, 1:]
 
 
 def _known(batch: ChatBatch) -> KnownPass | None:
@@ -228,10 +230,9 @@ def stream_means(
     """Means of any number of rows, batch by batch; a prompt that several rows have is run once.
 
     Every row comes out exactly once, unless its averaged tokens are none (an empty response), which never comes out.
-    `stream` row 0 is the embedding; means are float32, or float64 where the model is. `token_budget` is how many padded
-    tokens run at a time, by default what suits the model's device; where memory does not suffice for it, the rows that
-    are left run with half of it. Rows longer than the context are an error (`chat.fit_context` cuts them), and so is
-    one that does not fit the memory alone.
+    `stream` row 0 is the embedding. `token_budget` is how many padded tokens run at a time, by default what suits the
+    model's device; where memory does not suffice for it, the rows that are left run with half of it. Rows longer than
+    the context are an error (`chat.fit_context` cuts them), and so is one that does not fit the memory alone.
     """
     rows, _ = fit_context(rows, int(model.cfg.n_ctx))
     budget = default_token_budget(model) if token_budget is None else token_budget

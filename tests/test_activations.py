@@ -295,23 +295,23 @@ def test_a_row_that_is_longer_than_the_context_is_refused(activations, tiny_mode
         gathered(activations, tiny_model, as_rows([((5,) * 200, (6,) * 57)]))
 
 
-def test_means_of_a_float64_model_are_summed_in_float64(activations, tiny_model, tiny_hf_model):
-    """Against one row at a time in float64: float32 sums are off by 1e-7 of it."""
-    from persona_lens.chat import ChatTokens
+def test_means_of_a_float64_model_are_summed_in_float64(activations, tiny_model):
+    """Against the residual stream that each hook point itself gives: float32 sums are off by 1e-7 of it."""
+    from persona_lens.chat import ChatTokens, collate
+    from persona_lens.models import forward, residual_points
 
-    rows = [ChatTokens((5, 6, 7), (8, 9, 11)), ChatTokens((5, 6, 7), (10, 11, 12, 13, 14))]
-    found = {
-        row: batch.means[place]
-        for batch in activations.stream_means(tiny_model, rows)
-        for place, row in enumerate(batch.rows)
-    }
-    found |= {2: next(activations.stream_means(tiny_model, rows[:1])).means[0]}  # alone, it runs whole
-    for index, row in ((0, rows[0]), (1, rows[1]), (2, rows[0])):
-        with torch.no_grad():
-            ids = torch.tensor([row.prompt + row.response])
-            states = tiny_hf_model.model(ids, output_hidden_states=True).hidden_states
-        expected = torch.stack([state[0, 3:].mean(dim=0) for state in states[:-1]])
-        assert found[index].dtype == torch.float64
-        # The softmax of eager attention is float32 in both.
-        torch.testing.assert_close(found[index][:1], expected[:1], rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(found[index][:-1], expected, rtol=1e-5, atol=1e-5)
+    batch = collate([ChatTokens((5, 6, 7), (8, 9, 11))])  # a third is no float32 number
+    seen = []
+    handles = [
+        point.register_forward_hook(lambda _, __, resid: seen.append(resid[0, 3:].clone()))
+        for point in residual_points(tiny_model)
+    ]
+    with activations.pooled_residuals(tiny_model, activations.pool_weights(batch, ["response_mean"])) as sums:
+        forward(tiny_model, batch.tokens, batch.attention_mask, last_logits=0)
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == len(sums) == 5
+    for stream, (total, norm) in zip(seen, sums, strict=True):
+        assert stream.dtype == torch.float64
+        torch.testing.assert_close(total[0, 0], stream.mean(dim=0), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(norm[0, 0], stream.norm(dim=-1).mean(), rtol=1e-12, atol=1e-13)
