@@ -71,7 +71,7 @@ def _points(model: Model, vectors: PersonaVectors, scored: Sequence[ScoredRollou
     for row in scored:
         groups.setdefault((row.rollout.condition, row.rollout.question), []).append(row)
     rows = [members[0].rollout.prompt.tokenize(model.tokenizer) for members in groups.values()]
-    projections = torch.empty(len(rows), vectors.n_layers)
+    projections = torch.empty(len(rows), vectors.n_layers, dtype=torch.float32)
     for batch in stream_means(model, rows, position="prompt_last"):
         projections[batch.rows] = vectors.project(batch.means[:, 1:])
     return tuple(

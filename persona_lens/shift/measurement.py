@@ -173,7 +173,9 @@ class _LastTokens(NamedTuple):
 
 def _last_tokens(model: Model, rows: Sequence[ChatTokens], token_budget: int | None) -> _LastTokens:
     shape = len(rows), int(model.cfg.n_layers)
-    found = _LastTokens(torch.empty(*shape, int(model.cfg.d_model)), torch.empty(shape))
+    found = _LastTokens(
+        torch.empty(*shape, int(model.cfg.d_model), dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
+    )
     for batch in stream_means(model, rows, position="prompt_last", token_budget=token_budget):
         found.means[batch.rows], found.norms[batch.rows] = batch.means[:, 1:], batch.norms[:, 1:]
     return found
@@ -189,7 +191,7 @@ def _compared(
 ) -> FinetuningShift:
     # In float64: a float32 sum over d_model would lose a small shift along few dimensions of a large stream.
     difference = after.means.double() - before.means.double()
-    projections = torch.full((len(questions), len(by_trait), difference.shape[1]), nan)
+    projections = torch.full((len(questions), len(by_trait), difference.shape[1]), nan, dtype=torch.float32)
     for place, held in enumerate(by_trait.values()):
         moved = difference[:, list(held)]
         along = einsum(moved, units_of(list(held.values())), "prompt held d_model, held d_model -> prompt held")

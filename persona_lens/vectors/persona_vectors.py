@@ -128,7 +128,7 @@ class PersonaVectors(VectorAlgebra):
         With `model` they remember whose they are, and are refused where they do not belong.
         """
         if residual_norm is None:
-            residual_norm = torch.full(directions.shape[:1], nan)
+            residual_norm = torch.full(directions.shape[:1], nan, dtype=torch.float32)
         provenance = None if model is None else Provenance.of(model, settings={"source": "from_directions"})
         return cls(trait, directions, residual_norm, position=position, embedding=embedding, provenance=provenance)
 
