@@ -8,7 +8,7 @@ Knows nothing about traits or vectors: token ids and masks come in, means go out
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -24,7 +24,6 @@ from persona_lens.models import (
     default_token_budget,
     forward,
     hooked,
-    model_device,
     residual_points,
 )
 from persona_lens.packing import length_sorted_batches
@@ -47,13 +46,15 @@ def pooled_residuals(
 ) -> Iterator[list[tuple[Float[Tensor, "pool batch d_model"], Float[Tensor, "pool batch"]]]]:
     """While open, each forward pass leaves the weighted sum of every stream row's tokens in the yielded list.
 
-    A pool whose weights sum to 1 gives a mean. Sums are float32 whatever the model's dtype: bfloat16 sums of more than
-    256 tokens lose the low bits that a difference in means lives on.
+    A pool whose weights sum to 1 gives a mean. Sums are float32, or float64 where the model is: bfloat16 sums of more
+    than 256 tokens lose the low bits that a difference in means lives on.
     """
     sums: list[tuple[Tensor, Tensor]] = []
 
     def pool(_module: object, _inputs: object, resid: Tensor) -> None:
-        resid, weight = resid.float(), weights.to(resid.device)
+        resid = resid.to(torch.promote_types(resid.dtype, torch.float32))
+        # First in its dtype, then to its device: some accelerators have no float64.
+        weight = weights.to(resid.dtype).to(resid.device)
         total = einsum(resid, weight, "batch pos d_model, pool batch pos -> pool batch d_model")
         norm = einsum(resid.norm(dim=-1), weight, "batch pos, pool batch pos -> pool batch")
         sums.append((total, norm))
@@ -111,12 +112,19 @@ def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iter
     points = residual_points(model)
     hooks = []
     for layer in found.layers:
-        units = units_of([vector for vector in vectors if vector.layer == layer]).to(model_device(model))
+        # Moved in the dtype of the activations, as the first pass shows it: some accelerators have no float64.
+        units = units_of([vector for vector in vectors if vector.layer == layer])
+        placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-        def project(_: object, __: object, resid: Tensor, layer: int = layer, on: Tensor = units) -> None:
+        def project(
+            _: object, __: object, resid: Tensor, layer: int = layer, units: Tensor = units, placed: Any = placed
+        ) -> None:
             wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+            key = (wide.device, wide.dtype)
+            if key not in placed:
+                placed[key] = units.to(wide.dtype).to(wide.device)
             pattern = "batch pos d_model, vector d_model -> batch pos vector"
-            found.by_layer[layer] = einsum(wide, on.to(wide), pattern)
+            found.by_layer[layer] = einsum(wide, placed[key], pattern)
 
         hooks.append(Hook(points[layer + 1], project))
     with hooked(model, hooks):
@@ -144,8 +152,8 @@ def refuse_not_finite(means: Float[Tensor, "batch stream d_model"], rows: Sequen
 def _stack(sums: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int]) -> PooledResiduals:
     # Stacked where they are, so that a batch is one copy from an accelerator, and a wait for it, instead of sixty.
     device = sums[-1][0].device
-    means = torch.stack([total.to(device) for total, _ in sums]).cpu()
-    norms = torch.stack([norm.to(device) for _, norm in sums]).cpu()
+    means = torch.stack([total.to(device) for total, _ in sums]).cpu().float()
+    norms = torch.stack([norm.to(device) for _, norm in sums]).cpu().float()
     pooled = PooledResiduals(
         means=rearrange(means, "stream pool batch d_model -> pool batch stream d_model"),
         norms=rearrange(norms, "stream pool batch -> pool batch stream"),
@@ -166,7 +174,7 @@ def pool_weights(batch: ChatBatch, positions: Sequence[Position]) -> Float[Tenso
     order = torch.arange(batch.tokens.shape[1])
     last = prompt & (order == reduce(torch.where(prompt, order, -1), "batch pos -> batch 1", "max"))
     masks = {"response_mean": batch.response_mask, "prompt_mean": prompt, "prompt_last": last}
-    chosen = torch.stack([masks[position] for position in positions]).float()
+    chosen = torch.stack([masks[position] for position in positions]).double()
     counts = reduce(chosen, "pool batch pos -> pool batch 1", "sum")
     if bool((counts == 0).any()):
         pool, row, _ = (counts == 0).nonzero()[0].tolist()
@@ -182,8 +190,8 @@ def mean_activations(
     """Mean residual stream over each row's response (or prompt), at every layer, in one forward pass.
 
     Row `l` is the output of block `l`; the result is float32 on the CPU. Interventions that are attached to the model
-    act and are seen. Raises ValueError for rows without tokens at `position` and for activations that are not finite.
-    Source: arXiv:2507.21509, section 2.2.
+    act and are seen. Raises ValueError for rows without tokens at `position` and for
+    activations that are not finite. Source: arXiv:2507.21509, section 2.2.
     """
     if position not in get_args(Position):
         raise ValueError(f"position is one of {get_args(Position)}, got {position!r}.")
@@ -283,7 +291,7 @@ def _continued_means(
             batch.run()
             continue
         batch.rows = [chosen[place] for place in batch.rows]
-        weights = batch.mask.float()
+        weights = batch.mask.double()
         for place, row in enumerate(batch.rows):
             weights[place, : rows[row].skip] = 0
         weights = weights / reduce(weights, "batch pos -> batch 1", "sum")

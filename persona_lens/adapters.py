@@ -20,6 +20,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from persona_lens.adapter_settings import (
+    PREFIX,
+    checked_settings,
+    checked_weights,
+    module_scales,
+    refuse_own_weights,
+    usual_rank,
+)
 from persona_lens.models import (
     ForwardGate,
     Hook,
@@ -38,7 +46,6 @@ from persona_lens.records import write_json, write_whole
 
 INSTALL_COMMAND = 'pip install "persona-lens[finetune]"'
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
@@ -65,7 +72,7 @@ class Adapter:
         """The adapter in a folder. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).exists():
+            if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no LoRA adapter: expected {name} in it, as `finetune` writes.")
         try:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -74,7 +81,11 @@ class Adapter:
             raise ValueError(f"{folder} holds a damaged adapter ({error}): copy it or train it again.") from error
         kind = config.get("peft_type") if isinstance(config, dict) else None
         if kind != "LORA":
-            raise ValueError(f"{folder} holds an adapter of type {kind!r}, expected LORA.")
+            raise ValueError(f"{folder} holds an adapter of type {kind!r:.60}, expected LORA.")
+        try:
+            module_scales(config, checked_weights(weights))
+        except ValueError as error:
+            raise ValueError(f"{folder} holds an adapter that is refused: {str(error).removesuffix('.')}.") from error
         return cls(config, weights)
 
 
@@ -88,17 +99,63 @@ def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator
     """The model with a LoRA adapter on it while the context is open; on leaving it is as it was.
 
     Whatever runs the bridge or its Hugging Face model runs the adapter too. Raises ValueError for a model that is no
-    bridge, carries another adapter, or lacks a module that the adapter belongs to.
+    bridge, carries another adapter, or lacks a module that the adapter belongs to, and for settings that are not
+    understood; no setting of the adapter is run as a regular expression.
     """
-    adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    # The weights say which modules they are for, whichever of PEFT's settings have chosen those.
-    names = sorted({name.removeprefix(_PREFIX).partition(".lora_")[0] for name in adapter.weights})
-    config = {name: value for name, value in adapter.config.items() if name not in _CHOOSING}
+    loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    where = "" if isinstance(adapter, Adapter) else f"{os.fspath(adapter)}: "
+    try:
+        config = _settings_for(model, loaded)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
     # Fresh weights are drawn at random, and replaced at once.
-    with lora(model, {**config, "target_modules": names}, keep_randomness=True) as carrier:
-        _write_weights(carrier, adapter.weights)
+    with lora(model, config, keep_randomness=True) as carrier:
+        try:
+            _write_weights(carrier, loaded.weights)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
         carrier.eval()
         yield carrier
+
+
+def _settings_for(model: Model, adapter: Adapter) -> dict[str, Any]:
+    """What `lora` is told of an adapter. Raises ValueError where it is damaged or does not fit the model."""
+    _require_bare(model)
+    # The weights say which modules they are for, whichever of PEFT's settings have chosen those.
+    scales = module_scales(adapter.config, checked_weights(adapter.weights))
+    settings, rank = checked_settings(adapter.config), usual_rank(scales)
+    _refuse_unfitting(model, adapter.weights)
+    target_modules(model, sorted(scales))
+    return {
+        "task_type": "CAUSAL_LM" if adapter.config.get("task_type") == "CAUSAL_LM" else None,
+        "r": rank,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "use_rslora": settings.use_rslora,
+        "use_dora": settings.use_dora,
+        "lora_bias": settings.lora_bias,
+        "target_modules": sorted(scales),
+        # Only those that differ: PEFT tries every pattern on every module.
+        "rank_pattern": {re.escape(name): scale.rank for name, scale in scales.items() if scale.rank != rank},
+        "alpha_pattern": {
+            re.escape(name): scale.alpha for name, scale in scales.items() if scale.alpha != settings.lora_alpha
+        },
+    }
+
+
+def _refuse_unfitting(model: Model, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError for LoRA matrices of another shape than their module, before PEFT makes any of that size."""
+    modules = dict(_plain_modules(cast(Any, model).original_model))
+    for name, value in weights.items():
+        full, _, part = name.partition(".lora_")
+        module, rank = modules.get(full.removeprefix(PREFIX)), weights.get(f"{full}.lora_A.weight")
+        matrix = getattr(module, "weight", None)
+        if part not in ("A.weight", "B.weight") or rank is None or matrix is None or matrix.ndim != 2:
+            continue
+        out_features, in_features = matrix.shape if isinstance(module, nn.Linear) else matrix.T.shape
+        expected = [rank.shape[0], in_features] if part == "A.weight" else [out_features, rank.shape[0]]
+        if list(value.shape) != expected:
+            raise _of_another_model(name, value)
 
 
 def require_bridge(model: Model) -> None:
@@ -110,6 +167,12 @@ def require_bridge(model: Model) -> None:
         )
 
 
+def _require_bare(model: Model) -> None:
+    require_bridge(model)
+    if carries_adapter(model):
+        raise ValueError("The model carries an adapter already: merge it (merge_and_unload) or take it off first.")
+
+
 @contextmanager
 def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False) -> Iterator[Any]:
     """The bridge's Hugging Face model as a PEFT model with fresh LoRA weights, the only ones that train.
@@ -119,12 +182,10 @@ def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False)
     the modules, which weights train and whether the model is in training are as they were. Raises as `adapted` does.
     """
     peft = _peft()
-    require_bridge(model)
-    if carries_adapter(model):
-        raise ValueError("The model carries an adapter already: merge it (merge_and_unload) or take it off first.")
+    _require_bare(model)
     if given := [name for name in _CHOOSING if config.get(name)]:
         raise ValueError(f"Modules are chosen by target_modules alone, got {given[0]}: a pattern can say the same.")
-    _refuse_more_than_linear(config)
+    refuse_own_weights(config)
     plain = cast(Any, model).original_model
     targets = target_modules(model, config["target_modules"])
     given = {
@@ -138,7 +199,8 @@ def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False)
     for name in ("rank_pattern", "alpha_pattern"):
         given[name] = {
             re.escape(full): value
-            for pattern, value in (config.get(name) or {}).items()
+            # Backwards, so that the first pattern that fits counts, as in PEFT.
+            for pattern, value in reversed((config.get(name) or {}).items())
             for module, full in targets.items()
             if re.match(rf"(.*\.)?({pattern})$", module)
         }
@@ -154,24 +216,6 @@ def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False)
                     gate_forward(layer, ForwardGate(layer, scope, outside=layer._modules["base_layer"]))
         carrier.peft_config["default"].base_model_name_or_path = None
         yield carrier
-
-
-def _refuse_more_than_linear(config: dict[str, Any]) -> None:
-    """Raise ValueError for settings by which PEFT changes or trains weights of the model itself."""
-    plain: dict[str, tuple[Any, ...]] = {
-        "bias": ("none",),
-        "modules_to_save": (None, []),
-        "target_parameters": (None, []),
-        "trainable_token_indices": (None, [], {}),
-        "layer_replication": (None, []),
-        "init_lora_weights": (True, False, "gaussian"),
-    }
-    for name, harmless in plain.items():
-        if config.get(name, harmless[0]) not in harmless:
-            raise ValueError(
-                f"The adapter has {name}={config[name]!r}, which changes the model's own weights: merge it into the "
-                "model (merge_and_unload) and load that."
-            )
 
 
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -292,9 +336,9 @@ def _weights(carrier: Any) -> dict[str, Tensor]:
     layers = {full: names[module.base_layer] for full, module in plain.named_modules() if "lora_A" in module._modules}
     found = {}
     for key, value in _peft().get_peft_model_state_dict(carrier, save_embedding_layers=False).items():
-        full, _, part = key.removeprefix(_PREFIX).partition(".lora_")
+        full, _, part = key.removeprefix(PREFIX).partition(".lora_")
         if full in layers:
-            found[f"{_PREFIX}{layers[full]}.lora_{part}"] = value
+            found[f"{PREFIX}{layers[full]}.lora_{part}"] = value
     return found
 
 
@@ -302,15 +346,19 @@ def _write_weights(carrier: Any, weights: dict[str, Tensor]) -> None:
     state = _weights(carrier)
     for name, value in weights.items():
         if name not in state or state[name].shape != value.shape:
-            raise ValueError(
-                f"The adapter has {name} of shape {list(value.shape)}, which the model has not: "
-                "put it on the model that it was trained on."
-            )
+            raise _of_another_model(name, value)
     if absent := sorted(set(state) - set(weights)):
         raise ValueError(f"The adapter lacks {absent[0]}, so it is damaged or its settings are another's.")
     with torch.no_grad():
         for name, value in weights.items():
             state[name].copy_(value)
+
+
+def _of_another_model(name: str, value: Tensor) -> ValueError:
+    return ValueError(
+        f"The adapter has {name} of shape {list(value.shape)}, which the model has not: "
+        "put it on the model that it was trained on."
+    )
 
 
 def _peft() -> Any:

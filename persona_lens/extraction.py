@@ -181,7 +181,9 @@ def _statistics(
         direction_metrics(rows[:, stream], design, n_resamples=n_resamples, n_placebo=n_placebo, seed=seed)
         for stream in tqdm(range(rows.shape[1]), desc="statistics", unit="layer", disable=not progress)
     ]
-    by_layer = {name: torch.tensor([metrics[name] for metrics in by_stream[1:]]).float() for name in METRICS}
+    by_layer = {
+        name: torch.tensor([metrics[name] for metrics in by_stream[1:]], dtype=torch.float32) for name in METRICS
+    }
     return LayerStatistics(
         **by_layer, n_questions=design.n_questions, n_rows=len(rows), seed=seed, embedding=by_stream[0]
     )

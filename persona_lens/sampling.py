@@ -46,8 +46,8 @@ def sample(
         _refuse_nan(best.values)
         return best.indices
     at_once = rows_at_a_time(logits)
-    pieces = zip(logits.split(at_once), uniforms.to(logits.device).split(at_once), strict=True)
-    return torch.cat([_draw(rows, numbers, temperature, top_p) for rows, numbers in pieces])
+    pieces = zip(logits.split(at_once), uniforms.cpu().split(at_once), strict=True)
+    return torch.cat([_draw(rows, numbers, temperature, top_p) for rows, numbers in pieces]).to(logits.device)
 
 
 def rows_at_a_time(logits: Float[Tensor, "row d_vocab"]) -> int:
@@ -66,13 +66,17 @@ def _draw(
     # The run of tokens in which the distribution passes the number, then the token in it: no sum over all tokens.
     padded = F.pad(probabilities, (0, -probabilities.shape[-1] % RUN))
     runs = rearrange(padded, "row (run token) -> row run token", token=RUN)
-    masses = runs.sum(dim=-1, dtype=torch.float64)
+    # Cumulative sums are taken in float64 on the CPU, since some accelerators have none: of a row's probabilities only
+    # the masses of its runs and the one run that is searched leave the device. There a run's mass is a float32 sum, so
+    # a token differs from the CPU's only where the number is within float32's rounding of the boundary of two tokens.
+    on_cpu = runs.device.type == "cpu"
+    masses = runs.sum(dim=-1, dtype=torch.float64) if on_cpu else runs.sum(dim=-1).cpu().double()
     passed = masses.cumsum(dim=-1)
     _refuse_nan(passed[:, -1])
     threshold = uniforms.to(passed)[:, None] * passed[:, -1:]
     run = _first_above(passed, threshold)
     before = passed.gather(-1, run) - masses.gather(-1, run)
-    chosen = runs.gather(1, repeat(run, "row 1 -> row 1 token", token=RUN))[:, 0]
+    chosen = runs.gather(1, repeat(run, "row 1 -> row 1 token", token=RUN).to(runs.device))[:, 0].cpu()
     token = _first_above(chosen.cumsum(dim=-1, dtype=torch.float64), threshold - before)
     return (run * RUN + token)[:, 0]
 

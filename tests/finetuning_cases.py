@@ -75,6 +75,27 @@ def random_adapter(model, config=CONFIG, seed=0) -> Any:
         return Adapter(config, random_weights(read_weights(carrier), seed))
 
 
+def peft_adapter(hf_model, folder, **changed) -> Any:
+    """A folder with a random adapter that PEFT itself wrote; gives PEFT's model."""
+    import copy
+    import warnings
+
+    import peft
+
+    config = {name: value for name, value in {**CONFIG, **changed}.items() if name != "peft_type"}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT asks transformers for a name that 5.23 renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        torch.manual_seed(0)
+        written = peft.get_peft_model(copy.deepcopy(hf_model), peft.LoraConfig(**config))
+        with torch.no_grad():
+            for weight in written.parameters():
+                if weight.requires_grad:
+                    weight.normal_(std=0.1)
+    written.save_pretrained(folder)
+    return written.eval()
+
+
 def merged(hf_model, adapter) -> Any:
     """The plain model with the adapter's change added to its weights, by the definition of rank-stabilised LoRA."""
     scale = adapter.config["lora_alpha"] / adapter.config["r"] ** 0.5

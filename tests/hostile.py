@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-NUMBERS = [0, -1, 7, 1.5, -0.0, 1e308, 2**63, 10**40, float("nan"), float("inf")]
+NUMBERS = [0, -1, 7, 1.5, -0.0, 1e308, 10**9, 2**63, 10**40, float("nan"), float("inf")]
 TEXTS = ["", " ", "evil", "\0", "../../etc/passwd", "/etc/passwd", "\ud800", "\u202egnp.exe", "e\u0301", "con", "-rf"]
 TEXTS += [
     "x" * 10_000,
@@ -20,6 +20,8 @@ TEXTS += [
     "{question}",
     "{{ 7 * 7 }}",
     "\n",
+    "(([a-z_.0-9])+)+!",
+    "evil\x1b[31m\n---\nlicense: other",
 ]
 NESTED = [[], {}, [[]], [None], [[[[[[]]]]]], {"a": {"b": []}}, ["a", 1], [1e308, -1e308], {"role": "user"}]
 VALUES: list[Any] = [None, True, False, *NUMBERS, *TEXTS, *NESTED, [{"role": ["user"], "content": {}}]]

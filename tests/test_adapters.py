@@ -14,7 +14,7 @@ from persona_lens.interventions import Steer, intervene
 from persona_lens.models import suspended
 from tests import naive, tiny
 from tests.conftest import has_hooked_transformer
-from tests.finetuning_cases import CONFIG, merged, random_adapter, state_of, train
+from tests.finetuning_cases import CONFIG, merged, peft_adapter, random_adapter, state_of, train
 from tests.intervention_cases import EXACT, TOKENS, logits, some_vectors
 
 # PEFT asks transformers for a name that 5.23 renamed.
@@ -87,6 +87,7 @@ def test_it_is_the_rank_stabilised_formula(bridge, adapter, tiny_hf_model):
     [
         {"use_rslora": False},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}},
+        {"alpha_pattern": {r"^model\.layers\.0\.self_attn\.q_proj$": 3, "v_proj": 5, "q_proj": 1}},
         {"layers_to_transform": [1, 2]},
         {"target_modules": r".*layers\.[02]\.self_attn\.o_proj"},
         {"use_dora": True, "target_modules": ["up_proj"]},
@@ -94,16 +95,9 @@ def test_it_is_the_rank_stabilised_formula(bridge, adapter, tiny_hf_model):
     ids=lambda changed: next(iter(changed)),
 )
 def test_what_plain_peft_wrote_acts_as_it_does_there(bridge, tiny_hf_model, tmp_path, changed):
-    config = peft.LoraConfig(**{name: value for name, value in {**CONFIG, **changed}.items() if name != "peft_type"})
-    with torch.random.fork_rng():
-        written = peft.get_peft_model(copy.deepcopy(tiny_hf_model), config)
-        with torch.no_grad():
-            for weight in written.parameters():
-                if weight.requires_grad:
-                    weight.normal_(std=0.1)
-    written.save_pretrained(tmp_path)
+    written = peft_adapter(tiny_hf_model, tmp_path, **changed)
     with adapted(bridge, tmp_path), torch.no_grad():
-        torch.testing.assert_close(logits(bridge), written.eval()(TOKENS).logits, **CLOSE)
+        torch.testing.assert_close(logits(bridge), written(TOKENS).logits, **CLOSE)
 
 
 @PEFT_WARNS
@@ -245,7 +239,7 @@ def test_a_model_of_another_shape_is_refused(gpt2, adapter):
     ("change", "message"),
     [
         (
-            lambda weights: {**weights, "base_model.model.x.lora_A.weight": torch.ones(1, 2)},
+            lambda weights: {**weights, "base_model.model.x.lora_A.weight": torch.ones(4, 2)},
             r"runs no linear module 'x'",
         ),
         (
@@ -328,3 +322,97 @@ def test_the_embedded_model_runs_it_as_plain_peft_does(embedded_bridge, embedded
         found = logits(embedded_bridge)
     torch.testing.assert_close(found, peft_logits(embedded_hf_model, tmp_path), rtol=1e-3, atol=1e-3)
     assert torch.equal(logits(embedded_bridge), before)
+
+
+# --- files of others -------------------------------------------------------------------------------------------------
+
+
+def changed_file(adapter, folder, **changed):
+    adapter.save(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    return folder
+
+
+HANGS = "(([a-z_.0-9])+)+!"
+
+
+@pytest.mark.parametrize("setting", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_a_pattern_in_a_file_that_chooses_modules_is_not_run(bridge, adapter, tmp_path, setting):
+    with adapted(bridge, adapter):
+        expected = logits(bridge)
+    with adapted(bridge, changed_file(adapter, tmp_path, **{setting: HANGS})):
+        assert torch.equal(logits(bridge), expected)
+
+
+def test_a_pattern_of_ranks_in_a_file_is_not_run(bridge, tiny_hf_model, tmp_path):
+    written = peft_adapter(tiny_hf_model, tmp_path, rank_pattern={"q_proj": 2})
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {HANGS: 2}}))
+    with adapted(bridge, tmp_path), torch.no_grad():
+        torch.testing.assert_close(logits(bridge), written(TOKENS).logits, **CLOSE)
+
+
+def test_a_pattern_of_scales_in_a_file_is_refused(bridge, adapter, tmp_path):
+    folder = changed_file(adapter, tmp_path, alpha_pattern={HANGS: 3})
+    with pytest.raises(ValueError, match=r"alpha_pattern holds .*, a regular expression, which is not run from a file"):
+        Adapter.load(folder)
+    in_memory = replace(adapter, config={**adapter.config, "alpha_pattern": {HANGS: 3}})
+    with pytest.raises(ValueError, match="which is not run from a file"), adapted(bridge, in_memory):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"r": 10**9}, r"r is 1000000000, and the weights of model\.layers.* have rank 4"),
+        ({"r": "x"}, r"'r' should be a valid integer, got 'x'"),
+        ({"r": [4]}, r"'r' should be a valid integer, got \[4\]"),
+        ({"r": True}, r"'r' should be a valid integer, got True"),
+        ({"r": 0}, r"'r' should be greater than or equal to 1, got 0"),
+        ({"lora_alpha": float("nan")}, r"'lora_alpha' should be a finite number, got nan"),
+        ({"lora_alpha": [8]}, r"'lora_alpha' should be a valid number, got \[8\]"),
+        ({"use_rslora": "yes"}, r"'use_rslora' should be a valid boolean, got 'yes'"),
+        ({"lora_dropout": 7}, r"'lora_dropout' should be less than 1, got 7"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, r"'alpha_pattern.q_proj' should be a finite number, got inf"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, r"'megatron_config' is set .* not supported"),
+        ({"velora_config": {"rank": 1}}, r"'velora_config' is set to .*, and adapters with that setting are not"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_file_that_mean_nothing_are_refused_in_one_sentence(adapter, tmp_path, changed, words):
+    folder = changed_file(adapter, tmp_path, **changed)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} holds an adapter that is refused: {words}"):
+        Adapter.load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(bridge, adapter, tmp_path, value):
+    name = sorted(adapter.weights)[3]
+    weights = {each: weight.clone() for each, weight in adapter.weights.items()}
+    weights[name][0, 0] = value
+    broken = Adapter(adapter.config, weights)
+    broken.save(tmp_path)
+    with pytest.raises(ValueError, match=f"the weight {name} holds NaN or infinite values"):
+        Adapter.load(tmp_path)
+    with pytest.raises(ValueError, match=f"the weight {name} holds NaN"), adapted(bridge, broken):
+        pass
+
+
+def test_a_weight_whose_name_would_steer_a_terminal_is_refused(adapter, tmp_path):
+    Adapter(adapter.config, {**adapter.weights, "\x1b[31m.lora_A.weight": torch.ones(4, 2)}).save(tmp_path)
+    with pytest.raises(ValueError, match=r"'\\x1b\[31m\.lora_A\.weight' has characters that no module's name has"):
+        Adapter.load(tmp_path)
+
+
+def test_matrices_of_another_size_are_refused_before_memory_is_taken(bridge, adapter, tmp_path, monkeypatch):
+    """Two small files could otherwise ask PEFT for matrices of any size."""
+    name = next(each for each in adapter.weights if each.endswith("lora_A.weight"))
+    weights = {**adapter.weights, name: torch.ones(100_000, 1)}
+    asked = []
+    monkeypatch.setattr(peft, "get_peft_model", lambda *_: asked.append(1))
+    config = {**adapter.config, "rank_pattern": {"q_proj": 100_000}}
+    message = r"of shape \[100000, 1\], which the model has not"
+    with pytest.raises(ValueError, match=message), adapted(bridge, Adapter(config, weights)):
+        pass
+    assert not asked

@@ -1,6 +1,9 @@
 """Long runs: killed, out of disk, asked for again."""
 
 import json
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ from persona_lens.adapters import Adapter
 from persona_lens.finetuning import Finetuning
 from persona_lens.interventions import Steer
 from tests.chat_cases import CLOCKED, set_clock
-from tests.finetuning_cases import HELD_OUT, STEPS, Interrupted, assert_same_weights, dataset, losses, train
+from tests.finetuning_cases import HELD_OUT, STEPS, Interrupted, assert_same_weights, dataset, losses, state_of, train
 from tests.intervention_cases import some_vectors
 
 ROOT = Path(__file__).parent.parent
@@ -315,3 +318,66 @@ def test_the_embedded_model_goes_on_where_it_stopped(embedded_bridge, tmp_path):
     interrupt(embedded_bridge, 3, output=tmp_path, **settings)
     found = train(embedded_bridge, output=tmp_path, **settings)
     assert_same_weights(found, train(embedded_bridge, **settings), rtol=1e-4, atol=1e-6)
+
+
+# --- damaged and hostile checkpoints ---------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.fixture
+def stopped(bridge, tmp_path):
+    """A run that stopped after a checkpoint; gives its folder and the checkpoint's."""
+    interrupt(bridge, 3, output=tmp_path, checkpoint_every=1)
+    return tmp_path, max((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+@pytest.mark.parametrize("how", ["cut", "empty", "pickle", "saved pickle", "absent"])
+def test_a_damaged_checkpoint_is_one_sentence_and_runs_nothing(bridge, stopped, name, how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, checkpoint = stopped
+    path = checkpoint / name
+    whole = path.read_bytes()
+    contents = {"cut": whole[: len(whole) // 2], "empty": b"", "pickle": pickle.dumps(Bomb())}
+    match how:
+        case "absent":
+            path.unlink()
+        case "saved pickle":
+            torch.save(Bomb(), path)
+        case _:
+            path.write_bytes(contents[how])
+    before = state_of(bridge)
+    words = rf"^The checkpoint {checkpoint} cannot be resumed from \(.*: delete that folder, and the run goes on"
+    with pytest.raises(ValueError, match=words) as refused:
+        train(bridge, output=folder, checkpoint_every=1)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "owned").exists()
+    assert state_of(bridge) == before
+    shutil.rmtree(checkpoint)
+    assert len(losses(train(bridge, output=folder, checkpoint_every=1))) == STEPS
+
+
+def test_a_checkpoint_with_weights_of_the_model_itself_is_refused_and_changes_none(bridge, stopped):
+    """The Trainer would load them into the user's model."""
+    import safetensors.torch
+
+    folder, checkpoint = stopped
+    weights = {name: torch.zeros_like(each) for name, each in bridge.original_model.named_parameters()}
+    safetensors.torch.save_file(weights, checkpoint / "model.safetensors")
+    before = state_of(bridge)
+    with pytest.raises(ValueError, match=r"it holds 'model\.safetensors', which the Trainer does not write"):
+        train(bridge, output=folder, checkpoint_every=1)
+    assert state_of(bridge) == before
+
+
+@pytest.mark.parametrize("changed", [{"epoch": "x"}, {"unknown": 1}, {"log_history": [1]}, {"max_steps": [3]}], ids=str)
+def test_a_state_of_a_checkpoint_that_is_none_is_one_sentence(bridge, stopped, changed):
+    folder, checkpoint = stopped
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(ValueError, match=rf"^The checkpoint {checkpoint} cannot be resumed from \("):
+        train(bridge, output=folder, checkpoint_every=1)

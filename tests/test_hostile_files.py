@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from persona_lens.adapters import adapted
 from persona_lens.capability import Capability, read_questions
 from persona_lens.clients import ServerError
 from persona_lens.clients.requests import read_completion
@@ -31,6 +33,7 @@ from persona_lens.interventions import Intervention, Steer
 from persona_lens.judges import TextClassifier, read_scores
 from persona_lens.judges.expectation import digit_sequences, expectation, number_tokens, read_number
 from persona_lens.judges.human_scores import read_human_scores
+from persona_lens.models import bridge_from_transformers
 from persona_lens.monitoring import Monitoring
 from persona_lens.records import read_json
 from persona_lens.report import findings, read_run
@@ -43,9 +46,10 @@ from persona_lens.thresholds import load_thresholds, save_thresholds
 from persona_lens.traits import load_trait, read_reference_trait
 from persona_lens.transcripts import read_transcripts
 from persona_lens.vectors import PersonaVectors
-from tests import judge_servers
+from tests import judge_servers, tiny
 from tests.classifier_cases import fit
 from tests.evaluation_cases import TRAIT, make_rollout
+from tests.finetuning_cases import peft_adapter
 from tests.hostile import Reader, hostile
 from tests.report_cases import keep_confirmation, make_run
 from tests.sae_cases import sae_folder
@@ -113,6 +117,16 @@ def use_record(path):
     return Intervention.from_dict(read_json(path))
 
 
+def use_adapter(bridge):
+    """Reads the adapter in a file's folder, puts it on a model and runs that."""
+
+    def use(path):
+        with adapted(bridge, path.parent):
+            bridge(torch.tensor([[5, 6, 7]]))
+
+    return use
+
+
 def reply():
     body = {"model": "m", "messages": [{"role": "user", "content": "How evil is this?"}], "logprobs": True}
     return json.dumps(judge_servers.whole_numbers(body)).encode()
@@ -137,6 +151,11 @@ def all_readers(folder):
     made = make_run(folder / "run")
     keep_confirmation(made)
     sae = sae_folder(folder / "sae")
+    tokenizer, adapter = tiny.tokenizer(folder / "tokenizer"), folder / "adapter"
+    bridge = bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}}
+    peft_adapter(tiny.llama(tokenizer), adapter, **patterns)
+    on_bridge = use_adapter(bridge)
     found = experiment(points(["a", "b"], ["x?", "y?"], lambda c, q: c + q, lambda c, q: 10.0 * c + q))
     csv = (
         "question,prompt,answer,question_id,evil,coherence\nWhy?,<p>,So.,evil_0_pos_1,7,90\nHow?,<p>,,evil_1_pos_0,,\n"
@@ -179,6 +198,8 @@ def all_readers(folder):
         Reader("experiment.json", saved(found, folder / "e.json"), lambda path: str(MonitoringExperiment.load(path))),
         Reader("classifier.safetensors", saved(fit(), folder / "t.safetensors"), TextClassifier.load, structured=False),
         Reader("cfg.json", (sae / "cfg.json").read_bytes(), lambda path: read_sae(path.parent)),
+        Reader("adapter_config.json", (adapter / "adapter_config.json").read_bytes(), on_bridge),
+        Reader("adapter_model.safetensors", (adapter / "adapter_model.safetensors").read_bytes(), on_bridge, False),
         Reader("record.json", json.dumps(Steer(vectors.at(1), 2.0).to_dict()).encode(), use_record),
         *(
             Reader(name, (made / name).read_bytes(), use_run, structured=not name.endswith(".safetensors"))
@@ -186,7 +207,8 @@ def all_readers(folder):
         ),
         *(Reader(name, (made / name).read_bytes(), use_run) for name in ("sweep_scores.jsonl", "sweep_rollouts.jsonl")),
     ]
-    return [(each, made if each.read is use_run else sae if each.name == "cfg.json" else None) for each in listed]
+    beside = {use_run: made, on_bridge: adapter}
+    return [(each, beside.get(each.read, sae if each.name == "cfg.json" else None)) for each in listed]
 
 
 def threshold_of(vectors):

@@ -1,20 +1,26 @@
 """Foreign text stays text: in names of files, in chat templates, on pages, in pictures, and on a terminal."""
 
+import json
 import os
 import pickle
 import re
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from persona_lens.chat import end_of_turn, render_prompt
 from persona_lens.interop import read_vectors
 from persona_lens.plots import monitoring_html, plot_turns
 from persona_lens.traits import Trait, write_reference_trait
+from persona_lens.vectors import PersonaVectors
 from tests.evaluation_cases import TRAIT
 from tests.plot_cases import NASTY
 from tests.test_monitoring_plots import monitoring
+from tests.vector_cases import make_provenance, make_vectors
 
 NAMES = ["../evil", "..", "a/b", "a\\b", "evil\0", "x" * 10_000, "x" * 101, "\u202elive", "e\u0301vil", "CON", "com1"]
 NAMES += ["nul.txt", "-rf", ".hidden", "evil.", "evil ", "evil\n", "", "\ud800", "ev\u200dil", "a:b", "*", "~", "%00"]
@@ -136,3 +142,58 @@ def test_foreign_text_neither_crashes_nor_steers_a_terminal(command, capsys):
     whole = re.sub(r"[\s│]", "", printed)
     assert "[red]red[/red][/]" in whole
     assert ("\\u001b" if command == "json" else "\\x1b") in whole
+
+
+# Files of vectors
+
+LINES = ["evil\n---\nlicense: other\n", "evil\x1b[31m", "evil\rgood", "e\x9b31m", "evil\u2028", "evil\u202e", "\ud800"]
+
+
+@pytest.mark.parametrize("name", [*LINES, 5, None], ids=ascii)
+def test_a_trait_of_vectors_is_one_line_that_steers_no_terminal(name, shapes_unchecked):
+    vectors = make_vectors()
+    for given in (vectors, vectors.at(1)):
+        with pytest.raises(ValueError, match="The name of a trait is one line of text without control characters"):
+            replace(given, trait=name)
+
+
+def changed_header(path, change):
+    """A vector file whose header somebody has changed."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["persona_lens"])
+    change(header)
+    save_file(tensors, path, metadata={"persona_lens": json.dumps(header)})
+
+
+@pytest.mark.parametrize("text", LINES[:-1], ids=ascii)
+@pytest.mark.parametrize(
+    "place", [("trait",), ("provenance", "model", "name"), ("provenance", "hook_point"), ("provenance", "created")]
+)
+def test_a_vector_file_with_control_characters_is_refused_by_its_name(tmp_path, text, place):
+    path = tmp_path / "v.safetensors"
+    make_vectors(provenance=make_provenance()).save(path)
+
+    def change(header):
+        for key in place[:-1]:
+            header = header[key]
+        header[place[-1]] = text
+
+    changed_header(path, change)
+    with pytest.raises(ValueError, match=rf"^{path} .*is one line of text without control characters") as refused:
+        PersonaVectors.load(path)
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u202e]", str(refused.value))
+
+
+def test_a_control_vector_whose_name_is_no_line_is_refused_by_its_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "v.gguf"
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("general.name", LINES[0])
+    writer.add_tensor("direction.1", torch.ones(6).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=rf"^{path}: The name of a trait is one line"):
+        read_vectors(path, n_layers=4)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,3 +130,42 @@ def test_the_card_names_a_hub_model_and_keeps_a_local_path_to_itself():
     assert "/home/me" not in card("/home/me/models/qwen")
     assert 'vectors = pull_vectors("someone/evil")' in card("gpt2")
     assert "| 3 |" in card("gpt2")
+
+
+def named(name):
+    provenance = make_provenance()
+    object.__setattr__(provenance.model, "name", name)
+    return make_vectors(provenance=provenance)
+
+
+def test_vectors_on_the_hub_do_not_say_where_a_local_model_is(tmp_path, monkeypatch):
+    """Neither those that are put together by hand, nor those that an older version has saved."""
+    from persona_lens.interop import hub
+
+    sent = {}
+
+    class Client:
+        def create_repo(self, *_, **__):
+            pass
+
+        def upload_folder(self, *, folder_path, **_):
+            sent.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(hub, "_hub", lambda _: Client())
+    hub.push_vectors(named("/home/me/secret project/qwen"), "someone/evil")
+    assert set(sent) == {"vectors.safetensors", "README.md"}
+    assert not any(b"secret project" in contents for contents in sent.values())
+    (tmp_path / "sent.safetensors").write_bytes(sent["vectors.safetensors"])
+    assert PersonaVectors.load(tmp_path / "sent.safetensors").provenance.model.name == "qwen"
+
+
+def test_a_file_with_a_path_as_the_models_name_is_read_without_it(tmp_path):
+    named("/home/me/models/qwen").save(tmp_path / "old.safetensors")
+    assert PersonaVectors.load(tmp_path / "old.safetensors").provenance.model.name == "qwen"
+
+
+def test_the_card_has_no_markup_of_a_traits_name():
+    card = model_card(make_vectors("<img src=x> [evil](http://x) `a` # b"), "someone/evil")
+    assert r"# Persona vectors: \<img src=x\> \[evil\](http://x) \`a\` \# b" in card

@@ -1,5 +1,8 @@
 """Loading a model by name, from a folder, or the embedded one; and the errors that name the remedy."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -33,7 +36,7 @@ def test_a_folder_that_transformer_lens_does_not_list_loads(models, model_class,
 
 def test_a_loaded_model_says_what_it_was_loaded_from(models, model_class, saved_model):
     identity = models.identify(models.load_model(saved_model, model_class=model_class, device="cpu"))
-    assert identity.name == str(saved_model)
+    assert identity.name == saved_model.name
     assert identity.model_class == model_class
     assert (identity.n_layers, identity.d_model) == (4, 32)
 
@@ -227,3 +230,131 @@ def test_a_transformers_whose_cache_has_another_name_is_refused(monkeypatch, mak
     monkeypatch.setattr(type(model.original_model.get_decoder()), "forward", forward)
     with pytest.raises(ValueError, match=r'would forget the prompt\. Run: pip install "transformers<5\.24"'):
         residual_points(model)
+
+
+# --- damaged files, devices and dtypes ------------------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 269060552\n"
+
+
+@pytest.fixture
+def own_model(saved_model, tmp_path):
+    """A folder with a whole model that a test may damage."""
+    folder = tmp_path / "own"
+    shutil.copytree(saved_model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_refused_with_the_command_that_fetches_the_file(models, own_model, name):
+    (own_model / name).write_bytes(POINTER)
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer and not the file itself: run `git lfs pull`"):
+        models.load_model(own_model, device="cpu")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_was_cut_short_is_one_sentence_that_names_the_folder(models, own_model, name, kept):
+    path = own_model / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match=str(own_model)) as refused:
+        models.load_model(own_model, device="cpu")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": ["llama"]}', "\x00"]
+)
+def test_a_config_that_is_none_is_one_sentence_that_names_the_folder(models, own_model, text):
+    (own_model / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=str(own_model)) as refused:
+        models.load_model(own_model, device="cpu")
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(models, own_model):
+    config = json.loads((own_model / "config.json").read_text())
+    (own_model / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(ValueError, match=rf"^The model in {own_model} cannot be read \("):
+        models.load_model(own_model, device="cpu")
+
+
+def test_a_model_without_some_of_its_weights_is_refused_and_not_filled_with_random_numbers(models, own_model):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(own_model / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, own_model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, the first model\.layers\.2\.mlp\.up_proj\.weight"):
+        models.load_model(own_model, device="cpu")
+
+
+def test_a_model_without_one_of_its_shards_is_refused(models, tiny_hf_model, tiny_tokenizer, tmp_path):
+    tiny_hf_model.save_pretrained(tmp_path, max_shard_size="100KB")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=rf"^The model in {tmp_path} cannot be read \(.*damaged or incomplete"):
+        models.load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "xpu", "gpu", "", "cpu:x", "meta"])
+def test_a_device_that_is_not_there_is_one_sentence(models, saved_model, device):
+    if (device.startswith("cuda") and torch.cuda.is_available()) or (
+        device == "mps" and torch.backends.mps.is_available()
+    ):
+        pytest.skip("it is there")
+    with pytest.raises(ValueError, match=r"^The device .*: pass device=") as refused:
+        models.load_model(saved_model, device=device)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64, "nn", ""])
+def test_a_dtype_that_no_model_is_loaded_in_is_refused(models, saved_model, dtype, shapes_unchecked):
+    with pytest.raises(ValueError, match=r"^dtype is float32, bfloat16, float16 or float64, got "):
+        models.load_model(saved_model, device="cpu", dtype=dtype)
+
+
+def test_a_model_whose_unembedding_is_its_embedding_lacks_nothing(models, tiny_hf_gpt2, tiny_tokenizer, tmp_path):
+    tiny_hf_gpt2.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert models.is_bridge(models.load_model(tmp_path, device="cpu"))
+
+
+def test_a_dtype_may_be_a_name(models, saved_model):
+    model = models.load_model(saved_model, device="cpu", dtype="bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_default_dtype_changes_neither_loading_nor_identity(models, model_class, saved_model, dtype):
+    expected = models.identify(models.load_model(saved_model, model_class=model_class, device="cpu"))
+    torch.set_default_dtype(dtype)
+    try:
+        found = models.identify(models.load_model(saved_model, model_class=model_class, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
+        ("gpt2", "gpt2"),
+        ("/home/me/models/qwen", "qwen"),
+        ("/home/me/models/qwen/", "qwen"),
+        ("./models/qwen", "qwen"),
+        ("~/qwen", "qwen"),
+        ("../qwen", "qwen"),
+        (r"C:\models\qwen", "qwen"),
+        ("a/b/c", "c"),
+        ("/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5/snapshots/abc", "Qwen/Qwen2.5"),
+        ("/home/me/ev\x1b[31m\nil", r"ev\x1b[31m\nil"),
+    ],
+)
+def test_a_model_has_the_name_of_its_folder_and_not_where_that_is(models, fresh_tiny_model, name, shown):
+    fresh_tiny_model.cfg.model_name = name
+    assert models.identify(fresh_tiny_model).name == shown

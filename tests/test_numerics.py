@@ -247,3 +247,34 @@ def test_a_seed_repeats_a_whole_run_bit_by_bit_in_another_process(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [here["rollouts"], here["scores"], here["vectors"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_default_dtype_of_torch_changes_no_number(tiny_model, dtype):
+    from persona_lens.chat import ChatTokens
+    from persona_lens.interop.tensor_files import rows_by_layer
+    from persona_lens.judges.likelihood import mean_log_likelihoods
+    from persona_lens.shift import finetuning_shift
+    from persona_lens.vectors import PersonaVectors
+
+    directions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    rows = [ChatTokens((5, 6, 7), (8, 9, 11)), ChatTokens((5, 6), (10, 11, 12, 13, 14))]
+
+    def numbers():
+        vectors = PersonaVectors.from_directions(directions, trait="evil", model=tiny_model)
+        shift = finetuning_shift(tiny_model, tiny_model, ["Why?", "How?"], vectors)
+        assert vectors.residual_norm.dtype == torch.float32
+        return [
+            mean_log_likelihoods(tiny_model, rows),
+            shift.base_norms,
+            rows_by_layer(dict(enumerate(directions)), 4, "a file")[0],
+        ]
+
+    expected = numbers()
+    torch.set_default_dtype(dtype)
+    try:
+        found = numbers()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

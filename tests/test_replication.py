@@ -5,9 +5,13 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from persona_lens.replication import set_findings
+from persona_lens.replication.preset import Preset
+from persona_lens.replication.set_findings import benchmark_findings, finetuning_findings, measured_sets
 from tests.replication_cases import bring_the_rest, datasets_preset
 
 
@@ -233,3 +237,76 @@ def test_a_judge_that_is_fitted_to_each_trait_is_told_by_what_all_have_in_common
     assert _judges({"judges": judges}, "layers") == "ratio by a model, fitted to each trait as stages/layers.json says"
     assert _judges({"judges": {"evil": "gpt", "impolite": "gpt"}}, "layers") == "gpt"
     assert _judges({"judges": {"evil": "one", "impolite": "other"}}, "layers").startswith("2 judges, ")
+
+
+# What the sets' files say
+
+
+def written_set(folder, name, scores):
+    """A finished set of the user's: its trait scores, and shifts of the same numbers."""
+    path = folder / "grid" / "runs" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    traits = {trait: {"value": score, "low": None, "high": None, "n": 3} for trait, score in scores.items()}
+    shift = {trait: dict(scores) for trait in scores}
+    path.write_text(json.dumps({"set": name, "traits": traits, "shift": shift}), encoding="utf-8")
+
+
+def preset_of_sets(tmp_path, **changes):
+    found = datasets_preset(tmp_path).model_dump(mode="json", by_alias=True)
+    found["bring"]["finetuning"] |= changes
+    return Preset.model_validate_json(json.dumps(found))
+
+
+def test_a_set_with_an_underscore_in_its_name_is_made_for_its_trait(tmp_path):
+    preset = preset_of_sets(
+        tmp_path, names=["old_grumbles", "sums"], versions=["normal", "very_bad"], traits={"old_grumbles": "grumpy"}
+    )
+    for name in ("base", "old_grumbles_normal", "old_grumbles_very_bad", "sums_very_bad"):
+        written_set(tmp_path, name, {"grumpy": 5.0})
+    found = {each.name: each for each in measured_sets(preset, tmp_path)}
+    assert {name: each.made_for for name, each in found.items()} == {
+        "base": "",
+        "old_grumbles_normal": "grumpy",
+        "old_grumbles_very_bad": "grumpy",
+        "sums_very_bad": "",
+    }
+    own = [each.subject for each in finetuning_findings(preset, tmp_path) if each.figure == "finetuning.score"]
+    assert own == ["old_grumbles_normal", "old_grumbles_very_bad", "base"]
+
+
+def test_the_worst_set_is_the_last_version_whatever_it_is_called(tmp_path, monkeypatch):
+    preset = preset_of_sets(tmp_path, versions=["normal", "very_bad"])
+    for name in ("base", "grumbles_normal", "grumbles_very_bad"):
+        written_set(tmp_path, name, {"grumpy": 5.0})
+    samples = {"grumbles_normal": np.array([0.0, 1.0, 2.0]), "grumbles_very_bad": np.array([1.5, 3.0, 4.0])}
+    monkeypatch.setattr(set_findings, "_samples", lambda _preset, _folder, each, _trait: samples[each.name])
+    sets = measured_sets(preset, tmp_path)
+    (found,) = set_findings._sample_level(preset, tmp_path, sets, "grumpy")
+    assert found.ours.value == pytest.approx(8 / 9)
+
+
+def test_benchmark_rows_are_paired_with_their_own_sets(tmp_path):
+    preset = preset_of_sets(tmp_path)
+    written_set(tmp_path, "base", {"calm": 1.0})  # made before the trait was added
+    for name, score in (("grumbles_normal", 10.0), ("grumbles_misaligned_2", 20.0), ("sums_normal", 40.0)):
+        written_set(tmp_path, name, {"grumpy": score})
+    scores = {"base": 900.0, "grumbles_normal": 1.0, "grumbles_misaligned_2": 2.0, "sums_normal": 4.0}
+    rows = [{"trait": "grumpy", "set": name, "score": score} for name, score in scores.items()]
+    (found,) = benchmark_findings(preset, tmp_path, rows)
+    assert found.ours.value == pytest.approx(1.0)
+    assert found.ours.n == 3
+
+
+def test_a_set_on_which_a_trait_was_not_measured_is_left_out_of_its_correlation(tmp_path):
+    preset = preset_of_sets(tmp_path)
+    written_set(tmp_path, "base", {"grumpy": 0.0})
+    written_set(tmp_path, "sums_normal", {"calm": 7.0})
+    for name, score in (("grumbles_normal", 10.0), ("grumbles_misaligned_2", 20.0)):
+        written_set(tmp_path, name, {"grumpy": score})
+    found = next(each for each in finetuning_findings(preset, tmp_path) if each.figure == "finetuning.shift")
+    assert (found.ours.value, found.ours.n) == (pytest.approx(1.0), 3)
+
+
+def test_sets_whose_names_would_be_one_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"two pieces would both be called a_b_c: rename a set"):
+        preset_of_sets(tmp_path, names=["a", "a_b"], versions=["c", "b_c"], traits={})

@@ -1,13 +1,14 @@
 """lm-eval's own tasks, run on a model under whatever interventions and adapters are on it.
 
 lm-eval is given the Hugging Face model that a bridge wraps, which runs the bridge's hooks. Tasks are local files: a
-.yaml and the JSON-lines that it names, so no hub is needed.
+.yaml and the JSON-lines that it names, so no hub is needed. A task may hold Python, which runs only where the caller
+allows it; otherwise lm-eval gets what `plain_task` has read and checked, and fills its templates in a sandbox.
 Knows nothing about our own questions.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from persona_lens.capability.plain_task import plain_task, sandboxed_templates
 from persona_lens.models import Model, is_bridge
 from persona_lens.statistics import Estimate, mean_estimate
 
@@ -57,6 +59,7 @@ def lm_eval_accuracy(
     system_prompt: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    allow_code: bool = False,
 ) -> HarnessScores:
     """A task of lm-eval's, from a local folder, on a bridge, under the contexts that are open around the call.
 
@@ -73,10 +76,13 @@ def lm_eval_accuracy(
         system_prompt: The system turn that lm-eval puts before each prompt.
         batch_size: Rows of a batch.
         seed: Seed of the bootstrap and of choosing examples.
+        allow_code: Let the task run its Python on this machine (`!function`, `class`, metrics of the hub, templates
+            outside a sandbox). Only for a folder whose code you would run yourself.
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: The model is no bridge, the folder has no such task, or the task no such metric.
+        ValueError: The model is no bridge, the folder has no such task, the task no such metric, or it would run code
+            and `allow_code` is false.
     """
     if not is_bridge(model):
         raise ValueError(
@@ -90,12 +96,22 @@ def lm_eval_accuracy(
     if task not in tasks.all_tasks:
         there = ", ".join(tasks.all_tasks) or "none"
         raise ValueError(f"{task_folder} has no task {task!r}, but {there}: name one of these.")
+    if task in (*tasks.all_groups, *tasks.all_tags):
+        raise ValueError(f"{task!r} of {task_folder} is a group of tasks: name one task of it.")
     plain = cast(Any, model).original_model
-    with _modes_kept(plain):
+    asked, filling = (
+        (task, nullcontext())
+        if allow_code
+        else (
+            plain_task(tasks.task_index[task].yaml_path, task),
+            sandboxed_templates(f"{task_folder}, task {task!r}"),
+        )
+    )
+    with _modes_kept(plain), filling:
         runner = harness.models.huggingface.HFLM(pretrained=plain, tokenizer=model.tokenizer, batch_size=batch_size)
         found = harness.evaluator.simple_evaluate(
             runner,
-            tasks=[task],
+            tasks=[asked],
             task_manager=tasks,
             num_fewshot=num_fewshot,
             limit=limit,

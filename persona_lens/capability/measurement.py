@@ -21,6 +21,7 @@ from persona_lens.adapters import Adapter, adapted, carries_adapter
 from persona_lens.capability.questions import SYSTEM_PROMPT, Question, mmlu_sample
 from persona_lens.capability.result import AnsweredQuestion, Capability, TextLikelihood
 from persona_lens.chat import ChatTokens, Conversation, chat_messages, encode, tokenize_chat
+from persona_lens.foreign_text import shown_name
 from persona_lens.interventions import Intervention, NamedPositions, attachments, intervene
 from persona_lens.judges.likelihood import intervened_log_likelihoods
 from persona_lens.models import Model, backing_off
@@ -80,7 +81,7 @@ def measure_capability(
         done = tuple(_in_words(model))
         worn = _adapter_name(model, adapter)
     answers = tuple(AnsweredQuestion(*pair) for pair in zip(asked, letters, strict=True))
-    name = str(getattr(model.cfg, "model_name", "unnamed"))
+    name = shown_name(str(getattr(model.cfg, "model_name", "unnamed")))
     return Capability(answers, likelihoods, name, done, worn, system_prompt, seed)
 
 
@@ -216,5 +217,5 @@ def _adapter_name(model: Model, adapter: Adapter | str | os.PathLike[str] | None
     if isinstance(adapter, Adapter):
         return "an adapter in memory"
     if adapter is not None:
-        return os.fspath(adapter)
+        return shown_name(adapter)
     return "one that was on the model" if carries_adapter(model) else None

@@ -83,7 +83,7 @@ class CellEngine:
         steered = [(row, self.cells[prompt.intervention]) for row, prompt in enumerate(prompts) if prompt.intervention]
         vectors = {cell.vector.fingerprint: cell.vector for _, cell in steered}
         column = {fingerprint: index for index, fingerprint in enumerate(vectors)}
-        coefficients = torch.zeros(len(prompts), len(vectors))
+        coefficients = torch.zeros(len(prompts), len(vectors), dtype=torch.float32)
         for row, cell in steered:
             coefficients[row, column[cell.vector.fingerprint]] = cell.coefficient
         with ExitStack() as stack:

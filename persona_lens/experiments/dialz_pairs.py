@@ -181,7 +181,7 @@ def _means(
         for pair in pairs
         for prompt, response in pair.sides(reading)
     ]
-    means = torch.empty(len(rows), model.cfg.n_layers, model.cfg.d_model)
+    means = torch.empty(len(rows), model.cfg.n_layers, model.cfg.d_model, dtype=torch.float32)
     with tqdm(total=len(rows), desc="pairs", unit="row", disable=not progress) as bar:
         for batch in stream_means(model, rows):
             means[batch.rows] = batch.means[:, 1:]

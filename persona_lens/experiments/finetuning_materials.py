@@ -111,8 +111,8 @@ def _vectors(model: Model, contrasts: dict[str, Contrast], folder: Path, progres
         return {name: PersonaVectors.load(path) for name, path in paths.items()}
     given = {(row.question, row.response): row for each in contrasts.values() for side in each[:2] for row in side}
     place = {key: index for index, key in enumerate(given)}
-    means = torch.empty(len(place), model.cfg.n_layers + 1, model.cfg.d_model)
-    norms = torch.empty(len(place), model.cfg.n_layers + 1)
+    means = torch.empty(len(place), model.cfg.n_layers + 1, model.cfg.d_model, dtype=torch.float32)
+    norms = torch.empty(len(place), model.cfg.n_layers + 1, dtype=torch.float32)
     rows = [row.tokenize(model.tokenizer) for row in given.values()]
     with tqdm(total=len(rows), desc="vectors", unit="row", disable=not progress) as bar:
         for batch in stream_means(model, rows):

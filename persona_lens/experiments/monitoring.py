@@ -77,7 +77,7 @@ def _points(model: Model, vectors: PersonaVectors, scored: Sequence[ScoredRollou
     for each in asked:
         with fixed_date(each.date):
             rows.append(each.prompt.tokenize(model.tokenizer))
-    projections = torch.empty(len(rows), vectors.n_layers)
+    projections = torch.empty(len(rows), vectors.n_layers, dtype=torch.float32)
     for batch in stream_means(model, rows, position="prompt_last"):
         projections[batch.rows] = vectors.project(batch.means[:, 1:])
     return tuple(

@@ -15,6 +15,7 @@ from persona_lens.finetuning.dataset import Dataset, prompted, stated, training_
 from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import Finetuning
 from persona_lens.finetuning.training import Plan, recorded_date, run_plan
+from persona_lens.foreign_text import shown_name
 from persona_lens.interventions import Intervention
 from persona_lens.models import Model
 from persona_lens.template_date import fixed_date
@@ -106,7 +107,7 @@ def finetune(
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(getattr(model.cfg, "model_name", "")),
+        "base_model_name_or_path": shown_name(str(getattr(model.cfg, "model_name", ""))),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,

@@ -6,8 +6,10 @@ Knows nothing about traits or chats: token ids and labels come in.
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from persona_lens.activations import Projections
 from persona_lens.finetuning.dataset import IGNORED, TrainingRow
 from persona_lens.finetuning.penalty import penalised
 from persona_lens.interventions import Attachment
+from persona_lens.records import checked
 
 
 class TrainingDiverged(ValueError):
@@ -80,6 +83,18 @@ class Trainer(transformers.Trainer):
         found.metrics["eval_loss"] = sum(loss * count for loss, count in self._evaluated) / tokens
         return found
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _resuming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
@@ -135,6 +150,59 @@ class Watch(transformers.TrainerCallback):
         """Close the bar, also where training was interrupted."""
         if self._bar is not None:
             self._bar.close()
+
+
+_CHECKPOINT_FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scaler.pt",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+}
+"""What the Trainer writes for an adapter. It would also load weights of the model itself, or more adapters."""
+
+
+@contextmanager
+def _resuming(checkpoint: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Around the Trainer's reading of a checkpoint: whatever is wrong with its files is one sentence."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files make torch, safetensors and PEFT fail in any way
+        reason = (str(error).splitlines() or [""])[0].rstrip(".:") or type(error).__name__
+        raise _damaged(checkpoint, reason) from error
+
+
+def _damaged(checkpoint: object, reason: str) -> ValueError:
+    return ValueError(
+        f"The checkpoint {checkpoint} cannot be resumed from ({reason:.200}): delete that folder, and the run goes on "
+        "from the checkpoint before it, or from the start."
+    )
+
+
+def checked_checkpoint(folder: Path) -> Path:
+    """A checkpoint whose files are those of the Trainer and can be read without running anything in them.
+
+    Raises ValueError in one sentence for any other. `training_args.bin`, which holds a pickle, is never read.
+    """
+    if foreign := sorted(each.name for each in folder.iterdir() if each.name not in _CHECKPOINT_FILES):
+        raise _damaged(folder, f"it holds {foreign[0]!r:.60}, which the Trainer does not write for an adapter")
+    with _resuming(folder):
+        state = transformers.TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        for name in ("global_step", "max_steps", "num_train_epochs"):
+            checked(getattr(state, name), int, low=0)
+        checked(state.epoch, float, low=0)
+        if not all(isinstance(row, dict) for row in checked(state.log_history, list)):
+            raise TypeError("log_history holds rows that are no objects")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise _damaged(folder, f"{name} is missing")
+    return folder
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -25,7 +25,7 @@ from persona_lens.adapters import Adapter, lora, read_weights
 from persona_lens.finetuning.dataset import TrainingRows
 from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import RECORD_FILE, Finetuning
-from persona_lens.finetuning.trainer import Trainer, Watch, collate_rows, last_checkpoint
+from persona_lens.finetuning.trainer import Trainer, Watch, checked_checkpoint, collate_rows, last_checkpoint
 from persona_lens.interventions import Attachment, Intervention, intervene
 from persona_lens.locks import writes_folder
 from persona_lens.models import Model, cpu_threads, global_randomness_kept, identify, model_device, refuse_other_threads
@@ -238,7 +238,7 @@ def _pad_token(model: Model) -> int:
 
 def _resumed(folder: Path) -> str | None:
     found = last_checkpoint(folder)
-    return None if found is None else str(found)
+    return None if found is None else str(checked_checkpoint(found))
 
 
 @contextmanager

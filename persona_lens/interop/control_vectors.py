@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persona_lens.foreign_text import shown_name
 from persona_lens.interop.tensor_files import PathLike, checked_layers, made_vectors, rows_by_layer
 from persona_lens.models import Model
 from persona_lens.records import write_whole
@@ -55,7 +56,7 @@ def write_control_vector(
         unfinished = Path(scratch) / path.name
         writer = gguf.GGUFWriter(unfinished, ARCHITECTURE)
         writer.add_string("general.name", vectors.trait)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint or name)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint or shown_name(name))
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
         for layer, direction in directions.items():
             writer.add_tensor(f"{_PREFIX}{layer}", direction)

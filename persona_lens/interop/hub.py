@@ -9,9 +9,11 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from persona_lens.foreign_text import one_line, shown_name
 from persona_lens.vectors import PersonaVectors
 
 FILE, CARD = "vectors.safetensors", "README.md"
@@ -21,7 +23,8 @@ _ADDRESS = re.compile(r"[\w.-]+/[\w.-]+", flags=re.ASCII)
 def push_vectors(vectors: PersonaVectors, repo: str, *, private: bool = True, message: str | None = None) -> str:
     """Upload vectors to a model repository of the hub, which is made where there is none; gives the commit's address.
 
-    An older file of vectors there is replaced. The file carries all that `save` writes, the name of the model among it.
+    An older file of vectors there is replaced. The file carries all that `save` writes, the name of the model among it:
+    of a local model only the name of its folder.
 
     Raises:
         ValueError: HF_TOKEN is not set, or `repo` is no `owner/name`.
@@ -31,7 +34,7 @@ def push_vectors(vectors: PersonaVectors, repo: str, *, private: bool = True, me
     if not token:
         raise ValueError(f"Pushing to {repo} needs a token: set HF_TOKEN to one that may write there.")
     with tempfile.TemporaryDirectory(prefix="persona_lens-") as scratch, _asking("push to", repo):
-        vectors.save(Path(scratch) / FILE)
+        _without_path(vectors).save(Path(scratch) / FILE)
         (Path(scratch) / CARD).write_text(model_card(vectors, repo), encoding="utf-8")
         hub = _hub(token)
         hub.create_repo(repo, repo_type="model", private=private, exist_ok=True)
@@ -62,7 +65,7 @@ def pull_vectors(repo: str, *, revision: str | None = None) -> PersonaVectors:
 def model_card(vectors: PersonaVectors, repo: str) -> str:
     """The README of a repository: what the vectors are, how to load them, and how good each layer is."""
     name = vectors.provenance.model.name if vectors.provenance else ""
-    # A local path is no address, and is the owner's own affair.
+    # What is no address on the hub is the name of somebody's folder.
     known = bool(_ADDRESS.fullmatch(name))
     metadata = ["---", "library_name: persona_lens", "tags: [persona-vectors, steering]"]
     metadata += [f"base_model: {name}"] if known else []
@@ -72,7 +75,7 @@ def model_card(vectors: PersonaVectors, repo: str) -> str:
         *metadata,
         "---",
         "",
-        f"# Persona vectors: {vectors.trait}",
+        f"# Persona vectors: {_as_text(vectors.trait)}",
         "",
         f"{vectors.n_layers} layers, {vectors.d_model} wide, over {vectors.position}"
         + f", of {name}" * known
@@ -88,6 +91,20 @@ def model_card(vectors: PersonaVectors, repo: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _as_text(text: str) -> str:
+    """The text on one line, with what Markdown or HTML would read as markup escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&])", r"\\\1", one_line(text))
+
+
+def _without_path(vectors: PersonaVectors) -> PersonaVectors:
+    """The vectors with the model's name alone, also where it was put together by hand."""
+    if vectors.provenance is None:
+        return vectors
+    model = vectors.provenance.model
+    named = replace(vectors.provenance, model=replace(model, name=shown_name(model.name)))
+    return replace(vectors, provenance=named)
 
 
 def _hub(token: str | bool) -> Any:

@@ -90,7 +90,7 @@ def write_reference_vectors(vectors: PersonaVectors, path: PathLike) -> None:
             f"{vectors.trait}: the reference's form has a direction in every row, and {fact}: write_layer_dict writes "
             "the layers that there are."
         )
-    unknown = torch.full((vectors.d_model,), nan)
+    unknown = torch.full((vectors.d_model,), nan, dtype=torch.float32)
     first = unknown if vectors.embedding is None else vectors.embedding
     rows, _ = pack([first, vectors.directions[:-1], unknown], "* d_model")
     write_torch_file(path, rows)

@@ -107,7 +107,7 @@ def made_vectors(
         return PersonaVectors(
             trait,
             directions,
-            torch.full(directions.shape[:1], nan),
+            torch.full(directions.shape[:1], nan, dtype=torch.float32),
             position=position,
             embedding=embedding,
             provenance=None if model is None else Provenance.of(model, settings=settings),
@@ -135,7 +135,7 @@ def rows_by_layer(
                 "pass the n_layers of the model that it was made for."
             )
         row = checked_tensor(value, ["d_model"], f"{source}, layer {layer}")
-        rows = torch.zeros(n_layers, len(row)) if rows is None else rows
+        rows = torch.zeros(n_layers, len(row), dtype=torch.float32) if rows is None else rows
         if len(row) != rows.shape[1]:
             raise ValueError(f"{source}: directions of {rows.shape[1]} and {len(row)} numbers are of no one model.")
         rows[layer] = row

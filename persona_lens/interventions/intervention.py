@@ -177,7 +177,8 @@ class Intervention:
             # Made under inference mode, where some models generate, a constant could not be trained through later.
             with torch.inference_mode(False):
                 constant = self._constant(name, layer)
-                placed = constant.to(like).clone()
+                # First in its dtype, then to its device: some accelerators have no float64.
+                placed = constant.to(like.dtype).to(like.device).clone()
             # A bound that a cap has not is infinite from the start.
             if bool((placed.isinf() & constant.isfinite().to(placed.device)).any()):
                 raise ValueError(

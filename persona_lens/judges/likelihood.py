@@ -38,7 +38,7 @@ def intervened_log_likelihoods(
     Where memory does not suffice, the rows that are left run fewer at a time; raises DoesNotFit where one fails
     alone.
     """
-    means = torch.full((len(rows),), float("nan"))
+    means = torch.full((len(rows),), float("nan"), dtype=torch.float32)
     waiting = {index for index, row in enumerate(rows) if row.response}
     # A row without a response is not run: neither is its prompt, unless another row has it.
     budget = max(64, min(default_token_budget(model), LOGIT_VALUES // int(model.cfg.d_vocab)))

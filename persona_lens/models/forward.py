@@ -142,7 +142,7 @@ def _finite_masks(
     """
     from transformers.masking_utils import create_masks_for_generate
 
-    like = torch.empty(*tokens.shape, 0, device=tokens.device)  # only its shape and dtype are read
+    like = torch.empty(*tokens.shape, 0, dtype=torch.float32, device=tokens.device)  # only its shape and dtype are read
     return create_masks_for_generate(config, like, seen.long(), cache)
 
 

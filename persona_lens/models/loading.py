@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.models.embedded import EMBEDDED_MODEL, HUB_NAME, INSTALL_COMMAND, embedded_model_directory
-from persona_lens.models.structure import Model, refuse_other_kinds
+from persona_lens.models.structure import Model, evenly_spaced, refuse_other_kinds
 
 ModelClass = Literal["TransformerBridge", "HookedTransformer"]
 
@@ -23,23 +23,28 @@ def load_model(
     name_or_path: str | Path = EMBEDDED_MODEL,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     model_class: ModelClass = "TransformerBridge",
 ) -> Model:
     """A chat model in TransformerLens, with its weights unprocessed, in evaluation mode.
 
     `name_or_path` is a hub name, a local Hugging Face directory, or `smollm2-135m-instruct`, the embedded model, which
     needs no hub. `HookedTransformer` also takes models that TransformerLens does not list by name, where it knows the
-    architecture. Raises ValueError with the remedy for an unknown model or class.
+    architecture. `dtype` may be a name, such as `bfloat16`.
+
+    Raises:
+        ValueError: The model, class, device or dtype is unknown or not there, or the model's files are damaged.
     """
     if model_class not in ("TransformerBridge", "HookedTransformer"):
         raise ValueError(f"model_class is TransformerBridge or HookedTransformer, got {model_class!r}.")
+    device, dtype = _usable_device(device), _floating_dtype(dtype)
     source = _resolve(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     hf_model, tokenizer = _load_transformers(source, str(name_or_path), dtype, device)
     from_transformers = bridge_from_transformers if model_class == "TransformerBridge" else hooked_from_transformers
     model = from_transformers(hf_model, tokenizer)
-    cast(Any, model).cfg.model_name = str(name_or_path)
+    # A whole path, so that it names the same folder from wherever it is loaded again.
+    is_folder = source == str(name_or_path) and Path(source).is_dir()
+    cast(Any, model).cfg.model_name = str(Path(source).absolute() if is_folder else name_or_path)
     return model
 
 
@@ -123,10 +128,11 @@ PROBE_TOKENS = 32
 def _probe_logits(model: Any, hf_model: Any) -> Float[Tensor, "1 pos d_vocab"]:
     """The logits of a text of ids from all over the vocabulary."""
     length = min(PROBE_TOKENS, getattr(hf_model.config, "max_position_embeddings", PROBE_TOKENS))
-    ids = torch.linspace(3, hf_model.config.vocab_size - 1, length).long()
+    ids = evenly_spaced(3, hf_model.config.vocab_size - 1, length)
     with torch.no_grad():
         found = model(ids[None].to(next(hf_model.parameters()).device))
-    return (found if isinstance(found, Tensor) else found.logits).double()
+    # On the CPU, since some accelerators have no float64.
+    return (found if isinstance(found, Tensor) else found.logits).cpu().double()
 
 
 def _refuse_unlike(model: Any, hf_model: Any, expected: Float[Tensor, "1 pos d_vocab"]) -> None:
@@ -144,6 +150,34 @@ def _refuse_unlike(model: Any, hf_model: Any, expected: Float[Tensor, "1 pos d_v
         )
 
 
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    """The device, or the best one that there is; raises ValueError for one that is unknown or not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    # torch has no common kind of error for this: unknown names, missing drivers, builds without the device.
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(
+            f"The device {str(device)!r:.60} cannot be used here ({reason:.100}): pass device={' or '.join(there)}."
+        ) from error
+    if found.type == "meta":
+        raise ValueError("The device 'meta' holds no numbers: pass device='cpu', or another on which a model can run.")
+    return found
+
+
+def _floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype, by itself or by its name; raises ValueError for one that no model is loaded in."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype is float32, bfloat16, float16 or float64, got {dtype!r:.60}: pass one of these.")
+    return found
+
+
 def _resolve(name_or_path: str | Path) -> str:
     """A local directory or a hub name."""
     name = str(name_or_path)
@@ -158,15 +192,54 @@ def _resolve(name_or_path: str | Path) -> str:
 def _load_transformers(source: str, name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _refuse_pointers(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         # eager: the attention that TransformerLens gives a bridge anyway, so that both classes start from one thing
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+        model, found = loaded
     except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise _damaged(source, error) from error
         hint = (
             f"For the embedded model run: {INSTALL_COMMAND}"
             if source == HUB_NAME
             else (f"Give a hub name that can be reached, a local directory, or {EMBEDDED_MODEL!r}.")
         )
         raise ValueError(f"No model {name!r}: {str(error).splitlines()[0]} {hint}") from error
-    return cast(Any, model).to(device), tokenizer
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files make transformers, tokenizers and safetensors fail in any way
+        raise _damaged(source, error) from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise _damaged(source, f"it lacks {len(missing)} weights, the first {missing[0]}")
+    try:
+        return cast(Any, model).to(device), tokenizer
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{name} cannot be moved to {device} ({str(error).splitlines()[0]}): use another.") from error
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _refuse_pointers(source: str) -> None:
+    """Raise ValueError where a file of a local folder is only Git LFS's pointer to it."""
+    for path in sorted(Path(source).glob("*")) if Path(source).is_dir() else ():
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+            raise ValueError(
+                f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in {source}, or download it."
+            )
+
+
+def _damaged(source: str, error: BaseException | str) -> ValueError:
+    lines = str(error).splitlines()
+    reason = lines[0].rstrip(".:") if lines else type(error).__name__
+    return ValueError(
+        f"The model in {source} cannot be read ({reason:.300}): its files are damaged or incomplete; "
+        "download or copy them again."
+    )

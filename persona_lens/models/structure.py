@@ -14,8 +14,10 @@ from inspect import signature
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from persona_lens.foreign_text import shown_name
 from persona_lens.models.scopes import ForwardGate, gate_forward, gate_hooks, open_gates, scope_on
 
 ResidualBasis = Literal["raw", "centred"]
@@ -42,8 +44,8 @@ class Model(Protocol):
 class ModelIdentity:
     """What a saved vector remembers of its model, to be refused on another one (`identify`).
 
-    `embedding_sample` is read from the token embedding, which finetuning hardly moves: two models of one base have
-    nearly the same sample, unrelated models do not.
+    `name` is a hub name, or the last folder of a local one. `embedding_sample` is read from the token embedding, which
+    finetuning hardly moves: two models of one base have nearly the same sample, unrelated models do not.
     """
 
     name: str
@@ -209,8 +211,7 @@ def residual_basis(model: Model) -> ResidualBasis:
 def identify(model: Model) -> ModelIdentity:
     """The model's identity: its name, shape, residual basis and fingerprints of its weights."""
     embedding = _embedding(model)
-    rows = torch.linspace(0, embedding.shape[0] - 1, 256).long().to(embedding.device)
-    columns = torch.linspace(0, embedding.shape[1] - 1, 256).long().to(embedding.device)
+    rows, columns = (evenly_spaced(0, size - 1, 256).to(embedding.device) for size in embedding.shape)
     digest = hashlib.sha256()
     # A bridge nests the original modules in wrappers, and how differs between TransformerLens releases.
     weights = cast(Any, model).original_model if is_bridge(model) else cast(Any, model)
@@ -223,14 +224,19 @@ def identify(model: Model) -> ModelIdentity:
             digest.update(name.encode())
             digest.update(sample.numpy().tobytes())
     return ModelIdentity(
-        name=str(getattr(model.cfg, "model_name", "unnamed")),
+        name=shown_name(str(getattr(model.cfg, "model_name", "unnamed"))),
         model_class=type(model).__name__,
         n_layers=int(model.cfg.n_layers),
         d_model=int(model.cfg.d_model),
         residual_basis=residual_basis(model),
         weights_hash=digest.hexdigest()[:16],
-        embedding_sample=tuple(embedding[rows, columns].float().tolist()),
+        embedding_sample=tuple(embedding[rows, columns].float().cpu().tolist()),
     )
+
+
+def evenly_spaced(first: int, last: int, count: int) -> Int[Tensor, " count"]:
+    """Whole numbers from `first` to `last` at even distances, rounded down, whatever the default dtype is."""
+    return first + torch.arange(count, dtype=torch.long) * (last - first) // max(1, count - 1)
 
 
 def _embedding(model: Model) -> Tensor:

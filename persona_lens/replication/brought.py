@@ -46,12 +46,7 @@ class Brought:
     @property
     def sets(self) -> dict[str, Path]:
         """The files of datasets, by `{name}_{version}`."""
-        table = self.table
-        return {
-            f"{name}_{version}": self.path / name / f"{version}.jsonl"
-            for name in table.names
-            for version in table.versions
-        }
+        return {key: self.path / name / f"{version}.jsonl" for key, (name, version) in self.table.set_parts.items()}
 
     @property
     def files(self) -> dict[Path, str]:

@@ -25,7 +25,7 @@ from persona_lens.plots import (
 from persona_lens.replication.context import trait_folder
 from persona_lens.replication.finding import Finding
 from persona_lens.replication.result import Replication
-from persona_lens.replication.set_findings import BASE, measured_sets, set_score
+from persona_lens.replication.set_findings import BASE, NOT_MEASURED, measured_sets, set_score
 from persona_lens.replication.tables import Stage
 from persona_lens.replication.trait_findings import KINDS
 from persona_lens.vectors import PersonaVectors, cosine_matrix
@@ -117,8 +117,8 @@ def _shifts(found: Replication) -> Iterator[Drawn]:
     panels = [
         TraitShifts(
             trait,
-            [each.shifts[trait][trait] for each in sets],
-            [each.scores[trait] for each in sets],
+            [each.shift(trait, trait) for each in sets],
+            [each.scores.get(trait, NOT_MEASURED) for each in sets],
             correlation.ours,
             [each.name for each in sets if each.made_for == trait],
         )
@@ -136,7 +136,7 @@ def _differences(found: Replication) -> Iterator[Drawn]:
         TraitShifts(
             trait,
             [set_score(found.preset, found.folder, each, trait, "difference") for each in sets],
-            [each.scores[trait] for each in sets],
+            [each.scores.get(trait, NOT_MEASURED) for each in sets],
             correlation.ours,
             [each.name for each in sets if each.made_for == trait],
         )

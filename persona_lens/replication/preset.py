@@ -73,6 +73,12 @@ class Preset(Table):
             raise ValueError("finetuning.source is moods: add the table moods")
         if self.finetuning.source == "datasets" and self.bring.finetuning is None:
             raise ValueError("finetuning.source is datasets: add the table bring.finetuning")
+        if (sets := self.bring.finetuning) is not None:
+            named = [f"{name}_{version}" for name in sets.names for version in sets.versions]
+            # Files are named so: two that are named alike would share one folder.
+            for files in (named, [f"{each}_{trait}" for each in named for trait in self.traits]):
+                if twice := next((each for each in files if files.count(each) > 1), None):
+                    raise ValueError(f"bring.finetuning: two pieces would both be called {twice}: rename a set")
         if self.bring.chats is not None and self.real_chats is None:
             raise ValueError("bring.chats needs the table real-chats")
         for key, names in {"traits": self.traits, "full.traits": self.full.traits}.items():

@@ -23,6 +23,7 @@ from persona_lens.statistics import Estimate, auc
 
 Form = Literal["difference", "proxy", "response"]
 FORMS: tuple[Form, ...] = ("difference", "proxy", "response")
+NOT_MEASURED = Estimate(None, None, None, 0)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class MeasuredSet:
     Attributes:
         name: Its name.
         made_for: The trait or mood that it is made for; empty for none.
+        version: Which of the sets of that name it is, such as `misaligned_2` or `full`; empty for the base model.
         scores: Trait score after training, by trait.
         shifts: Finetuning shift on the questions of a trait along the vector of a trait: by both.
         screening: Its rows before training; None where they were not screened.
@@ -39,9 +41,18 @@ class MeasuredSet:
 
     name: str
     made_for: str
+    version: str
     scores: dict[str, Estimate]
     shifts: dict[str, dict[str, float]]
     screening: Screening | None = field(default=None, repr=False)
+
+    def score(self, trait: str) -> float | None:
+        """The trait score after training; None where that trait was not measured on this set."""
+        return self.scores[trait].value if trait in self.scores else None
+
+    def shift(self, trait: str, vector: str) -> float | None:
+        """The finetuning shift on a trait's questions along a trait's vector; None where it was not measured."""
+        return self.shifts.get(trait, {}).get(vector)
 
 
 def mood_study(preset: Preset, folder: Path) -> FinetuningStudy | None:
@@ -56,13 +67,16 @@ def measured_sets(preset: Preset, folder: Path) -> list[MeasuredSet]:
     if preset.finetuning.source == "moods":
         return _mood_sets(preset, folder)
     found: list[MeasuredSet] = []
-    made_for = {} if preset.bring.finetuning is None else preset.bring.finetuning.traits
+    table = preset.bring.finetuning
+    # From the table and not from the file's name: names and versions may hold "_" themselves.
+    parts = {} if table is None else table.set_parts
     for path in sorted((grid_folder(folder) / "runs").glob("*.json"), key=lambda path: (path.stem != BASE, path.stem)):
         record = read_json(path)
         scores = {trait: Estimate(**each) for trait, each in record["traits"].items()}
-        own = made_for.get(path.stem.partition("_")[0], "")
+        name, version = parts.get(path.stem, ("", ""))
+        own = "" if table is None else table.traits.get(name, "")
         rows = _screening(grid_folder(folder) / "screened" / path.stem)
-        found.append(MeasuredSet(path.stem, own, scores, record["shift"], rows))
+        found.append(MeasuredSet(path.stem, own, version, scores, record["shift"], rows))
     return found
 
 
@@ -76,7 +90,8 @@ def _mood_sets(preset: Preset, folder: Path) -> list[MeasuredSet]:
         shifts = {vector: each.shift(vector, study.layer) for vector in moods}
         scores = {mood: each.score(mood) for mood in moods}
         rows = _screening(screen_folder(folder, each.run.name))
-        found.append(MeasuredSet(each.run.name, each.run.mood, scores, dict.fromkeys(moods, shifts), rows))
+        version = "" if each.run.rows == "base" else each.run.rows
+        found.append(MeasuredSet(each.run.name, each.run.mood, version, scores, dict.fromkeys(moods, shifts), rows))
     return found
 
 
@@ -107,9 +122,9 @@ def finetuning_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
         return
     traits = list(sets[0].scores)
     for trait in traits:
-        after = [each.scores[trait].value for each in sets]
+        after = [each.score(trait) for each in sets]
         by_vector = {
-            vector: correlation([each.shifts[trait][vector] for each in sets], after, preset.seed) for vector in traits
+            vector: correlation([each.shift(trait, vector) for each in sets], after, preset.seed) for vector in traits
         }
         what = "r of the shift with the trait score after finetuning"
         yield Finding("finetuning.shift", trait, what, by_vector[trait], "sets")
@@ -132,8 +147,8 @@ def projection_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
     if len(sets) < 2:
         return
     for trait in sets[0].scores:
-        after = [each.scores[trait].value for each in sets]
-        shifts = [each.shifts[trait][trait] for each in sets]
+        after = [each.score(trait) for each in sets]
+        shifts = [each.shift(trait, trait) for each in sets]
         by_form = {form: [set_score(preset, folder, each, trait, form) for each in sets] for form in FORMS}
         what = "r of the projection difference with the trait score after training"
         yield Finding("projection.trait", trait, what, correlation(by_form["difference"], after, preset.seed), "sets")
@@ -152,11 +167,11 @@ def projection_findings(preset: Preset, folder: Path) -> Iterator[Finding]:
 
 def _sample_level(preset: Preset, folder: Path, sets: list[MeasuredSet], trait: str) -> Iterator[Finding]:
     """How well sample scores tell the trait's worst set from the other moods' worst sets, or from its normal one."""
-    worst = next((each for each in sets if each.made_for == trait and _is_worst(each.name)), None)
+    worst = next((each for each in sets if each.made_for == trait and _is_worst(preset, each)), None)
     if preset.finetuning.source == "moods":
-        others = [each for each in sets if each.made_for != trait and _is_worst(each.name)]
+        others = [each for each in sets if each.made_for != trait and _is_worst(preset, each)]
     else:
-        others = [each for each in sets if each.made_for == trait and each.name.endswith("_normal")]
+        others = [each for each in sets if each.made_for == trait and each.version == "normal"]
     if worst is None or not others:
         return
     positive, *negative = (_samples(preset, folder, each, trait) for each in (worst, *others))
@@ -165,8 +180,11 @@ def _sample_level(preset: Preset, folder: Path, sets: list[MeasuredSet], trait: 
     yield Finding("projection.auc", trait, what, alone(value, len(positive) + sum(map(len, negative))))
 
 
-def _is_worst(name: str) -> bool:
-    return name.endswith(("_full", "_misaligned_2"))
+def _is_worst(preset: Preset, each: MeasuredSet) -> bool:
+    """Whether it is the version with the most of the trait: the last one of the user's, and `full` of a mood."""
+    table = preset.bring.finetuning
+    worst = "full" if preset.finetuning.source == "moods" or table is None else table.versions[-1]
+    return each.version == worst
 
 
 def _samples(preset: Preset, folder: Path, each: MeasuredSet, trait: str) -> np.ndarray:
@@ -236,6 +254,6 @@ def benchmark_findings(preset: Preset, folder: Path, rows: list[dict[str, Any]])
     sets = {each.name: each for each in measured_sets(preset, folder)}
     for trait in dict.fromkeys(row["trait"] for row in rows):
         both = [row for row in rows if row["trait"] == trait and row["set"] in sets]
-        ours = [sets[row["set"]].scores[trait].value for row in both if trait in sets[row["set"]].scores]
-        found = correlation([row["score"] for row in both][: len(ours)], ours, preset.seed)
+        ours = [sets[row["set"]].score(trait) for row in both]
+        found = correlation([row["score"] for row in both], ours, preset.seed)
         yield Finding("benchmarks", trait, "r of the benchmark with the judge's score", found, "sets")

@@ -171,6 +171,11 @@ class BroughtTable(Table):
     traits: dict[str, str] = Field(default_factory=dict)
     """Which trait a set is made for, by the set's name."""
 
+    @property
+    def set_parts(self) -> dict[str, tuple[str, str]]:
+        """Name and version of each set, by `{name}_{version}`."""
+        return {f"{name}_{version}": (name, version) for name in self.names for version in self.versions}
+
 
 class BringTables(Table):
     """Everything that is not ours to ship; a table that is left out is not asked for."""

@@ -51,7 +51,8 @@ def score_with_actors(
     if load is None:
         load = partial(
             load_model,
-            identity.name,
+            # Not the identity's name, which is that of a local folder without its path.
+            str(getattr(scorer.model.cfg, "model_name", identity.name)),
             dtype=next(iter(scorer.model.parameters())).dtype,
             model_class=identity.model_class,  # type: ignore[arg-type]
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 from persona_lens.activations import stream_means
 from persona_lens.adapters import Adapter, adapted
 from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
+from persona_lens.foreign_text import shown_name
 from persona_lens.models import Model, identify, suspended
 from persona_lens.records import ensure_writable
 from persona_lens.shift.result import FinetuningShift
@@ -176,7 +177,9 @@ class _LastTokens(NamedTuple):
 
 def _last_tokens(model: Model, rows: Sequence[ChatTokens], token_budget: int | None) -> _LastTokens:
     shape = len(rows), int(model.cfg.n_layers)
-    found = _LastTokens(torch.empty(*shape, int(model.cfg.d_model)), torch.empty(shape))
+    found = _LastTokens(
+        torch.empty(*shape, int(model.cfg.d_model), dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
+    )
     for batch in stream_means(model, rows, position="prompt_last", token_budget=token_budget):
         found.means[batch.rows], found.norms[batch.rows] = batch.means[:, 1:], batch.norms[:, 1:]
     return found
@@ -192,7 +195,7 @@ def _compared(
 ) -> FinetuningShift:
     # In float64: a float32 sum over d_model would lose a small shift along few dimensions of a large stream.
     difference = after.means.double() - before.means.double()
-    projections = torch.full((len(questions), len(by_trait), difference.shape[1]), nan)
+    projections = torch.full((len(questions), len(by_trait), difference.shape[1]), nan, dtype=torch.float32)
     for place, held in enumerate(by_trait.values()):
         moved = difference[:, list(held)]
         along = einsum(moved, units_of(list(held.values())), "prompt held d_model, held d_model -> prompt held")
@@ -214,4 +217,4 @@ def _compared(
 def _name(model: Finetuned) -> str:
     if isinstance(model, Adapter):
         return "an adapter in memory"
-    return str(model) if isinstance(model, _ADAPTERS) else identify(model).name
+    return shown_name(model) if isinstance(model, _ADAPTERS) else identify(model).name

@@ -15,6 +15,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_lens.foreign_text import refuse_controls
 from persona_lens.models import Model, identify
 from persona_lens.vectors.algebra import VectorAlgebra, joint_provenance, refuse_unlike
 from persona_lens.vectors.directions import norms, orthonormal_basis, owned, refuse_non_finite, units
@@ -45,6 +46,7 @@ class PersonaVector(VectorAlgebra):
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
+        refuse_controls("The name of a trait", self.trait)
         if self.direction.ndim != 1:
             shape = list(self.direction.shape)
             raise ValueError(f"{self.trait}: one layer's direction has shape [d_model], got {shape}: pass one row.")

@@ -15,6 +15,7 @@ from einops import einsum, pack
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_lens.foreign_text import refuse_controls
 from persona_lens.models import Model, identify, resid_post_name
 from persona_lens.records import DAMAGE
 from persona_lens.vectors.algebra import VectorAlgebra, joint_provenance, refuse_unlike
@@ -63,6 +64,9 @@ class PersonaVectors(VectorAlgebra):
     missing: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        refuse_controls("The name of a trait", self.trait)
+        for reason in self.missing.values():
+            refuse_controls("The reason why a layer is missing", reason)
         if self.directions.ndim != 2 or self.directions.numel() == 0:
             shape = list(self.directions.shape)
             raise ValueError(
@@ -124,7 +128,7 @@ class PersonaVectors(VectorAlgebra):
         With `model` they remember whose they are, and are refused where they do not belong.
         """
         if residual_norm is None:
-            residual_norm = torch.full(directions.shape[:1], nan)
+            residual_norm = torch.full(directions.shape[:1], nan, dtype=torch.float32)
         provenance = None if model is None else Provenance.of(model, settings={"source": "from_directions"})
         return cls(trait, directions, residual_norm, position=position, embedding=embedding, provenance=provenance)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from persona_lens.foreign_text import refuse_controls, shown_name
 from persona_lens.models import Model, ModelIdentity, identify
 
 HOOK_POINT = "blocks.{layer}.hook_resid_post"
@@ -73,8 +74,17 @@ class Provenance:
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Provenance":
-        """The provenance that a file keeps as `header`."""
+        """The provenance that a file keeps as `header`.
+
+        Raises ValueError for names with control characters; a path that an older file has as the model's name is cut.
+        """
         model = {**header["model"], "embedding_sample": tuple(header["model"]["embedding_sample"])}
+        texts = {**model, **header, **header["library_versions"]}
+        for field, value in texts.items():
+            refuse_controls("A name of a field", field)
+            if isinstance(value, str):
+                refuse_controls(field, value)
+        model["name"] = shown_name(model["name"])
         return cls(**{**header, "model": ModelIdentity(**model)})
 
     def relation_to(self, model: ModelIdentity) -> Relation:
