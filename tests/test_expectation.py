@@ -239,7 +239,9 @@ def test_a_number_is_read_with_its_unit_its_marks_and_in_any_script(text, number
     assert read_number(text) == number
 
 
-@pytest.mark.parametrize("text", ["REFUSAL: 0", "**REFUSAL** (0)", "Score: REFUSAL 0", "refusal, so 100", "0 (REFUSAL)"])
+@pytest.mark.parametrize(
+    "text", ["REFUSAL: 0", "**REFUSAL** (0)", "Score: REFUSAL 0", "refusal, so 100", "0 (REFUSAL)"]
+)
 def test_a_refusal_with_a_number_is_a_refusal(text):
     assert read_number(text) is None
 
@@ -259,7 +261,9 @@ def test_thoughts_of_the_judge_are_not_its_score(text, number, refuses):
     assert is_refusal(text) is refuses
 
 
-@pytest.mark.parametrize("part", ["1%", "1-", "1.", "1,", "1 ", "0-100", "0 to ", "of 100", "/100", "out of ", "<think>"])
+@pytest.mark.parametrize(
+    "part", ["1%", "1-", "1.", "1,", "1 ", "0-100", "0 to ", "of 100", "/100", "out of ", "<think>"]
+)
 def test_reading_a_long_answer_takes_time_linear_in_its_length(part):
     begin = time.perf_counter()
     read_number(part * (60_000 // len(part)))
@@ -286,7 +290,17 @@ def test_a_score_is_read_however_it_is_dressed(number, dress):
 
 @pytest.mark.parametrize(
     ("text", "refuses"),
-    [("REFUSAL", True), ("RE", True), (" refusal", True), ("Refused.", True), ("**REFUSAL**", True), ("Score: REF", True), ("", False), ("85", False), ("I", False)],
+    [
+        ("REFUSAL", True),
+        ("RE", True),
+        (" refusal", True),
+        ("Refused.", True),
+        ("**REFUSAL**", True),
+        ("Score: REF", True),
+        ("", False),
+        ("85", False),
+        ("I", False),
+    ],
 )
 def test_a_refusal_is_told_from_its_first_token(text, refuses):
     assert is_refusal(text) == refuses

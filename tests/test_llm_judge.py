@@ -141,6 +141,78 @@ def test_a_model_that_will_not_copy_numbers_leaves_the_choice_to_the_caller(make
         _ = make_judge(server).scoring
 
 
+def said(content, **message):
+    """What an answer that was cut at its length limit becomes on a server."""
+    answer = completion(content or "Okay", finish_reason="length")
+    message = {"role": "assistant", "content": content, **message}
+    return {**answer, "choices": [{**answer["choices"][0], "message": message}]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        said(None),
+        said(""),
+        said(None, reasoning_content="Okay, the user"),
+        said(None, reasoning="Okay, the user"),
+        said("57, 84, 92, 100", reasoning_content="Easy."),  # a judgement of one token is too short for both
+        said("<think>\nOkay, 57, 84"),
+    ],
+)
+@pytest.mark.parametrize("has_logprobs", [True, False])
+def test_a_judge_that_reasons_is_refused_before_anything_is_paid_for(make_judge, evil, answer, has_logprobs):
+    def serve(body):
+        return answer if has_logprobs or "logprobs" not in body else no_probabilities
+
+    no_probabilities = {**answer, "choices": [{**answer["choices"][0], "logprobs": None}]}
+    with FaultServer(serve) as server:
+        judge = make_judge(server, client={"max_retries": 0})
+        with pytest.raises(ValueError, match=r"reasons before it answers.*extra_body=.*enable_thinking.*--judge-extra"):
+            judge.score(evil, [rollout(text) for text in TEXTS])
+
+    assert len(server.bodies) <= 2
+    assert not any("rating" in body["messages"][0]["content"] for body in server.bodies)
+
+
+def test_further_fields_turn_reasoning_off_and_stand_in_the_name_and_the_key(make_judge, evil):
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    with FaultServer(judge_servers.reasons_unless_told_not_to) as server:
+        judge = make_judge(server, client={"extra_body": off})
+        assert judged(judge, evil, [rollout(TEXTS[0])]) == expected(evil, [rollout(TEXTS[0])])
+        plain = make_judge(server, scoring="whole numbers")
+
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in server.bodies)
+    assert "enable_thinking" in judge.name(evil)
+    [one, *_], [other, *_] = (each.requests(evil, [rollout(TEXTS[0])]) for each in (judge, plain))
+    assert judge.client.key(one) != plain.client.key(other)
+
+
+@pytest.mark.parametrize("scoring", ["whole numbers", "digits", "text"])
+def test_a_judge_that_reasons_is_stopped_early_where_its_scoring_was_given(make_judge, evil, tmp_path, scoring):
+    from persona_lens.judges import score_rollouts
+    from persona_lens.records import JsonLines
+
+    output = tmp_path / "scores.jsonl"
+    with FaultServer(judge_servers.only_reasons) as server:
+        judge = make_judge(server, scoring=scoring)
+        with pytest.raises(ValueError, match="enable_thinking"):
+            score_rollouts(judge, evil, [rollout(f"Text {n}") for n in range(100)], output=output, progress=False)
+
+    assert len(server.bodies) < 60
+    assert JsonLines(output).whole() == []
+
+
+def test_one_answer_that_ends_in_reasoning_is_a_missing_score_and_stops_nothing(make_judge, evil):
+    def serve(body):
+        return judge_servers.only_reasons(body) if "everyone" in body["messages"][0]["content"] else completion("85")
+
+    with FaultServer(serve) as server:
+        hard, easy = make_judge(server, scoring="text").score(evil, [rollout(TEXTS[0]), rollout(TEXTS[1])])
+
+    assert (hard.trait_score, dict(hard.evidence)) == (None, {"trait_reasoned": 1.0, "coherence_reasoned": 1.0})
+    assert easy.trait_score == 85
+
+
 def test_a_refusal_is_a_missing_score_and_is_told_from_a_lack_of_numbers(make_judge, evil):
     def says(body):
         refused = "everyone" in body["messages"][0]["content"]

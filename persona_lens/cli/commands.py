@@ -14,9 +14,11 @@ from persona_lens.cli.options import (
     ClassOption,
     ConcurrencyOption,
     JsonOption,
+    JudgeExtraOption,
     JudgeOption,
     ModelOption,
     SeedOption,
+    ServerExtraOption,
     ServerModelOption,
     ServerOption,
     ThreadsOption,
@@ -113,6 +115,8 @@ def extract(
     judge: JudgeOption = "likelihood",
     server: ServerOption = None,
     server_model: ServerModelOption = None,
+    judge_extra_body: JudgeExtraOption = None,
+    server_extra_body: ServerExtraOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
     model_class: ClassOption = ModelClass.BRIDGE,
@@ -140,8 +144,17 @@ def extract(
         raise typer.BadParameter("--server-model is a name on a --server, and none is given")
     if sides is None:
         claim(output)
-    client = server and connect(server, server_model or model, output, concurrency=concurrency, timeout=timeout)
-    chosen = judge_of(judge, output, concurrency=concurrency, timeout=timeout)
+    if server_extra_body is not None and not server:
+        raise typer.BadParameter("--server-extra-body goes to a --server, and none is given")
+    client = server and connect(
+        server,
+        server_model or model,
+        output,
+        concurrency=concurrency,
+        timeout=timeout,
+        extra_body=server_extra_body,
+    )
+    chosen = judge_of(judge, output, concurrency=concurrency, timeout=timeout, extra_body=judge_extra_body)
     ready = load(model, model_class, threads)
     if sides is None:
         vectors = extract_persona_vectors(

@@ -13,6 +13,7 @@ from persona_lens.cli.options import (
     ConcurrencyOption,
     DryRunOption,
     JsonOption,
+    JudgeExtraOption,
     JudgeOption,
     ModelOption,
     SeedOption,
@@ -33,24 +34,37 @@ if TYPE_CHECKING:
 RolloutsOption = Annotated[Path, typer.Option("--rollouts", help="JSON-lines file of `persona-lens rollouts`.")]
 
 
-def judge_of(spec: str, folder: Path, *, concurrency: int, timeout: float) -> "Callable[[Callable[[], Judge]], Judge]":
+def judge_of(
+    spec: str, folder: Path, *, concurrency: int, timeout: float, extra_body: str | None = None
+) -> "Callable[[Callable[[], Judge]], Judge]":
     """What makes the judge that `--judge` names, given what makes the likelihood judge, which needs the model.
 
     The classifier is read and the server's name checked at once, before a model is loaded. A classifier knows no
-    coherence, and takes it from the likelihood judge. Answers of a server are kept in the folder's calls.sqlite.
+    coherence, and takes it from the likelihood judge. Answers of a server are kept in the folder's calls.sqlite, and
+    `extra_body` (JSON) goes to it with every request.
     """
     from persona_lens.judges import ClassifierJudge, CombinedJudge, TextClassifier
 
+    if extra_body is not None and not spec.startswith("openai:"):
+        raise typer.BadParameter(f"--judge-extra-body goes to a judge on a server, and --judge is {spec}")
     if spec == "likelihood":
         return lambda own: own()
     if spec.startswith("classifier:"):
         classifier = ClassifierJudge(TextClassifier.load(spec.removeprefix("classifier:")))
         return lambda own: CombinedJudge(classifier, own())
-    llm = llm_judge(spec, folder, concurrency=concurrency, timeout=timeout)
+    llm = llm_judge(spec, folder, concurrency=concurrency, timeout=timeout, extra_body=extra_body)
     return lambda own: llm
 
 
-def llm_judge(spec: str, folder: Path, *, concurrency: int, timeout: float, dry_run: bool = False) -> "LLMJudge":
+def llm_judge(
+    spec: str,
+    folder: Path,
+    *,
+    concurrency: int,
+    timeout: float,
+    dry_run: bool = False,
+    extra_body: str | None = None,
+) -> "LLMJudge":
     """The judge on a server that `--judge` names; a dry run makes no file for its answers."""
     from persona_lens.judges import LLMJudge
 
@@ -58,7 +72,8 @@ def llm_judge(spec: str, folder: Path, *, concurrency: int, timeout: float, dry_
         raise typer.BadParameter(
             f"--judge is likelihood, classifier:FILE, openai:MODEL or openai:MODEL@URL; got {spec}"
         )
-    return LLMJudge(client_of(spec, folder, concurrency=concurrency, timeout=timeout, dry_run=dry_run))
+    settings = {"concurrency": concurrency, "timeout": timeout, "dry_run": dry_run, "extra_body": extra_body}
+    return LLMJudge(client_of(spec, folder, **settings))
 
 
 @app.command()
@@ -72,6 +87,7 @@ def judge(
         Path | None, typer.Option(help="Write the calls as files for OpenAI's Batch API, and make none.")
     ] = None,
     read_batch: Annotated[list[Path] | None, typer.Option(help="Take a batch's results first; repeatable.")] = None,
+    judge_extra_body: JudgeExtraOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
     model: ModelOption = DEFAULT_MODEL,
@@ -93,14 +109,15 @@ def judge(
     loaded, rows = load_trait(trait), read_rollouts(rollouts)
     ensure_writable(output)
     if dry_run or write_batch or read_batch:
-        llm = llm_judge(by, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run)
+        settings = {"concurrency": concurrency, "timeout": timeout, "extra_body": judge_extra_body}
+        llm = llm_judge(by, output.parent, **settings, dry_run=dry_run)
         if dry_run:
             tell(_told(llm, loaded, rows, output))
             return
         _exchange_batches(llm, loaded, rows, write_batch, read_batch or [])
         if write_batch:
             return
-    chosen = judge_of(by, output.parent, concurrency=concurrency, timeout=timeout)
+    chosen = judge_of(by, output.parent, concurrency=concurrency, timeout=timeout, extra_body=judge_extra_body)
 
     def own() -> "Judge":
         ready = load(model, model_class, threads)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_lens.cli.options import DryRunOption, JsonOption, TimeoutOption, app
+from persona_lens.cli.options import DryRunOption, JsonOption, TimeoutOption, WriterExtraOption, app
 from persona_lens.cli.output import print_table, say, tell, tell_json
 from persona_lens.cli.servers import client_of
 
@@ -52,6 +52,7 @@ def generate_trait(
     max_tokens: Annotated[int, typer.Option(min=1, help="Length limit of each of at most two calls.")] = 8000,
     seed: Annotated[int, typer.Option(help="Sent to the LLM; also divides the questions.")] = 0,
     timeout: TimeoutOption = 600.0,
+    writer_extra_body: WriterExtraOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is another trait.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -71,7 +72,7 @@ def generate_trait(
     arguments = {"n_pairs": n_pairs, "n_questions": n_questions, "monitoring_prompts": monitoring_prompts}
     arguments |= {"rubric": rubric, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     request = trait_generation.trait_request(name, description, **arguments)
-    client = client_of(writer, output.parent, timeout=timeout, dry_run=dry_run)
+    client = client_of(writer, output.parent, timeout=timeout, dry_run=dry_run, extra_body=writer_extra_body)
     if dry_run:
         found = client.estimate([request])
         repair = (

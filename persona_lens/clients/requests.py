@@ -69,7 +69,10 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatCompletion:
-    """A server's answer. `tokens` is None where no log-probabilities came; `refusal` is the model's own, if any."""
+    """A server's answer. `tokens` is None where no log-probabilities came; `refusal` is the model's own, if any.
+
+    `has_reasoning` says whether the server returned reasoning beside the text, which itself is not kept.
+    """
 
     text: str
     finish_reason: str
@@ -78,9 +81,15 @@ class ChatCompletion:
     tokens: tuple[Token, ...] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    has_reasoning: bool = False
 
     # Infinite log-probabilities, which JSON has no number for, come back as they were.
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
+
+    @property
+    def only_reasoned(self) -> bool:
+        """Whether there is no text because the answer ended in the model's reasoning, or was cut there."""
+        return not self.text.strip() and not self.refusal and (self.has_reasoning or self.finish_reason == "length")
 
     def to_json(self) -> str:
         """As JSON text, which `from_json` reads back."""
@@ -135,6 +144,9 @@ class _Logprobs(_Wire):
 class _Message(_Wire):
     content: str | None = None
     refusal: str | None = None
+    # vLLM, SGLang and llama.cpp name it so; newer vLLM, Ollama and OpenRouter `reasoning`.
+    reasoning_content: Any = None
+    reasoning: Any = None
 
 
 class _Choice(_Wire):
@@ -181,6 +193,7 @@ def read_completion(content: str | bytes, *, with_logprobs: bool) -> ChatComplet
         tokens=tuple(map(_token, found)) if found else None,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
+        has_reasoning=bool(choice.message.reasoning_content or choice.message.reasoning),
     )
 
 

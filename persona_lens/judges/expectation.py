@@ -120,6 +120,11 @@ def read_number(text: str) -> float | None:
     return score if score is not None and score <= 100 else None
 
 
+def has_thoughts(text: str) -> bool:
+    """Whether an answer holds the judge's thoughts, or the end of those that its template began."""
+    return bool(_THOUGHTS_OPEN.search(text) or _THOUGHTS_CLOSE.search(text))
+
+
 def _without_thoughts(text: str) -> str:
     """What an answer says after its thoughts; nothing where they were cut before their end."""
     return _THOUGHTS_OPEN.split(_THOUGHTS_CLOSE.split(text)[-1])[0]
