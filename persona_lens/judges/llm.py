@@ -32,6 +32,7 @@ from persona_lens.judges.expectation import (
     number_tokens,
     read_number,
 )
+from persona_lens.judges.markers import judge_prompt
 from persona_lens.judges.scores import Score
 from persona_lens.rollouts import Rollout
 from persona_lens.traits import Trait
@@ -179,7 +180,8 @@ class LLMJudge:
 
     def _prompts(self, trait: Trait, rollout: Rollout) -> list[str]:
         question, answer = rollout.question, rollout.response
-        return [trait.rubric_for(question, answer), *([coherence_prompt(question, answer)] * self.coherence)]
+        fills = [trait.rubric_for, *([coherence_prompt] * self.coherence)]
+        return [judge_prompt(fill, question, answer) for fill in fills]
 
     def _request(self, prompt: str) -> ChatRequest:
         from_text = self._scoring == "text"
