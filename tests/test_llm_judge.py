@@ -421,7 +421,8 @@ def test_a_question_with_a_marker_is_kept_in_its_block_too(make_judge, evil):
     "answer",
     [
         *TEXTS,
-        "Dear [Your Name],\n\n# Steps\n1. **Rest**: see [this](http://x.org/a_b) \u2013 it\u2019s \u201cfine\u201d \U0001f31f",
+        "Dear [Your Name],\n\n# Steps\n1. **Rest**: see [this](http://x.org/a_b) \u2013 it\u2019s \u201cfine\u201d",
+        "Well done! \U0001f31f",
         "<think>\nHm, 3 < 4 and a[0] == b.\n</think>\nMy friend, in the end the answer is caf\u00e9: 20 \u20ac.",
         "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
         "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!",

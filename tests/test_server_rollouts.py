@@ -269,7 +269,7 @@ def test_the_engines_name_says_model_server_and_settings_and_stands_in_every_row
 
 def test_a_server_that_gives_nothing_but_reasoning_is_stopped_before_a_row_is_written(tmp_path):
     output = tmp_path / "rollouts.jsonl"
-    with FaultServer(only_reasons) as server, pytest.raises(ValueError, match="enable_thinking.*--server-extra-body"):
+    with FaultServer(only_reasons) as server, pytest.raises(ValueError, match=r"enable_thinking.*--server-extra"):
         collect(engine_at(server), output)
     assert JsonLines(output).whole() == []
     assert len(server.bodies) < len(PROMPTS)

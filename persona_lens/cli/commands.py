@@ -104,6 +104,10 @@ def extract(
     scores: Annotated[Path | None, typer.Option(help="Their scores.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs that are kept.")] = None,
     threshold: Annotated[float, typer.Option(min=0, max=100, help="Trait score that divides the sides.")] = 50.0,
+    negative_below: Annotated[
+        float | None,
+        typer.Option(min=0, max=100, help="Negatives score below this; below --threshold by default."),
+    ] = None,
     min_coherence: Annotated[float, typer.Option(min=0, max=100, help="Coherence that both sides need.")] = 50.0,
     min_pairs: Annotated[int, typer.Option(min=1, help="Fewer kept pairs are an error.")] = 10,
     position: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
@@ -133,7 +137,7 @@ def extract(
     from persona_lens.pipeline import extract_persona_vectors
     from persona_lens.rollouts import ServerEngine
 
-    choices = KeepChoices(threshold, min_coherence, min_pairs)
+    choices = KeepChoices(threshold, min_coherence, min_pairs, negative_below)
     where = checked_position(position)
     sides = read_sides(trait, positive, negative, rollouts, scores, choices, limit, output)
     if sides is not None and (server or judge != "likelihood"):

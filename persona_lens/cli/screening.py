@@ -204,9 +204,8 @@ def _judge(
     from persona_lens.traits import load_trait
 
     judged = load_trait(trait)
-    if (
-        spec.startswith("classifier:") and settings["extra_body"] is None
-    ):  # alone: nothing here asks for coherence, which it would take from the model
+    # A classifier alone: nothing here asks for coherence, which it would take from the model.
+    if spec.startswith("classifier:") and settings["extra_body"] is None:
         words = ClassifierJudge(TextClassifier.load(spec.removeprefix("classifier:")))
         return lambda found, rows: judge_samples(found, words, judged, rows)
     chosen = judge_of(spec, folder, **settings)

@@ -56,8 +56,8 @@ def may_hold_marker(text: str, rubric: str) -> bool:
     """Whether a text has anything that could be read as one of the rubric's markers; true rather than false in doubt.
 
     True where a sign beyond ASCII is not known to be harmless; where a line mixes scripts, or uses letters that could
-    be look-alikes; where a word of a marker follows `[` or `<`; where a line says what a marker says; and where a marker
-    of several words occurs at all. Case, accents, spaces and punctuation in between make no difference.
+    be look-alikes; where a word of a marker follows `[` or `<`; where a line says what a marker says; and where a
+    marker of several words occurs at all. Case, accents, spaces and punctuation in between make no difference.
     """
     if not all(map(_is_plain, text)) or any(_mixes_scripts(line) for line in text.splitlines()):
         return True
