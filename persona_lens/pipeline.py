@@ -92,8 +92,8 @@ def extract_persona_vectors(
     sampling from the model, with `max_new_tokens`, `temperature` and `top_p`. A `ServerEngine` samples on a server,
     best the same model: the judge is then calibrated on the server's responses, so that its scales fit what it scores,
     and activations are read from `model` as always. With `output`, a folder, everything is
-    written there as it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...), and a second call
-    goes on where the first one stopped. The plan is printed first, unless `progress` is False.
+    written there as it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...), and a second
+    call goes on where the first one stopped. The plan is printed first, unless `progress` is False.
 
     Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings.
     Source: arXiv:2507.21509, section 2.

@@ -207,6 +207,7 @@ def test_dropout_of_the_base_model_does_not_count_as_a_change(bridge, vectors):
             carrier.eval()
             with torch.no_grad():
                 loss = carrier(**batch).loss
+                carrier.train()
                 assert float(penalised(loss, carrier, batch, projections, 5.0)) == pytest.approx(float(loss), abs=1e-6)
     finally:
         handle.remove()

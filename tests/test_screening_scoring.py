@@ -51,9 +51,7 @@ def test_a_base_response_is_cut_to_the_context(tiny_bridge, tiny_hf_model, vecto
     assert found.base == pytest.approx([projection(tiny_hf_model, (PROMPT, base[:room]), vector)], abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("at", "moves"), [("response", (True, True)), ("prompt", (False, True)), ("all", (True, True))]
-)
+@pytest.mark.parametrize(("at", "moves"), [("response", True), ("prompt", False), ("all", True)])
 def test_the_last_prompt_token_is_steered_as_where_the_response_begins(tiny_bridge, vector, at, moves):
     """The token before the response decides its first token: `response` and `prompt` positions overlap in it alone."""
     plain = score(tiny_bridge, vector, planned(), base="none")

@@ -1,6 +1,6 @@
 """What is drawn at random depends on its seed, and on nothing else: equal seeds give equal results, others do not."""
 
-from types import SimpleNamespace
+import random
 
 import numpy as np
 import pytest
@@ -9,19 +9,23 @@ import torch
 from persona_lens.direction_statistics import direction_metrics
 from persona_lens.experiments.conditions import many_shot
 from persona_lens.experiments.dataset_scores import subset_loss
+from persona_lens.experiments.dialz_pairs import draw_pairs
 from persona_lens.experiments.hidden_rows import find_hidden
 from persona_lens.experiments.method_ablations import _split_half
-from persona_lens.experiments.method_variants import Variant
+from persona_lens.experiments.method_variants import JudgedPair, Variant
 from persona_lens.finetuning.dataset import prompted
 from persona_lens.finetuning.training import _seeded
 from persona_lens.interop.decomposition import _random_cosine
+from persona_lens.judges import ScoredRollout
 from persona_lens.judges.coherence import shuffle_words
 from persona_lens.layer_selection.doses import random_directions
 from persona_lens.statistics import mean_estimate, question_resamples
 from persona_lens.traits import load_trait
 from persona_lens.transcripts import Transcript
 from persona_lens.vectors import PersonaVectors
+from tests.test_dialz_pairs import made_up
 from tests.test_direction_statistics import balanced_design, planted_rows
+from tests.test_likelihood_ratio import answer
 from tests.vector_cases import random_tensor
 
 VECTOR = PersonaVectors.from_directions(random_tensor(3, 6, seed=2), trait="evil").at(1)
@@ -49,19 +53,19 @@ def rows_of_mixtures_of_the_same_prompts(seed):
 
 
 def halves(seed):
-    pairs = [SimpleNamespace(question=f"q{n}", rows=(2 * n, 2 * n + 1)) for n in range(9)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "persona_lens.experiments.method_ablations.fitted_direction",
-            lambda variant, half, means: np.mean([means[row] for pair in half for row in pair.rows], axis=0),
-        )
-        means = np.random.default_rng(1).normal(size=(18, 4))
-        return _split_half(Variant("a", "b"), pairs, means, seed)
+    side = ScoredRollout(answer("So."), 80.0, 90.0)
+    pairs = [JudgedPair(2 * n, 2 * n + 1, f"q{n}", 0, True, (side, side)) for n in range(9)]
+    means = np.random.default_rng(1).normal(size=(18, 4))
+    return _split_half(Variant("as it is", "-"), pairs, means, seed)
 
 
 def global_draws(seed):
     with _seeded(seed):
-        return float(torch.rand(1)), float(np.random.random())
+        return float(torch.rand(1)), float(np.random.random()), random.random()
+
+
+def one_global_draw(place):
+    return lambda seed: global_draws(seed)[place]
 
 
 def drawn_prompts(seed):
@@ -83,7 +87,8 @@ DRAWS = {
     "random directions": lambda seed: [each.direction.tolist() for each in random_directions(VECTOR, 2, seed=seed)],
     "a random cosine": lambda seed: _random_cosine(random_tensor(5, 6, seed=1), 4, seed),
     "preventative prompts": drawn_prompts,
-    "the global generators": global_draws,
+    **{name: one_global_draw(place) for place, name in enumerate(("torch's", "numpy's", "Python's"))},
+    "pairs of answers": lambda seed: draw_pairs(made_up(), 6, seed),
     "subsets of rows": lambda seed: subset_loss(
         list(SCORES[:39].reshape(3, 13)), np.array([0.1, 0.5, 0.4]), 0.3, n_subsets=5, seed=seed
     ),
