@@ -24,10 +24,11 @@ _SIGNS = frozenset(
 )
 _LETTERS_INSIDE = 24  # of what follows a bracket, so many letters at least are looked at
 # Scripts in everyday use: a line in one of them spells no marker in Latin letters and has no letter like a bracket.
-_SCRIPTS = dict((name, name) for name in ("GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "ARABIC", "DEVANAGARI"))
-_SCRIPTS |= dict((name, name) for name in ("BENGALI", "TAMIL", "THAI"))
-_SCRIPTS |= dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC"), "CJK")
-_SCRIPTS |= {"HANGUL": "HANGUL"}
+_SCRIPTS: dict[str, str] = {
+    **{name: name for name in ("GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "ARABIC", "DEVANAGARI", "BENGALI", "TAMIL")},
+    **{name: name for name in ("THAI", "HANGUL")},
+    **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC"), "CJK"),
+}
 
 
 def judge_prompt(fill: Callable[[str, str], str], question: str, answer: str) -> str:
