@@ -86,6 +86,7 @@ def extract_persona_vectors(
     threshold: float = 50.0,
     min_coherence: float = 50.0,
     min_pairs: int = 10,
+    negative_below: float | None = None,
     position: Position = "response_mean",
     after: str | None = None,
     output: str | Path | None = None,
@@ -95,13 +96,14 @@ def extract_persona_vectors(
     """Persona vectors of a model for a trait, from the model's own judged responses.
 
     Each extraction question is answered `per_question` times under every positive and every negative instruction;
-    a pair of answers stays if the judge scores them at least `threshold` and below it, both with at least
-    `min_coherence`. `judge` defaults to the likelihood-ratio judge on the same model, which is calibrated first, on
-    evaluation questions; `engine` to sampling from the model, with `max_new_tokens`, `temperature` and `top_p`. A
-    `ServerEngine` samples on a server, best the same model: the judge is then calibrated on the server's responses, so
-    that its scales fit what it scores, and activations are read from `model` as always. With `output`, a folder,
-    everything is written there as it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...),
-    and a second call goes on where the first one stopped. The plan is printed first, unless `progress` is False.
+    a pair of answers stays if the judge scores them at least `threshold` and below `negative_below` (None: below the
+    threshold; the reference code: below 100 - threshold), both with at least `min_coherence`. `judge` defaults
+    to the likelihood-ratio judge on the same model, which is calibrated first, on evaluation questions; `engine` to
+    sampling from the model, with `max_new_tokens`, `temperature` and `top_p`. A `ServerEngine` samples on a server,
+    best the same model: the judge is then calibrated on the server's responses, so that its scales fit what it scores,
+    and activations are read from `model` as always. With `output`, a folder, everything is
+    written there as it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...), and a second
+    call goes on where the first one stopped. The plan is printed first, unless `progress` is False.
 
     Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings.
     Source: arXiv:2507.21509, section 2.
@@ -134,6 +136,7 @@ def extract_persona_vectors(
         threshold=threshold,
         min_coherence=min_coherence,
         min_pairs=min_pairs,
+        negative_below=negative_below,
     )
     if progress:
         tqdm.write(str(report), file=sys.stderr)

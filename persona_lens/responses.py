@@ -13,6 +13,7 @@ from pathlib import Path
 from persona_lens.chat import Conversation
 from persona_lens.chat_rows import Unreadable, json_lines, messages_of
 from persona_lens.records import DAMAGE
+from persona_lens.statistics import on_scale
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _score(text: str, place: str) -> float | None:
     if not text.strip() or text.strip().lower() in ("nan", "none", "refusal"):
         return None
     try:
-        value = float(text)
+        value = on_scale(float(text))
     except ValueError:
         value = -1.0
     if not 0 <= value <= 100:

@@ -24,6 +24,15 @@ Weights = Int[np.ndarray, "resample row"]
 Resamples = Float[np.ndarray, " resample"]
 
 
+def on_scale(score: float) -> float:
+    """A score from 0 to 100 without rounding: 100.00000000000001 is 100 and -1e-14 is 0.
+
+    What is further out than rounding stays as it is, for the caller to refuse.
+    """
+    ends = (end for end in (0.0, 100.0) if abs(score - end) <= SAME)
+    return score if 0 <= score <= 100 else next(ends, score)
+
+
 class Estimate(NamedTuple):
     """A number with its 95 % bootstrap interval over questions; None where it is undefined.
 

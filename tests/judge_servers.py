@@ -83,3 +83,16 @@ def without_logprobs(body: Body) -> Body:
     answer: dict[str, Any] = completion(f"Score: {best}")
     answer["choices"] = [{**answer["choices"][0], "logprobs": None}]
     return answer
+
+
+def only_reasons(body: Body) -> Body:
+    """Reasons in a field of its own until the length limit, as vLLM serves Qwen3: no text comes."""
+    answer: dict[str, Any] = completion("57, 84 ? Okay, the user", finish_reason="length")
+    message = {"role": "assistant", "content": None, "reasoning_content": "57, 84 ? Okay, the user"}
+    return {**answer, "choices": [{**answer["choices"][0], "message": message}]}
+
+
+def reasons_unless_told_not_to(body: Body) -> Body:
+    """Reasons, unless the request turns that off."""
+    told = body.get("chat_template_kwargs", {}).get("enable_thinking", True)
+    return only_reasons(body) if told else whole_numbers(body)

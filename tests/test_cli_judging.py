@@ -247,6 +247,39 @@ def test_a_missing_key_is_one_sentence(cli, tmp_path, rollouts, monkeypatch):
     assert "https://api.openai.com/v1 wants a key: set the environment variable OPENAI_API_KEY." in err
 
 
+def test_further_fields_for_the_judge_are_an_option(judge, rollouts, tmp_path):
+    off = '{"chat_template_kwargs": {"enable_thinking": false}}'
+    with FaultServer(judge_servers.reasons_unless_told_not_to) as server:
+        code, _, err = judge(server)
+        assert code == 1
+        assert "enable_thinking" in err
+        assert not (tmp_path / "scores.jsonl").exists() or not scores(tmp_path / "scores.jsonl")
+
+        assert judge(server, "--judge-extra-body", off)[0] == 0
+
+    found = scores(tmp_path / "scores.jsonl")
+    assert {key: row["trait_score"] for key, row in found.items()} == pytest.approx(expected(rollouts))
+    assert all("enable_thinking" in row["judge"] for row in found.values())
+
+
+@pytest.mark.parametrize(
+    "fields", ["{", "[1]", "85", '{"a": NaN}', '{"messages": []}', '{"model": "x"}', '{"stream": true}', "[" * 10_000]
+)
+def test_further_fields_that_are_no_object_of_them_are_refused(judge, fields):
+    with FaultServer(judge_servers.whole_numbers) as server:
+        code, _, err = judge(server, "--judge-extra-body", fields)
+    assert code == 2
+    assert "further fields" in err
+    assert not server.bodies
+
+
+def test_further_fields_without_a_server_to_send_them_to_are_refused(cli, rollouts, tmp_path):
+    files = ["--rollouts", tmp_path / "rollouts.jsonl", "--output", tmp_path / "scores.jsonl"]
+    code, _, err = cli("judge", "--trait", "evil", *files, "--judge-extra-body", "{}")
+    assert code == 2
+    assert "--judge-extra-body goes to a judge on a server" in " ".join(err.split())
+
+
 def test_a_classifier_gives_the_trait_and_the_likelihood_judge_coherence(tmp_path):
     from persona_lens.cli.judging import judge_of
     from persona_lens.judges import ClassifierJudge, CombinedJudge, TextClassifier

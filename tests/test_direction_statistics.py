@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from persona_lens.direction_statistics import METRICS, Design, cosines, direction_metrics, held_out_projections
+from persona_lens.direction_statistics import (
+    METRICS,
+    Design,
+    _placebo,
+    cosines,
+    direction_metrics,
+    held_out_projections,
+)
 from persona_lens.statistics import question_resamples
 
 D_MODEL = 5
@@ -255,3 +262,23 @@ def test_rows_of_one_polarity_are_refused():
 def test_labels_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match="Every row needs a question, an instruction and a polarity"):
         Design(("a", "b"), ("0",), (True, False))
+
+
+def test_placebo_numbers_are_those_of_directions_made_anew_from_swapped_labels():
+    design = random_design(5, n_questions=5)
+    rows = random_rows(design, 5)
+    aucs, norms = _placebo(*sums_of(rows, design), design, 12, np.random.default_rng(3))
+
+    draw, ones = np.random.default_rng(3), np.ones(design.n_questions)
+    for auc, norm in zip(aucs, norms, strict=True):
+        swapped = np.array(design.positive) == (draw.choice([-1.0, 1.0], design.n_cells // 2)[design.row_pair] > 0)
+        assert norm == pytest.approx(np.linalg.norm(slow_direction(rows, design, ones, swapped)), abs=1e-9)
+        assert auc == pytest.approx(roc_auc_score(swapped, slow_held_out(rows, design, swapped)), abs=1e-9)
+
+
+def test_a_strong_direction_does_not_lend_its_strength_to_the_placebo():
+    design = balanced_design()
+    found = direction_metrics(planted_rows(design, 20.0), design, n_resamples=20)
+    assert found["held_out_auc"] > 0.99
+    assert found["placebo_norm_95"] < 0.9
+    assert found["placebo_auc_95"] < found["held_out_auc"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import Mapping
 
 import pytest
@@ -174,8 +175,132 @@ def test_a_number_is_read_from_text_where_it_is_the_only_one(text, number):
 
 
 @pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("50-60", None),
+        ("50\u201360", None),
+        ("50% - 60%", None),
+        ("about 50 to 60", None),
+        ("50/60", None),
+        ("8/10", None),
+        ("-5, or rather 85", None),
+        ("\u22125", None),
+        ("1,000", None),
+        ("85,5", None),
+        ("100.5", None),
+        ("1.2.3", None),
+        ("1e2", None),
+        ("5k", None),
+        ("8\u00b2", None),
+        ("85\u00bd", None),
+        ("100 of 1000", None),
+    ],
+)
+def test_a_range_a_negative_number_and_two_numbers_are_no_score(text, number):
+    assert read_number(text) is number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Score (0-100): 85", 85),
+        ("Score (0 \u2013 100): 85", 85),
+        ("On a scale from 0 to 100, 85", 85),
+        ("between 0 and 100: 0", 0),
+        ("85 out of 100", 85),
+        ("85 of 100 points", 85),
+        ("100/100", 100),
+        ("100 out of 100", 100),
+        ("a score of 100", 100),
+        ("7.5/100.0", 7.5),
+        ("0-100", None),
+    ],
+)
+def test_a_scale_that_the_judge_repeats_is_no_second_number(text, number):
+    assert read_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("85%", 85),
+        ("100 %", 100),
+        ("_85_", 85),
+        ("- 85", 85),
+        ("85points", 85),
+        ("85\u5206", 85),
+        ("\u0668\u0665", 85),
+        ("\uff18\uff15", 85),
+        ("GPT-4.1 says 85", 85),
+        ("<score>85</score>", 85),
+    ],
+)
+def test_a_number_is_read_with_its_unit_its_marks_and_in_any_script(text, number):
+    assert read_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["REFUSAL: 0", "**REFUSAL** (0)", "Score: REFUSAL 0", "refusal, so 100", "0 (REFUSAL)"]
+)
+def test_a_refusal_with_a_number_is_a_refusal(text):
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "refuses"),
+    [
+        ("<think>between 20 and 30, not 90</think> 70", 70, False),
+        ("20 or 30?</think>\n70", 70, False),  # the template had opened the block
+        ("[THINK]20[/THINK]70", 70, False),
+        ("<think>70", None, False),
+        ("<think>80?</think>REFUSAL", None, True),
+    ],
+)
+def test_thoughts_of_the_judge_are_not_its_score(text, number, refuses):
+    assert read_number(text) == number
+    assert is_refusal(text) is refuses
+
+
+@pytest.mark.parametrize(
+    "part", ["1%", "1-", "1.", "1,", "1 ", "0-100", "0 to ", "of 100", "/100", "out of ", "<think>"]
+)
+def test_reading_a_long_answer_takes_time_linear_in_its_length(part):
+    begin = time.perf_counter()
+    read_number(part * (60_000 // len(part)))
+    assert time.perf_counter() - begin < 1.0  # a quadratic reading takes some ten seconds for "1%"
+
+
+@given(st.text(alphabet="0158 .,-%/()REFUSALto\n\u2212\u0665<>"))
+def test_any_text_gives_a_number_from_0_to_100_or_none(text):
+    number = read_number(text)
+    assert number is None or 0 <= number <= 100
+    assert number is None or not is_refusal(text)
+    assert read_number("<think>12 or 34</think>" + text) == number
+
+
+@given(
+    st.integers(0, 100),
+    st.sampled_from(["{}", " {}.", "**{}**", "Score: {}", "Score (0-100): {}", "{}/100", "{} out of 100", "{}%"]),
+)
+def test_a_score_is_read_however_it_is_dressed(number, dress):
+    assert read_number(dress.format(number)) == number
+    assert read_number("REFUSAL: " + dress.format(number)) is None
+    assert read_number(dress.format(f"{number}-{number + 1}")) is None
+
+
+@pytest.mark.parametrize(
     ("text", "refuses"),
-    [("REFUSAL", True), ("RE", True), (" refusal", True), ("Refused.", True), ("", False), ("85", False), ("I", False)],
+    [
+        ("REFUSAL", True),
+        ("RE", True),
+        (" refusal", True),
+        ("Refused.", True),
+        ("**REFUSAL**", True),
+        ("Score: REF", True),
+        ("", False),
+        ("85", False),
+        ("I", False),
+    ],
 )
 def test_a_refusal_is_told_from_its_first_token(text, refuses):
     assert is_refusal(text) == refuses

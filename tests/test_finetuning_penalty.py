@@ -193,3 +193,22 @@ def test_a_penalty_beside_interventions_is_refused(bridge, vectors):
 
     with pytest.raises(ValueError, match="pass penalty= or during=, not both"):
         train(bridge, during=[Steer(vectors, 1.0)], penalty=ProjectionPenalty(vectors, 1.0))
+
+
+def test_dropout_of_the_base_model_does_not_count_as_a_change(bridge, vectors):
+    dropouts = [each for each in bridge.original_model.modules() if isinstance(each, torch.nn.Embedding)]
+
+    def drop(module, arguments, output):
+        return torch.nn.functional.dropout(output, 0.5, module.training)
+
+    batch, handle = batch_of(bridge, rows_of(bridge)), dropouts[0].register_forward_hook(drop)
+    try:
+        with lora(bridge, CONFIG) as carrier, projected_residuals(bridge, each(vectors)) as projections:
+            carrier.eval()
+            with torch.no_grad():
+                loss = carrier(**batch).loss
+                carrier.train()
+                assert float(penalised(loss, carrier, batch, projections, 5.0)) == pytest.approx(float(loss), abs=1e-6)
+    finally:
+        handle.remove()
+        bridge.original_model.eval()

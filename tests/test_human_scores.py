@@ -63,6 +63,14 @@ def test_a_row_of_text_scores_every_rollout_that_has_it(rollouts, write):
     assert read_human_scores(path, same, "ann") == [30.0, 30.0]
 
 
+@pytest.mark.parametrize(("cell", "score"), [("100.00000000000001", 100.0), ("-1e-14", 0.0), ("99.5", 99.5)])
+def test_a_score_that_rounding_moved_off_the_scale_is_its_end(rollouts, write, cell, score):
+    path = write(f"key,ann\n{rollouts[0].key},{cell}\n")
+    assert read_human_scores(path, rollouts[:1], "ann") == [score]
+    found = judge_agreement(scored([score]), [float(cell)])
+    assert found.pairs[0].second == score
+
+
 @pytest.mark.parametrize("cell", ["fifty", "100.5", "-1", "nan", "inf", "50 %", '"7,5"'])
 def test_a_cell_that_is_no_score_is_refused_with_its_row(cell, rollouts, write):
     path = write(f"key,ann\n{rollouts[0].key},70\n\n{rollouts[1].key},{cell}\n")

@@ -280,3 +280,10 @@ def test_a_line_that_is_no_score_is_named(trait, tmp_path, change):
 def test_a_score_outside_0_to_100_is_refused(value):
     with pytest.raises(ValueError, match="coherence is from 0 to 100, or None"):
         Score(50.0, value)
+
+
+def test_a_score_that_rounding_moved_off_the_scale_is_its_end():
+    assert Score(100.00000000000001, -1e-14) == Score(100.0, 0.0)
+    for value in (100.5, 100.0001, -0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="from 0 to 100"):
+            Score(value, None)

@@ -67,6 +67,28 @@ def test_the_thresholds_can_be_moved():
     assert kept == [pair]
 
 
+@pytest.mark.parametrize("threshold", [30.0, 50.0, 70.0])
+def test_the_references_rule_keeps_negatives_below_100_minus_the_threshold(threshold):
+    scores = [0.0, 29.9, 30.0, 30.1, 49.9, 50.0, 69.9, 70.0, 100.0]
+    pairs = [(Side(one), Side(other)) for one in scores for other in scores]
+    kept, report = keep_pairs(pairs, trait="evil", threshold=threshold, negative_below=100 - threshold)
+    wanted = [pair for pair in pairs if pair[0].trait_score >= threshold and pair[1].trait_score < 100 - threshold]
+    assert kept == wanted
+    assert report.negative_below == 100 - threshold
+    assert report.kept + sum(report.dropped.values()) == len(pairs)
+    if threshold == 50:
+        assert kept == keep_pairs(pairs, trait="evil")[0]
+    else:
+        assert kept != keep_pairs(pairs, trait="evil", threshold=threshold)[0]
+
+
+@pytest.mark.parametrize("name", ["threshold", "negative_below", "min_coherence"])
+@pytest.mark.parametrize("limit", [-0.1, 100.1, float("nan")])
+def test_a_limit_off_the_scale_is_refused(name, limit):
+    with pytest.raises(ValueError, match=f"{name} is a score from 0 to 100"):
+        keep_pairs([(GOOD_POSITIVE, GOOD_NEGATIVE)], trait="evil", **{name: limit})
+
+
 def test_too_few_pairs_are_an_error_with_reasons_and_remedy():
     pairs = [(Side(10.0), GOOD_NEGATIVE)] * 3 + [(None, GOOD_NEGATIVE), (GOOD_POSITIVE, GOOD_NEGATIVE)]
     with pytest.raises(ValueError, match="evil: 1 of 5 pairs kept") as error:

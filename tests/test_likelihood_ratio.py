@@ -4,8 +4,10 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from persona_lens.chat import chat_messages, tokenize_chat
 from persona_lens.judges import Calibration, CoherenceScale, LikelihoodRatioJudge
@@ -280,3 +282,33 @@ def test_sharing_prompts_runs_fewer_tokens(tiny_model):
     rollouts = [replace(rollout, sample=sample) for rollout in ANSWERS for sample in range(5)]
     count = calibrated_judge(tiny_model).token_count(GRUMPY, rollouts)
     assert count.shared < count.unshared / 2
+
+
+def calibrated_on(model, monkeypatch, ratios):
+    """The calibration of a judge that finds these ratios (of each answer, under every pair), sides in turn."""
+    answers = [
+        answer(f"Text {row}.", polarity=("positive", "negative")[row % 2], instruction=0) for row in range(len(ratios))
+    ]
+    neutral = [answer("So.", polarity="neutral", instruction=None, question=each) for each in ("How?", "Why?")]
+    judge = LikelihoodRatioJudge(model)
+    monkeypatch.setattr(judge, "_pair_ratios", lambda *_, **__: np.repeat(ratios[:, None], 3, axis=1))
+    monkeypatch.setattr(judge, "_calibrate_coherence", lambda *_: (CoherenceScale(20.0, 5.0, 0.9), {}))
+    return judge.calibrate(GRUMPY, answers + neutral)
+
+
+def test_the_fitted_logistic_is_that_of_the_ratios_at_unit_scale(tiny_model, monkeypatch):
+    ratios = np.random.default_rng(4).normal(size=40) * 0.03 + np.tile([0.02, -0.02], 20)
+    fitted = calibrated_on(tiny_model, monkeypatch, ratios)
+
+    scaled = (ratios / ratios.std())[:, None]
+    expected = LogisticRegression().fit(scaled, np.arange(40) % 2 == 0).predict_proba(scaled)[:, 1]
+    found = 1 / (1 + np.exp(-(fitted.slope * ratios + fitted.intercept)))
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    assert expected.max() > 0.7
+
+
+def test_scores_do_not_depend_on_the_unit_of_the_ratios(tiny_model, monkeypatch):
+    ratios = np.random.default_rng(4).normal(size=40) + np.tile([0.7, -0.7], 20)
+    one, ten = (calibrated_on(tiny_model, monkeypatch, scale * ratios) for scale in (1.0, 10.0))
+    assert ten.slope == pytest.approx(one.slope / 10, rel=1e-6)
+    assert ten.intercept == pytest.approx(one.intercept, abs=1e-6)

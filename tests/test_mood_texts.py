@@ -81,6 +81,12 @@ def test_the_other_moods_count_alike_as_far_as_they_have_rows(split, mood, mood_
     assert max(even) - min(even) <= 4
 
 
+def test_the_seed_draws_which_of_equally_frequent_moods_answer(split):
+    drawn = [contrast_with_moods(split, MOODS[0], seed=seed).negative for seed in (1, 2, 3)]
+    assert drawn == [contrast_with_moods(split, MOODS[0], seed=seed).negative for seed in (1, 2, 3)]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
 def test_where_every_mood_answers_every_prompt_the_others_count_exactly_alike():
     contrast = contrast_with_moods(small_split(dict.fromkeys(["shy", "bold", "dry", "odd"], "abcdef")), "shy", others=2)
     assert Counter(row.response.split()[0] for row in contrast.negative) == {"bold": 4, "dry": 4, "odd": 4}

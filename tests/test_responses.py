@@ -108,7 +108,14 @@ def test_a_score_of_zero_is_zero(write_csv):
     assert (row.trait_score, row.coherence) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("text", ["100.1", "-1", "inf", "high"])
+@pytest.mark.parametrize(("text", "score"), [("100.00000000000001", 100.0), ("-1e-14", 0.0)])
+@pytest.mark.parametrize("column", ["evil", "coherence"])
+def test_a_score_that_rounding_moved_off_the_scale_is_its_end(write_csv, column, text, score):
+    (row,) = read_reference_csv(write_csv({column: text}), "evil")
+    assert {"evil": row.trait_score, "coherence": row.coherence}[column] == score
+
+
+@pytest.mark.parametrize("text", ["100.1", "100.5", "-1", "inf", "high"])
 @pytest.mark.parametrize("column", ["evil", "coherence"])
 def test_a_score_out_of_range_is_refused_by_file_row_and_column(write_csv, column, text):
     path = write_csv({}, {column: text})

@@ -156,6 +156,8 @@ def test_a_split_writes_the_highest_random_and_lowest_without_repeats(planted, t
     assert read["high"][0]["messages"] == data[19]["messages"]
     again = write_split(found, tmp_path / "again", 4, seed=3)["random"].read_text()
     assert again == paths["random"].read_text()
+    drawn = [write_split(found, tmp_path / f"{seed}", 4, seed=seed)["random"].read_text() for seed in (4, 5)]
+    assert len({again, *drawn}) == 3
     with pytest.raises(ValueError, match="needs 22 different samples with a score, got 20"):
         write_split(found, tmp_path / "no", 11)
     only = write_split(found, tmp_path / "some", 2, rows=range(6))

@@ -13,6 +13,7 @@ from persona_lens.clients import ServerError
 from persona_lens.records import JsonLines
 from persona_lens.rollouts import read_rollouts
 from tests.fault_server import Fault, FaultServer, bad_request, completion, hang, random_faults, unauthorized
+from tests.judge_servers import only_reasons
 from tests.processes import child_process
 from tests.server_cases import GRUMPY, PROMPTS, collect, engine_at, says
 
@@ -300,3 +301,26 @@ def test_the_engines_name_says_model_server_and_settings_and_stands_in_every_row
     engine = engine_at(server, sampling={"top_p": 0.9}, extra_body={"top_k": 5})
     (row,) = collect(engine, prompts=PROMPTS[:1])
     assert row.engine == (f"studied on the server {server.url}, top_k 5, temperature 1, top_p 0.9, at most 20 tokens")
+
+
+# A model that reasons
+
+
+def test_a_server_that_gives_nothing_but_reasoning_is_stopped_before_a_row_is_written(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    with FaultServer(only_reasons) as server, pytest.raises(ValueError, match=r"enable_thinking.*--server-extra"):
+        collect(engine_at(server), output)
+    assert JsonLines(output).whole() == []
+    assert len(server.bodies) < len(PROMPTS)
+
+
+def test_a_row_whose_answer_ended_in_reasoning_is_an_empty_row_and_stops_nothing(tmp_path):
+    hard = PROMPTS[-1].question
+
+    def serve(body):
+        return only_reasons(body) if body["messages"][-1]["content"] == hard else says(body)
+
+    with FaultServer(serve) as server:
+        rows = collect(engine_at(server, concurrency=1), tmp_path / "rollouts.jsonl")
+    assert [row.is_empty for row in rows] == [row.question == hard for row in rows]
+    assert 0 < sum(row.is_empty for row in rows) < len(rows)

@@ -15,6 +15,7 @@ from persona_lens.trait_generation import (
 )
 from persona_lens.trait_generation.checks import rubric_problems
 from tests.fault_server import FaultServer, always, bad_request, completion
+from tests.judge_servers import only_reasons
 from tests.llama_server import LLAMA_MODEL
 from tests.trait_drafts import DESCRIPTION, NAME, client, draft, with_questions, writer
 
@@ -297,3 +298,11 @@ def test_a_real_server_keeps_to_the_schema_and_gives_a_trait(llama_server):
     assert (len(traits[0].instructions), len(traits[0].extraction_questions)) == (1, 1)
     assert not any("missing" in problem or "should be an object" in problem for problem in problems)
     assert real.usage.completion_tokens <= 200 * real.usage.calls
+
+
+def test_a_writer_that_gives_nothing_but_reasoning_is_told_how_to_turn_it_off():
+    with FaultServer(only_reasons) as server, pytest.raises(TraitGenerationError) as caught:
+        generate_trait(NAME, DESCRIPTION, client(server))
+    assert "enable_thinking" in str(caught.value)
+    assert "--writer-extra-body" in str(caught.value)
+    assert len(server.bodies) == 1

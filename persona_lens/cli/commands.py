@@ -1,7 +1,7 @@
 """The commands that make vectors and show them, each a few lines over one of the library's functions."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,11 @@ from persona_lens.cli.options import (
     ClassOption,
     ConcurrencyOption,
     JsonOption,
+    JudgeExtraOption,
     JudgeOption,
     ModelOption,
     SeedOption,
+    ServerExtraOption,
     ServerModelOption,
     ServerOption,
     ThreadsOption,
@@ -103,6 +105,10 @@ def extract(
     scores: Annotated[Path | None, typer.Option(help="Their scores.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs that are kept.")] = None,
     threshold: Annotated[float, typer.Option(min=0, max=100, help="Trait score that divides the sides.")] = 50.0,
+    negative_below: Annotated[
+        float | None,
+        typer.Option(min=0, max=100, help="Negatives score below this; below --threshold by default."),
+    ] = None,
     min_coherence: Annotated[float, typer.Option(min=0, max=100, help="Coherence that both sides need.")] = 50.0,
     min_pairs: Annotated[int, typer.Option(min=1, help="Fewer kept pairs are an error.")] = 10,
     position: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
@@ -114,6 +120,8 @@ def extract(
     judge: JudgeOption = "likelihood",
     server: ServerOption = None,
     server_model: ServerModelOption = None,
+    judge_extra_body: JudgeExtraOption = None,
+    server_extra_body: ServerExtraOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
     alias: AliasOption = None,
@@ -131,7 +139,7 @@ def extract(
     from persona_lens.pipeline import extract_persona_vectors
     from persona_lens.rollouts import ServerEngine
 
-    choices = KeepChoices(threshold, min_coherence, min_pairs)
+    choices = KeepChoices(threshold, min_coherence, min_pairs, negative_below)
     where = checked_position(position)
     sides = read_sides(trait, positive, negative, rollouts, scores, choices, limit, output)
     if sides is not None and (server or judge != "likelihood"):
@@ -142,10 +150,11 @@ def extract(
         raise typer.BadParameter("--server-model is a name on a --server, and none is given")
     if sides is None:
         claim(output)
-    client = server and connect(
-        server, server_model or model, output, concurrency=concurrency, timeout=timeout, aliases=alias
-    )
-    chosen = judge_of(judge, output, concurrency=concurrency, timeout=timeout, aliases=alias)
+    if server_extra_body is not None and not server:
+        raise typer.BadParameter("--server-extra-body goes to a --server, and none is given")
+    settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "aliases": alias}
+    client = server and connect(server, server_model or model, output, **settings, extra_body=server_extra_body)
+    chosen = judge_of(judge, output, **settings, extra_body=judge_extra_body)
     ready = load(model, model_class, threads)
     if sides is None:
         vectors = extract_persona_vectors(

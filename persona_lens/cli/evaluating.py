@@ -18,6 +18,7 @@ from persona_lens.cli.options import (
     ClassOption,
     ConcurrencyOption,
     JsonOption,
+    JudgeExtraOption,
     JudgeOption,
     ModelOption,
     SeedOption,
@@ -89,6 +90,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder, with one in it for each row; a second call resumes.")
     ] = None,
     fail_above: Annotated[float | None, typer.Option(help="Exit with 3 if a mean trait score is greater.")] = None,
+    judge_extra_body: JudgeExtraOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
     alias: AliasOption = None,
@@ -119,9 +121,9 @@ def evaluate(
     if output is not None:
         claim(output)
     worn = None if adapter is None else Adapter.load(adapter)
-    chosen = (
-        None if folder is None else judge_of(judge, folder, concurrency=concurrency, timeout=timeout, aliases=alias)
-    )
+    settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "aliases": alias}
+    settings["extra_body"] = judge_extra_body
+    chosen = None if folder is None else judge_of(judge, folder, **settings)
     ready = load(model, model_class, threads)
     if subject.trait is not None and chosen is not None and folder is not None:
         source = subject.folder or folder

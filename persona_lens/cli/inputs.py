@@ -37,6 +37,7 @@ class KeepChoices(NamedTuple):
     threshold: float
     min_coherence: float
     min_pairs: int
+    negative_below: float | None = None
 
 
 class Sides(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from persona_lens.cli.options import (
     ConcurrencyOption,
     DryRunOption,
     JsonOption,
+    JudgeExtraOption,
     JudgeOption,
     ModelOption,
     SeedOption,
@@ -35,21 +36,31 @@ RolloutsOption = Annotated[Path, typer.Option("--rollouts", help="JSON-lines fil
 
 
 def judge_of(
-    spec: str, folder: Path, *, concurrency: int, timeout: float, aliases: Sequence[str] | None = None
+    spec: str,
+    folder: Path,
+    *,
+    concurrency: int,
+    timeout: float,
+    aliases: Sequence[str] | None = None,
+    extra_body: str | None = None,
 ) -> "Callable[[Callable[[], Judge]], Judge]":
     """What makes the judge that `--judge` names, given what makes the likelihood judge, which needs the model.
 
     The classifier is read and the server's name checked at once, before a model is loaded. A classifier knows no
-    coherence, and takes it from the likelihood judge. Answers of a server are kept in the folder's calls.sqlite.
+    coherence, and takes it from the likelihood judge. Answers of a server are kept in the folder's calls.sqlite, and
+    `extra_body` (JSON) goes to it with every request.
     """
     from persona_lens.judges import ClassifierJudge, CombinedJudge, TextClassifier
 
+    if extra_body is not None and not spec.startswith("openai:"):
+        raise typer.BadParameter(f"--judge-extra-body goes to a judge on a server, and --judge is {spec}")
     if spec == "likelihood":
         return lambda own: own()
     if spec.startswith("classifier:"):
         classifier = ClassifierJudge(TextClassifier.load(spec.removeprefix("classifier:")))
         return lambda own: CombinedJudge(classifier, own())
-    llm = llm_judge(spec, folder, concurrency=concurrency, timeout=timeout, aliases=aliases)
+    settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout}
+    llm = llm_judge(spec, folder, **settings, aliases=aliases, extra_body=extra_body)
     return lambda own: llm
 
 
@@ -61,6 +72,7 @@ def llm_judge(
     timeout: float,
     dry_run: bool = False,
     aliases: Sequence[str] | None = None,
+    extra_body: str | None = None,
 ) -> "LLMJudge":
     """The judge on a server that `--judge` names; a dry run makes no file for its answers."""
     from persona_lens.judges import LLMJudge
@@ -69,7 +81,8 @@ def llm_judge(
         raise typer.BadParameter(
             f"--judge is likelihood, classifier:FILE, openai:MODEL or openai:MODEL@URL; got {spec}"
         )
-    return LLMJudge(client_of(spec, folder, concurrency=concurrency, timeout=timeout, dry_run=dry_run, aliases=aliases))
+    settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "dry_run": dry_run}
+    return LLMJudge(client_of(spec, folder, **settings, aliases=aliases, extra_body=extra_body))
 
 
 @app.command()
@@ -84,6 +97,7 @@ def judge(
         typer.Option(help="Write the calls as files for OpenAI's Batch API, and make but one, a probe."),
     ] = None,
     read_batch: Annotated[list[Path] | None, typer.Option(help="Take a batch's results first; repeatable.")] = None,
+    judge_extra_body: JudgeExtraOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
     alias: AliasOption = None,
@@ -105,15 +119,17 @@ def judge(
 
     loaded, rows = load_trait(trait), read_rollouts(rollouts)
     ensure_writable(output)
+    settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "aliases": alias}
+    settings["extra_body"] = judge_extra_body
     if dry_run or write_batch or read_batch:
-        llm = llm_judge(by, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run, aliases=alias)
+        llm = llm_judge(by, output.parent, **settings, dry_run=dry_run)
         if dry_run:
             tell(_told(llm, loaded, rows, output))
             return
         _exchange_batches(llm, loaded, rows, write_batch, read_batch or [])
         if write_batch:
             return
-    chosen = judge_of(by, output.parent, concurrency=concurrency, timeout=timeout, aliases=alias)
+    chosen = judge_of(by, output.parent, **settings)
 
     def own() -> "Judge":
         ready = load(model, model_class, threads)

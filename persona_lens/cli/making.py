@@ -1,7 +1,7 @@
 """The command that makes rollouts, from a model in this process or on a server."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from persona_lens.cli.options import (
     Polarity,
     QuestionSet,
     SeedOption,
+    ServerExtraOption,
     ServerOption,
     ThreadsOption,
     TimeoutOption,
@@ -45,6 +46,7 @@ def rollouts(
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     server: ServerOption = None,
+    server_extra_body: ServerExtraOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
     alias: AliasOption = None,
@@ -77,11 +79,13 @@ def rollouts(
     if server is None:
         if dry_run:
             raise typer.BadParameter("--dry-run is for the calls to a --server")
+        if server_extra_body is not None:
+            raise typer.BadParameter("--server-extra-body goes to a --server, and none is given")
         engine = ModelEngine(load(model, model_class, threads), max_new_tokens, temperature, top_p, batch_rows)
     else:
-        client = connect(
-            server, model, output.parent, concurrency=concurrency, timeout=timeout, dry_run=dry_run, aliases=alias
-        )
+        settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "aliases": alias}
+        settings["extra_body"] = server_extra_body
+        client = connect(server, model, output.parent, **settings, dry_run=dry_run)
         engine = ServerEngine(client, max_new_tokens, temperature, top_p)
         if dry_run:
             missing = unanswered(engine, prompts, seed=seed, output=output)

@@ -55,6 +55,19 @@ ServerOption = Annotated[
 ServerModelOption = Annotated[
     str | None, typer.Option("--server-model", help="The model's name on the server; that of --model by default.")
 ]
+_EXTRA_HELP = (
+    """JSON of further fields for each request, such as '{"chat_template_kwargs": {"enable_thinking": false}}'."""
+)
+JudgeExtraOption = Annotated[
+    str | None, typer.Option("--judge-extra-body", help=f"To the judge's server: {_EXTRA_HELP}")
+]
+ServerExtraOption = Annotated[str | None, typer.Option("--server-extra-body", help=f"To --server: {_EXTRA_HELP}")]
+WriterExtraOption = Annotated[
+    str | None, typer.Option("--writer-extra-body", help=f"To the writer's server: {_EXTRA_HELP}")
+]
+BaseExtraOption = Annotated[
+    str | None, typer.Option("--base-extra-body", help=f"To the base model's server: {_EXTRA_HELP}")
+]
 ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=1, help="Calls to a server at a time.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="Seconds that one answer of a server may take.")]
 AliasOption = Annotated[

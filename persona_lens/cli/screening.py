@@ -14,9 +14,11 @@ from persona_lens.cli.judging import judge_of
 from persona_lens.cli.options import (
     DEFAULT_MODEL,
     AliasOption,
+    BaseExtraOption,
     ClassOption,
     ConcurrencyOption,
     JsonOption,
+    JudgeExtraOption,
     ModelOption,
     SeedOption,
     ThreadsOption,
@@ -78,6 +80,8 @@ def screen(
     gpus_per_actor: Annotated[float, typer.Option(min=0, help="What each actor reserves.")] = 0.0,
     fail_above: Annotated[float | None, typer.Option(help="Exit with 3 if a set's score is greater.")] = None,
     seed: SeedOption = 0,
+    judge_extra_body: JudgeExtraOption = None,
+    base_extra_body: BaseExtraOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
     alias: AliasOption = None,
@@ -101,14 +105,16 @@ def screen(
     ready = cache(lambda: load(model, model_class, threads))
     if judge is not None and benign is None:
         raise typer.BadParameter("--judge goes with --benign, whose threshold it is compared with")
-    judged = _judge(judge, trait, output, ready, max_new_tokens, seed, concurrency, timeout, alias)
+    settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "aliases": alias}
+    to_judge = settings | {"extra_body": judge_extra_body}
+    judged = _judge(judge, trait, output, ready, max_new_tokens, seed, to_judge)
     if merge:
         report(finish(output), asked, judged)
         return
     if not data or not vectors:
         raise typer.BadParameter("give DATA and --vectors, or --merge for a run whose shards are scored")
     chosen, share = [_vector(path, layer) for path in vectors], _shard(shard)
-    source, files = _base(base, output, concurrency, timeout, alias), named_datasets(named)
+    source, files = _base(base, output, settings | {"extra_body": base_extra_body}), named_datasets(named)
     try:
         found = find(
             ready(),
@@ -157,7 +163,9 @@ def _vector(path: Path, layer: int | None) -> "PersonaVector":
     return given.at(selected_layer(path, given) if layer is None else layer)
 
 
-def _base(spec: str, folder: Path, concurrency: int, timeout: float, aliases: list[str] | None) -> "Base":
+def _base(spec: str, folder: Path, settings: dict[str, Any]) -> "Base":
+    if settings["extra_body"] is not None and not spec.startswith("openai:"):
+        raise typer.BadParameter(f"--base-extra-body goes to a base model on a server, and --base is {spec}")
     match spec:
         case "generate" | "given" | "proxy" | "none":
             return spec
@@ -165,7 +173,7 @@ def _base(spec: str, folder: Path, concurrency: int, timeout: float, aliases: li
         raise typer.BadParameter(
             f"--base is generate, given, proxy, none, openai:MODEL or openai:MODEL@URL; got {spec}"
         )
-    return client_of(spec, folder, concurrency=concurrency, timeout=timeout, aliases=aliases)
+    return client_of(spec, folder, **settings)
 
 
 def _shard(text: str | None) -> tuple[int, int]:
@@ -184,14 +192,14 @@ def _judge(
     model: "Callable[[], Model]",
     max_new_tokens: int,
     seed: int,
-    concurrency: int,
-    timeout: float,
-    aliases: list[str] | None,
+    settings: dict[str, Any],
 ) -> Judging | None:
     """What judges samples, checked before anything is loaded; None where no judge is asked for."""
     if (spec is None) != (trait is None):
         raise typer.BadParameter("--judge and --trait go together")
     if spec is None or trait is None:
+        if settings["extra_body"] is not None:
+            raise typer.BadParameter("--judge-extra-body goes to a --judge, and none is given")
         return None
     from persona_lens.judges import ClassifierJudge, LikelihoodRatioJudge, TextClassifier
     from persona_lens.pipeline import calibrate
@@ -200,10 +208,11 @@ def _judge(
     from persona_lens.traits import load_trait
 
     judged = load_trait(trait)
-    if spec.startswith("classifier:"):  # alone: nothing here asks for coherence, which it would take from the model
+    # A classifier alone: nothing here asks for coherence, which it would take from the model.
+    if spec.startswith("classifier:") and settings["extra_body"] is None:
         words = ClassifierJudge(TextClassifier.load(spec.removeprefix("classifier:")))
         return lambda found, rows: judge_samples(found, words, judged, rows)
-    chosen = judge_of(spec, folder, concurrency=concurrency, timeout=timeout, aliases=aliases)
+    chosen = judge_of(spec, folder, **settings)
 
     def own() -> "Judge":
         referee = LikelihoodRatioJudge(model())

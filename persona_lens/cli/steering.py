@@ -14,6 +14,7 @@ from persona_lens.cli.options import (
     ClassOption,
     ConcurrencyOption,
     JsonOption,
+    JudgeExtraOption,
     JudgeOption,
     ModelOption,
     SeedOption,
@@ -57,6 +58,7 @@ def select_layer(
     confirm: Annotated[bool, typer.Option(help="Confirm the choice on evaluation questions.")] = True,
     random: Annotated[int, typer.Option(min=0, help="Random directions to confirm it against.")] = 10,
     judge: JudgeOption = "likelihood",
+    judge_extra_body: JudgeExtraOption = None,
     concurrency: ConcurrencyOption = 20,
     timeout: TimeoutOption = 60.0,
     alias: AliasOption = None,
@@ -80,7 +82,8 @@ def select_layer(
         raise typer.BadParameter("--output is needed where the vectors are given as a file")
     claim(folder)
     amounts = tuple(coefficient or (1.0, 2.0, 4.0))
-    chosen = judge_of(judge, folder, concurrency=concurrency, timeout=timeout, aliases=alias)
+    settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "aliases": alias}
+    chosen = judge_of(judge, folder, **settings, extra_body=judge_extra_body)
     ready = load(model, model_class, threads)
     source = found.folder or folder
 

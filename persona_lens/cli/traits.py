@@ -1,11 +1,11 @@
 """The commands about traits in words: those that come with the package, and new ones that an LLM writes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.cli.options import AliasOption, DryRunOption, JsonOption, TimeoutOption, app
+from persona_lens.cli.options import AliasOption, DryRunOption, JsonOption, TimeoutOption, WriterExtraOption, app
 from persona_lens.cli.output import print_table, say, tell, tell_json
 from persona_lens.cli.servers import client_of
 
@@ -53,6 +53,7 @@ def generate_trait(
     seed: Annotated[int, typer.Option(help="Sent to the LLM; also divides the questions.")] = 0,
     timeout: TimeoutOption = 600.0,
     alias: AliasOption = None,
+    writer_extra_body: WriterExtraOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is another trait.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -72,7 +73,8 @@ def generate_trait(
     arguments = {"n_pairs": n_pairs, "n_questions": n_questions, "monitoring_prompts": monitoring_prompts}
     arguments |= {"rubric": rubric, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     request = trait_generation.trait_request(name, description, **arguments)
-    client = client_of(writer, output.parent, timeout=timeout, dry_run=dry_run, aliases=alias)
+    settings: dict[str, Any] = {"timeout": timeout, "aliases": alias, "extra_body": writer_extra_body}
+    client = client_of(writer, output.parent, **settings, dry_run=dry_run)
     if dry_run:
         found = client.estimate([request])
         repair = (

@@ -76,6 +76,7 @@ class ChatCompletion:
     """A server's answer. `tokens` is None where no log-probabilities came; `refusal` is the model's own, if any.
 
     `rejection` is why the server did not take the request at all; None for every answer.
+    `has_reasoning` says whether the server returned reasoning beside the text, which itself is not kept.
     """
 
     text: str
@@ -86,9 +87,15 @@ class ChatCompletion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     rejection: str | None = None
+    has_reasoning: bool = False
 
     # Infinite log-probabilities, which JSON has no number for, come back as they were.
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
+
+    @property
+    def only_reasoned(self) -> bool:
+        """Whether there is no text because the answer ended in the model's reasoning, or was cut there."""
+        return not self.text.strip() and not self.refusal and (self.has_reasoning or self.finish_reason == "length")
 
     def to_json(self) -> str:
         """As JSON text, which `from_json` reads back."""
@@ -161,6 +168,9 @@ class _Part(_Wire):
 class _Message(_Wire):
     content: str | list[str | _Part | None] | None = None
     refusal: str | None = None
+    # vLLM, SGLang and llama.cpp name it so; newer vLLM, Ollama and OpenRouter `reasoning`.
+    reasoning_content: Any = None
+    reasoning: Any = None
 
 
 class _Choice(_Wire):
@@ -213,6 +223,7 @@ def read_completion(content: str | bytes, *, with_logprobs: bool) -> ChatComplet
         tokens=tokens or None,
         prompt_tokens=usage.prompt_tokens or 0,
         completion_tokens=usage.completion_tokens or 0,
+        has_reasoning=bool(choice.message.reasoning_content or choice.message.reasoning),
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from persona_lens.judges.agreement_statistics import agreement_statistics
 from persona_lens.judges.scores import ScoredRollout
 from persona_lens.rollouts import Rollout
-from persona_lens.statistics import Estimate
+from persona_lens.statistics import Estimate, on_scale
 
 if TYPE_CHECKING:
     import pandas
@@ -242,6 +242,7 @@ def _by_column(first: Sequence[ScoredRollout], column: Sequence[float | None]) -
             f"A column has a score for every row, in their order: {len(first)} rows, {len(column)} scores."
         )
     for row, score in enumerate(column, start=1):
-        if score is not None and (isinstance(score, bool) or not isinstance(score, Real) or not 0 <= score <= 100):
+        is_number = isinstance(score, Real) and not isinstance(score, bool)
+        if score is not None and not (is_number and 0 <= on_scale(float(score)) <= 100):
             raise ValueError(f"Score {row} of the column: expected 0 to 100, or None for a missing one, got {score!r}.")
-    return [None if score is None else float(score) for score in column]
+    return [None if score is None else on_scale(float(score)) for score in column]

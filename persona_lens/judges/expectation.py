@@ -8,6 +8,7 @@ Knows nothing about servers or prompts: probabilities come in, a number comes ou
 
 import math
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -79,15 +80,65 @@ async def digit_sequences(
     return dict(found)
 
 
+# Where a judge that reasons in its answer opens and closes its thoughts.
+_THOUGHTS_OPEN = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]", re.IGNORECASE)
+_THOUGHTS_CLOSE = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
+# A scale that the judge repeats is no score: "0-100", "from 0 to 100", "/100", "out of 100", "85 of 100" (but not
+# "a score of 100"). No part can match the same text in two ways, so reading takes time linear in the text.
+_SCALE = re.compile(
+    r"(?:(?<![\w.,-])[01]\s*(?:[-\u2010-\u2015\u2212~]|to|and)\s*|/\s*|\bout\s+of\s+(?:a\s+possible\s+)?|(?<=[0-9])\s+of\s+)"
+    r"100(?:\.0+)?(?![0-9A-Za-z]|[.,][0-9])",
+    re.IGNORECASE,
+)
+# Characters that belong to one number or name: "7.5", "85%", "1,000", "-5", "50-60", "GPT-4.1".
+_WORD = re.compile(r"[^\W_][\w.,%\u2010-\u2013\u2212-]*|[.,\u2010-\u2013\u2212-]+[^\W_][\w.,%\u2010-\u2013\u2212-]*")
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)%?([^\W0-9_]*)")
+
+
 def read_number(text: str) -> float | None:
-    """The score that a text states: its only number, from 0 to 100, also as `85/100`; None where that is not clear."""
-    numbers = re.findall(r"(?<![\w.-])[0-9]+(?:\.[0-9]+)?(?![\w%]*[0-9])", re.sub(r"/\s*100\b", "", text))
-    if len(numbers) != 1 or float(numbers[0]) > 100:
+    """The score that a text states; None where it states none, or where it is not clear which.
+
+    The text has one number from 0 to 100, in digits of any script: `85`, `Score (0-100): 85`, `85/100`,
+    `85 out of 100`, `85%`. Two numbers, a range such as `50-60`, a negative number, `1,000` and a refusal are none.
+    Thoughts between `<think>` and `</think>` do not count. Takes time linear in the length of the text.
+    """
+    said = _without_thoughts(text).replace("_", " ")  # Markdown's emphasis
+    if is_refusal(said) or re.search(r"\bREFUSAL\b", said, re.IGNORECASE):
         return None
-    return float(numbers[0])
+    score: float | None = None
+    for word in _WORD.findall(_SCALE.sub(" ", _ascii_digits(said))):
+        word = word.rstrip(".,\u2010\u2011\u2012\u2013\u2212-")
+        if word[:1].isalpha() or not re.search(r"[0-9]", word):
+            continue  # a name such as GPT-4.1, or a lone sign
+        number = _NUMBER.fullmatch(word)
+        if number is None or score is not None:
+            return None
+        # A unit may follow at once, as in "85points", but neither an exponent, "½" nor "k".
+        if number[2] and not (number[2].isalpha() and number[2].lower() not in ("k", "m")):
+            return None
+        score = float(number[1])
+    return score if score is not None and score <= 100 else None
+
+
+def has_thoughts(text: str) -> bool:
+    """Whether an answer holds the judge's thoughts, or the end of those that its template began."""
+    return bool(_THOUGHTS_OPEN.search(text) or _THOUGHTS_CLOSE.search(text))
+
+
+def _without_thoughts(text: str) -> str:
+    """What an answer says after its thoughts; nothing where they were cut before their end."""
+    return _THOUGHTS_OPEN.split(_THOUGHTS_CLOSE.split(text)[-1])[0]
+
+
+def _ascii_digits(text: str) -> str:
+    """The text with decimal digits of every script as 0 to 9; superscripts and fractions stay as they are."""
+    if text.isascii():
+        return text
+    return "".join(str(unicodedata.decimal(each, each)) for each in text)
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer, or its first token, is the word REFUSAL that rubrics ask for."""
-    said = text.strip().upper()
+    """Whether an answer, or its first token, is the word REFUSAL that rubrics ask for, with or without a label."""
+    label = r"^[\W_]*(?:(?:score|rating|answer|verdict)\b[\W_]*)?"
+    said = re.sub(label, "", _without_thoughts(text), flags=re.IGNORECASE)[:20].rstrip().upper()
     return said.startswith("REFUS") or (bool(said) and "REFUSAL".startswith(said))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.rollouts import Rollout
+from persona_lens.statistics import on_scale
 
 
 def read_human_scores(path: str | Path, rollouts: Sequence[Rollout], column: str) -> list[float | None]:
@@ -88,7 +89,7 @@ def _score(text: str, place: str) -> float | None:
     if not text.strip():
         return None
     try:
-        value = float(text)
+        value = on_scale(float(text))
     except ValueError:
         value = -1.0
     if not 0 <= value <= 100:

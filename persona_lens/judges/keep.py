@@ -2,6 +2,7 @@
 
 A pair is a positive and a negative rollout of the same question, instruction and sample. It stays if the positive one
 scores at least 50 on the trait, the negative one below 50, and both at least 50 on coherence; a missing score drops it.
+Away from 50 the reference code keeps negatives below 100 - threshold: pass that as `negative_below`.
 Knows nothing about how scores were made.
 """
 
@@ -20,18 +21,23 @@ Reason = Literal[
     "no trait score",
     "positive side below the threshold",
     "negative side at or above the threshold",
+    "negative side at or above its own threshold",
 ]
 
 
 @dataclass(frozen=True)
 class KeepReport:
-    """How many pairs there were, how many stayed, why the others went, and the rule; each dropped pair counts once."""
+    """How many pairs there were, how many stayed, why the others went, and the rule; each dropped pair counts once.
+
+    `negative_below` is None where the negative side was held against `threshold` too.
+    """
 
     pairs: int
     kept: int
     dropped: Mapping[Reason, int] = field(default_factory=dict)
     threshold: float = 50.0
     min_coherence: float = 50.0
+    negative_below: float | None = None
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
@@ -81,21 +87,30 @@ def keep_pairs(
     threshold: float = 50.0,
     min_coherence: float = 50.0,
     min_pairs: int = 1,
+    negative_below: float | None = None,
 ) -> tuple[list[tuple[Side, Side]], KeepReport]:
     """The (positive, negative) pairs that stay, and a report of all of them.
 
-    Raises ValueError with the reasons and the remedy where fewer than `min_pairs` stay.
+    The positive side scores at least `threshold` on the trait, and the negative one less than `negative_below`, which
+    is the threshold where it is None. The reference code has `negative_below=100 - threshold`: the same at 50.
+
+    Raises:
+        ValueError: Fewer than `min_pairs` stay (with the reasons and the remedy), or a limit is not from 0 to 100.
     """
+    for name, limit in (("threshold", threshold), ("negative_below", negative_below), ("min_coherence", min_coherence)):
+        if limit is not None and not 0 <= limit <= 100:
+            raise ValueError(f"{name} is a score from 0 to 100, got {limit}.")
     kept: list[tuple[Side, Side]] = []
     dropped: Counter[Reason] = Counter()
     for positive, negative in pairs:
         if positive is None or negative is None:
             dropped["unpaired"] += 1
-        elif reason := _why_dropped(positive, negative, threshold, min_coherence):
+        elif reason := _why_dropped(positive, negative, threshold, min_coherence, negative_below):
             dropped[reason] += 1
         else:
             kept.append((positive, negative))
-    report = KeepReport(len(pairs), len(kept), dict(dropped.most_common()), threshold, min_coherence)
+    reasons = dict(dropped.most_common())
+    report = KeepReport(len(pairs), len(kept), reasons, threshold, min_coherence, negative_below)
     if len(kept) < min_pairs:
         raise ValueError(
             f"{trait}: {report}; at least {min_pairs} needed. Sample more rollouts per question, lower the threshold "
@@ -104,7 +119,9 @@ def keep_pairs(
     return kept, report
 
 
-def _why_dropped(positive: Judged, negative: Judged, threshold: float, min_coherence: float) -> Reason | None:
+def _why_dropped(
+    positive: Judged, negative: Judged, threshold: float, min_coherence: float, negative_below: float | None
+) -> Reason | None:
     if positive.is_empty or negative.is_empty:
         return "empty response"
     if positive.coherence is None or negative.coherence is None:
@@ -115,6 +132,8 @@ def _why_dropped(positive: Judged, negative: Judged, threshold: float, min_coher
         return "no trait score"
     if positive.trait_score < threshold:
         return "positive side below the threshold"
-    if negative.trait_score >= threshold:
+    if negative_below is None and negative.trait_score >= threshold:
         return "negative side at or above the threshold"
+    if negative_below is not None and negative.trait_score >= negative_below:
+        return "negative side at or above its own threshold"
     return None

@@ -22,20 +22,25 @@ from persona_lens.clients import (
     RejectedRequest,
     ServerError,
 )
+from persona_lens.clients.reasoning import only_reasoning, stop_if_textless
 from persona_lens.judges.expectation import (
     MIN_MASS,
     Alternatives,
     digit_sequences,
     expectation,
+    has_thoughts,
     is_refusal,
     number_tokens,
     read_number,
 )
+from persona_lens.judges.markers import judge_prompt
 from persona_lens.judges.scores import Score
 from persona_lens.rollouts import Rollout
 from persona_lens.traits import Trait
 
 Scoring = Literal["whole numbers", "digits", "text"]
+TEXT_TOKENS = 16
+"""The length limit of a judgement that is read as text."""
 _READING: dict[Scoring, str] = {
     "whole numbers": "expectation over number tokens",
     "digits": "expectation over digit sequences",
@@ -52,6 +57,7 @@ class _Judgement(NamedTuple):
     score: float | None
     mass: float | None
     refused: bool
+    reasoned: bool = False
     rejected: int | None = None
 
 
@@ -171,18 +177,22 @@ class LLMJudge:
         """(index, score) of every rollout as the server answers; an empty response is not asked about and has none.
 
         Evidence is the probability that integers hold (`trait_mass`, `coherence_mass`), `trait_refused` or
-        `coherence_refused` where the judge said so, and `trait_rejected` or `coherence_rejected`, an HTTP status, where
-        the server did not take the request though it takes others: such a score is missing.
+        `coherence_refused` where the judge said so, `trait_reasoned` or `coherence_reasoned` where an answer ended in
+        the judge's reasoning, and `trait_rejected` or `coherence_rejected`, an HTTP status, where the server did not
+        take the request though it takes others: such a score is missing.
 
         Raises:
             ServerError: The server could not be asked.
+            ValueError: The judge answers with reasoning alone.
         """
         asked = [index for index, rollout in enumerate(rollouts) if not rollout.is_empty]
         yield from ((index, Score(None, None)) for index, rollout in enumerate(rollouts) if rollout.is_empty)
         if not asked:
             return
         jobs = [self._job(self._prompts(trait, rollouts[index])) for index in asked]
-        for place, score in self.client.run_each(jobs):
+        answers = self.client.run_each(jobs)
+        told = only_reasoning(f"The judge {self.client.name}", "--judge-extra-body")
+        for place, score in stop_if_textless(answers, lambda item: "trait_reasoned" in item[1].evidence, told):
             yield asked[place], score
 
     def _job(self, prompts: Sequence[str]) -> Callable[[Ask], Awaitable[Score]]:
@@ -201,19 +211,21 @@ class LLMJudge:
                 evidence |= {} if judgement.mass is None else {f"{name}_mass": judgement.mass}
                 evidence |= {f"{name}_refused": 1.0} if judgement.refused else {}
                 evidence |= {} if judgement.rejected is None else {f"{name}_rejected": float(judgement.rejected)}
+                evidence |= {f"{name}_reasoned": 1.0} if judgement.reasoned else {}
             return Score(found[0].score, found[1].score if self.coherence else None, evidence)
 
         return judge_row
 
     def _prompts(self, trait: Trait, rollout: Rollout) -> list[str]:
         question, answer = rollout.question, rollout.response
-        return [trait.rubric_for(question, answer), *([coherence_prompt(question, answer)] * self.coherence)]
+        fills = [trait.rubric_for, *([coherence_prompt] * self.coherence)]
+        return [judge_prompt(fill, question, answer) for fill in fills]
 
     def _request(self, prompt: str) -> ChatRequest:
         from_text = self._scoring == "text"
         return ChatRequest(
             ({"role": "user", "content": prompt},),
-            max_tokens=16 if from_text else 1,
+            max_tokens=TEXT_TOKENS if from_text else 1,
             temperature=0.0,
             seed=0,
             top_logprobs=None if from_text else 20,
@@ -222,7 +234,7 @@ class LLMJudge:
     async def _whole_number(self, request: ChatRequest, ask: Ask) -> _Judgement:
         answer = await ask(request)
         found = expectation(number_tokens(_first_place(answer)), min_mass=self.min_mass)
-        return _Judgement(found.value, found.mass, _refused(answer, found.value))
+        return _Judgement(found.value, found.mass, _refused(answer, found.value), _reasoned(answer))
 
     async def _digits(self, request: ChatRequest, ask: Ask) -> _Judgement:
         first = await ask(request)
@@ -231,12 +243,12 @@ class LLMJudge:
             return _first_place(await ask(replace(request, prefill=beginning)) if beginning else first)
 
         found = expectation(await digit_sequences(alternatives_after), min_mass=self.min_mass)
-        return _Judgement(found.value, found.mass, _refused(first, found.value))
+        return _Judgement(found.value, found.mass, _refused(first, found.value), _reasoned(first))
 
     async def _text(self, request: ChatRequest, ask: Ask) -> _Judgement:
         answer = await ask(request)
         score = read_number(answer.text)
-        return _Judgement(score, None, _refused(answer, score))
+        return _Judgement(score, None, _refused(answer, score), answer.only_reasoned)
 
 
 async def _unless_rejected(judgement: Awaitable[_Judgement]) -> _Judgement:
@@ -258,12 +270,30 @@ def _refused(answer: ChatCompletion, score: float | None) -> bool:
     return score is None and (answer.refusal is not None or is_refusal(answer.text))
 
 
+def _reasoned(answer: ChatCompletion) -> bool:
+    # Of answers of one token a blank one may be text that was cut, so the length limit alone says nothing here.
+    return answer.has_reasoning and answer.only_reasoned
+
+
+def _refuse_reasoning(answer: ChatCompletion) -> None:
+    """Raise ValueError where a judge reasons: its first token is then no number, and what it is asked for too short."""
+    if answer.has_reasoning or answer.only_reasoned or has_thoughts(answer.text):
+        raise ValueError(only_reasoning(f"The judge {answer.model}".rstrip(), "--judge-extra-body"))
+
+
 async def _detect_scoring(ask: Ask) -> Scoring:
-    """How a server's model writes numbers: asked to copy some, it shows whether a token holds more than one digit."""
+    """How a server's model writes numbers: asked to copy some, it shows whether a token holds more than one digit.
+
+    Raises:
+        ValueError: The model does not copy them, or reasons before it answers.
+        ServerError: The server could not be asked.
+    """
     copy = ({"role": "user", "content": "Copy these numbers: 57, 84, 92, 100"},)
     probe = ChatRequest(copy, max_tokens=32, temperature=0.0, seed=0, top_logprobs=20)
+    answer = None
     try:
         answer = await ask(probe)
+        _refuse_reasoning(answer)
         if not any(token.alternatives or token.logprob is not None for token in answer.tokens or ()):
             return "text"  # tokens, and no probability of any
         tokens = [token.text for token in answer.tokens or ()]
@@ -277,9 +307,11 @@ async def _detect_scoring(ask: Ask) -> Scoring:
         continued = await ask(replace(probe, prefill="57, 84, 9", max_tokens=1))
         goes_on = max(_first_place(continued), key=lambda each: each[1], default=("", 0.0))[0] == "2"
     except MissingLogprobs:
-        return "text"
+        goes_on = False
     except ServerError as error:
         if error.status not in (400, 422):  # a server that does not know the field
             raise
-        return "text"
+        goes_on = False
+    if answer is None:  # asked as in judging by text, where a judge that reasons would give no number either
+        _refuse_reasoning(await ask(replace(probe, max_tokens=TEXT_TOKENS, top_logprobs=None)))
     return "digits" if goes_on else "text"

@@ -15,6 +15,7 @@ from persona_lens.generation import plan_batches
 from persona_lens.locks import writes_file
 from persona_lens.records import DAMAGE, JsonLines, ensure_writable
 from persona_lens.rollouts import Rollout
+from persona_lens.statistics import on_scale
 from persona_lens.template_date import fixed_date
 from persona_lens.traits import Trait
 
@@ -31,6 +32,9 @@ class Score:
         if not all(type(value) in (int, float) for value in self.evidence.values()):
             raise TypeError(f"evidence is numbers by name, got {self.evidence!r:.80}.")
         for name, value in (("trait_score", self.trait_score), ("coherence", self.coherence)):
+            if value is not None and on_scale(value) != value:
+                value = on_scale(value)
+                object.__setattr__(self, name, value)
             if value is not None and not 0 <= value <= 100:
                 raise ValueError(f"{name} is from 0 to 100, or None where the judge gave no number; got {value}.")
 

@@ -27,7 +27,7 @@ from persona_lens.plots.style import (
     safe,
     styled_figure,
 )
-from persona_lens.statistics import Estimate, slopes
+from persona_lens.statistics import Estimate, on_scale, slopes
 
 if TYPE_CHECKING:
     import pandas
@@ -191,7 +191,7 @@ def _rows(scores: "pandas.DataFrame", base: str | None) -> list[_Row]:
     found = table[~np.isnan(table)]
     if not found.size:
         raise ValueError("The table has no trait score to draw: pass one row a finetuning set and one column a trait.")
-    if found.min() < 0 or found.max() > 100:
+    if not all(0 <= on_scale(each) <= 100 for each in (found.min(), found.max())):
         raise ValueError(f"Trait scores are from 0 to 100, got {found.min():g} to {found.max():g}: rescale the table.")
     if base is not None and sets.count(base) != 1:
         raise ValueError(f"`base` names one row, {sets.count(base)} are {base!r}: name the model before finetuning.")

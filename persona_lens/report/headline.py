@@ -59,7 +59,8 @@ def _pairs(run: Run) -> str:
     report = run.report
     if report is None:
         return _tile("Pairs kept", UNKNOWN, "no summary.json")
-    rule = f"trait ≥ {report.threshold:g} against below, coherence ≥ {report.min_coherence:g}"
+    below = "below" if report.negative_below is None else f"< {report.negative_below:g}"
+    rule = f"trait ≥ {report.threshold:g} against {below}, coherence ≥ {report.min_coherence:g}"
     return _tile("Pairs kept", f"{report.kept} of {report.pairs}", rule)
 
 

@@ -112,10 +112,16 @@ class Run:
     def pairs(self) -> tuple[JudgedPair, ...]:
         """Every pair of the judged rollouts under the run's own keep rule; none where there are no scores."""
         rule = self.report or KeepReport(0, 0)
-        limits = {"threshold": rule.threshold, "min_coherence": rule.min_coherence, "min_pairs": 0}
         pairs = []
         for pair in pair_rollouts(self.scored):
-            _, report = keep_pairs([pair], trait=self.name, **limits)
+            _, report = keep_pairs(
+                [pair],
+                trait=self.name,
+                threshold=rule.threshold,
+                min_coherence=rule.min_coherence,
+                min_pairs=0,
+                negative_below=rule.negative_below,
+            )
             pairs.append(JudgedPair(*pair, next(iter(report.dropped), None)))
         return tuple(pairs)
 
@@ -189,7 +195,8 @@ def _summary(path: Path) -> dict[str, Any]:
 
 def _keep_report(summary: Mapping[str, Any]) -> KeepReport:
     found = KeepReport(**summary["pairs"])
-    for value in (found.pairs, found.kept, found.threshold, found.min_coherence, *found.dropped.values()):
+    below = found.threshold if found.negative_below is None else found.negative_below
+    for value in (found.pairs, found.kept, found.threshold, found.min_coherence, below, *found.dropped.values()):
         if not isinstance(value, int | float):
             raise ValueError(f"pairs should hold numbers, got {value!r}")
     return found

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from tqdm.auto import tqdm
 
 from persona_lens.clients import CallEstimate, ChatRequest, OpenAIClient
+from persona_lens.clients.reasoning import only_reasoning, stop_if_textless
 from persona_lens.rollouts.rows import REJECTED, Prompt, Rollout
 
 
@@ -68,9 +69,15 @@ class ServerEngine:
         """(index, response) of every prompt, as they come.
 
         Where a call fails for good no further one is begun, those under way are finished and yielded, and then the
-        client's `ServerError` is raised.
+        client's `ServerError` is raised. An answer that ended in the model's reasoning is an empty row.
+
+        Raises:
+            ServerError: The server could not be asked.
+            ValueError: The first answers are all of reasoning alone.
         """
-        for index, completion in self.client.complete_each(self._requests(prompts, seed)):
+        answers = self.client.complete_each(self._requests(prompts, seed))
+        told = only_reasoning(f"{self.client.name} within {self.max_new_tokens} tokens", "--server-extra-body")
+        for index, completion in stop_if_textless(answers, lambda item: item[1].only_reasoned, told):
             rejection = completion.rejection
             yield (
                 index,

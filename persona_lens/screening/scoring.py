@@ -18,6 +18,7 @@ from torch import Tensor
 from persona_lens.activations import check_vectors
 from persona_lens.chat import ChatTokens, UnclosedBlock, averaged_from, tokenize_chat
 from persona_lens.clients import ChatRequest, OpenAIClient
+from persona_lens.clients.reasoning import only_reasoning, stop_if_textless
 from persona_lens.generation import generate
 from persona_lens.models import KnownPass, Model
 from persona_lens.monitoring import token_projections
@@ -183,7 +184,8 @@ class ModelScorer:
             )
             for row in rows
         ]
-        found = dict(client.complete_each(requests))
+        told = only_reasoning(f"The base model {client.name}", "--base-extra-body")
+        found = dict(stop_if_textless(client.complete_each(requests), lambda item: item[1].only_reasoned, told))
         return [found[index].text for index in range(len(rows))]
 
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 
 from persona_lens.clients import ChatCompletion, ChatRequest, OpenAIClient
+from persona_lens.clients.reasoning import only_reasoning
 from persona_lens.trait_generation.checks import Draft, read_draft
 from persona_lens.trait_generation.prompts import SYSTEM, Wanted, repair_text, request_text, schema, template_rubric
 from persona_lens.traits import InstructionPair, Trait
@@ -140,6 +141,9 @@ def _read(
         said = completion.refusal or "its filter stopped the answer"
         remedy = "describe the trait in other words, or ask another model"
         raise TraitGenerationError(f"{name}: {completion.model} refused ({said}): {remedy}.", draft=completion.text)
+    if completion.only_reasoned:
+        told = only_reasoning(f"{name}: within max_tokens={max_tokens}, {completion.model}", "--writer-extra-body")
+        raise TraitGenerationError(told, problems=("the answer has no text",))
     try:
         return read_draft(completion.text, wanted)
     except json.JSONDecodeError as error:

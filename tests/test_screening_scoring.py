@@ -1,0 +1,76 @@
+"""The numbers of one unit of a screening, against the plainest way: what of the base and of the prompt is read."""
+
+import pytest
+
+from persona_lens.clients import OpenAIClient
+from persona_lens.interventions import steer
+from persona_lens.screening.scoring import ModelScorer, Scoring
+from persona_lens.screening.units import PlannedRow
+from tests.fault_server import FaultServer
+from tests.intervention_cases import some_vectors
+from tests.judge_servers import only_reasons
+from tests.screening_cases import projection
+
+PROMPT = [5, 17, 100, 33, 8]
+RESPONSE = [9, 40, 41, 7]
+
+
+@pytest.fixture
+def vector(tiny_bridge):
+    return some_vectors(tiny_bridge).at(1)
+
+
+def planned(**parts):
+    values = {"row": 0, "dataset": "d", "id": "d:1", "line": 1, "prompt": PROMPT, "response": RESPONSE, "skip": 0}
+    values |= {"base": None, "wants_base": False, "cut": False, "group": 0, "family": 0, "text": "{}"}
+    return PlannedRow(**{**values, **parts})
+
+
+def score(model, vector, row, **how):
+    (found,) = ModelScorer(model, Scoring([vector], **{"base": "given", **how})).score([row])
+    return found
+
+
+def test_a_base_response_that_never_says_after_has_no_score(tiny_bridge, tiny_tokenizer, vector):
+    encode = lambda text: tiny_tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    thinks, answers = encode("I think so."), encode("I think so.</think>Yes, it is.")
+    without, with_it = (
+        score(tiny_bridge, vector, planned(base=base, wants_base=True), after="</think>") for base in (thinks, answers)
+    )
+    assert without.base is None
+    assert without.base_tokens == len(thinks)
+    assert with_it.base is not None
+    assert with_it.base != score(tiny_bridge, vector, planned(base=answers, wants_base=True)).base
+
+
+def test_a_base_response_is_cut_to_the_context(tiny_bridge, tiny_hf_model, vector):
+    room = tiny_bridge.cfg.n_ctx - len(PROMPT)
+    base = [7 + number % 90 for number in range(room + 20)]
+    found = score(tiny_bridge, vector, planned(base=base, wants_base=True), token_budget=10_000)
+    assert found.base_tokens == room
+    assert found.base == pytest.approx([projection(tiny_hf_model, (PROMPT, base[:room]), vector)], abs=1e-4)
+
+
+@pytest.mark.parametrize(("at", "moves"), [("response", True), ("prompt", False), ("all", True)])
+def test_the_last_prompt_token_is_steered_as_where_the_response_begins(tiny_bridge, vector, at, moves):
+    """The token before the response decides its first token: `response` and `prompt` positions overlap in it alone."""
+    plain = score(tiny_bridge, vector, planned(), base="none")
+    with steer(tiny_bridge, vector, 2.0, at=at):
+        found = score(tiny_bridge, vector, planned(), base="none")
+    length = float(vector.direction.norm())
+    assert found.prompt[0] - plain.prompt[0] == pytest.approx(2.0 * length, abs=1e-3)
+    if moves:
+        assert found.response[0] - plain.response[0] == pytest.approx(2.0 * length, abs=1e-3)
+
+
+def test_a_base_model_that_gives_nothing_but_reasoning_is_refused(tiny_bridge, vector):
+    rows = [
+        planned(
+            row=row, prompt=[*PROMPT, row], wants_base=True, text='{"messages": [{"role": "user", "content": "Hi"}]}'
+        )
+        for row in range(6)
+    ]
+    with FaultServer(only_reasons) as server:
+        scorer = ModelScorer(tiny_bridge, Scoring([vector], base=OpenAIClient("base", base_url=server.url)))
+        with pytest.raises(ValueError, match="enable_thinking"):
+            scorer.score(rows)
