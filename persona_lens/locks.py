@@ -294,5 +294,5 @@ def _holder(lock: Path) -> str:
         note = json.loads(_note(lock) or b"")
         here = note["host"] == socket.gethostname()
         return f"process {note['process']}" + f" on {note['host']}" * (not here)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return "another process"

@@ -213,6 +213,14 @@ def test_a_body_that_is_neither_answer_nor_error_is_told_as_before():
         client_of(server, max_retries=0).complete(asked())
 
 
+@pytest.mark.parametrize("depth", [300, 100_000])
+def test_a_body_that_is_nested_too_deeply_is_no_chat_completion(depth):
+    from persona_lens.clients.requests import read_completion
+
+    with pytest.raises(UnusableAnswer, match="no chat completion"):
+        read_completion("[" * depth, with_logprobs=False)
+
+
 # Requests that are rejected
 
 

@@ -1,11 +1,18 @@
 """When two questions count as one, and what a rubric needs: measured on the bundled and the reference's traits."""
 
 import itertools
+import json
 
 import pytest
 
 from persona_lens.trait_generation import template_rubric
-from persona_lens.trait_generation.checks import NEAR_DUPLICATE, question_similarity, rubric_problems
+from persona_lens.trait_generation.checks import (
+    NEAR_DUPLICATE,
+    Wanted,
+    question_similarity,
+    read_draft,
+    rubric_problems,
+)
 from persona_lens.traits import bundled_traits, load_trait, read_reference_trait
 from tests.trait_drafts import DESCRIPTION, NAME
 
@@ -65,3 +72,8 @@ def test_a_template_rubric_can_be_followed_by_a_judge():
     assert rubric_problems(rubric) == []
     assert f"**{NAME}**" in rubric
     assert DESCRIPTION in rubric
+
+
+def test_a_draft_that_is_nested_too_deeply_is_no_json():
+    with pytest.raises(json.JSONDecodeError, match="too deeply nested"):
+        read_draft('{"a": ' * 100_000 + "1" + "}" * 100_000, Wanted(5, 20, False, True))

@@ -254,7 +254,7 @@ def _raise_error_in(content: str | bytes) -> None:
     """Raise ErrorAnswer where a body that is no chat completion is a server's error; servers differ in its form."""
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if not isinstance(body, dict):
         return

@@ -211,7 +211,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     def whole(checkpoint: Path) -> bool:
         try:
             return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
 
     steps = {

@@ -131,7 +131,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """The settings in a run's folder; raises ValueError where the file is damaged or no finetuning's."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another output folder.") from error
     if not (isinstance(kept, dict) and kept.keys() >= {"model", "during", "adapter", "training", "rows"}):
         raise ValueError(f"{path} does not hold the settings of a finetuning: choose another output folder.")

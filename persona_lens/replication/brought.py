@@ -111,7 +111,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(islice(file, CHECKED_ROWS), start=1):
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}.") from error
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from persona_lens.records import write_json
+from persona_lens.records import read_json, write_json
 from persona_lens.screening.plan import SETTINGS, read_plan
 from persona_lens.screening.samples import Sample
 from persona_lens.screening.scores import TABLE
@@ -218,7 +218,7 @@ def read_screening(folder: str | os.PathLike[str]) -> Screening:
     folder = Path(folder)
     if not (folder / TABLE).exists():
         raise FileNotFoundError(f"{folder} holds no finished screening: make one with `screen`.")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = read_json(folder / SETTINGS)
     schema = pyarrow.parquet.read_schema(folder / TABLE)
     # Base responses are the bulk of it, and read when they are wanted.
     wanted = [name for name in schema.names if name != "base_response"]

@@ -77,7 +77,10 @@ def read_draft(text: str, wanted: Wanted) -> tuple[Draft, tuple[str, ...]]:
 def _json_object(text: str) -> dict[str, Any]:
     """The JSON object in a text, from its first brace to its last one."""
     start, end = text.find("{"), text.rfind("}")
-    found = json.loads(text[start : end + 1] if 0 <= start < end else text)
+    try:
+        found = json.loads(text[start : end + 1] if 0 <= start < end else text)
+    except RecursionError as error:
+        raise json.JSONDecodeError("too deeply nested", text, 0) from error
     if not isinstance(found, dict):
         raise json.JSONDecodeError("expected a JSON object", text, 0)
     return found
