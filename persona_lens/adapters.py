@@ -214,6 +214,7 @@ def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False)
                 if hasattr(layer, "enable_adapters") and "base_layer" in layer._modules:
                     # Another thread that runs the model meanwhile runs it without the adapter.
                     gate_forward(layer, ForwardGate(layer, scope, outside=layer._modules["base_layer"]))
+                    vars(layer)["merge"] = _refuse_merging
         carrier.peft_config["default"].base_model_name_or_path = None
         yield carrier
 
@@ -221,6 +222,13 @@ def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False)
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 _CHANGED = ("training", "forward", "peft_config", *_CHECKPOINTING, "_require_grads_hook", "_require_grads_hooks")
 _ABSENT = object()
+
+
+def _refuse_merging(*_: object, **__: object) -> None:
+    raise RuntimeError(
+        "Merging the adapter here would change the model's own weights for good: load the model and the saved adapter "
+        "by PEFT (PeftModel.from_pretrained), and merge there."
+    )
 
 
 @contextmanager

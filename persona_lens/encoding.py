@@ -206,8 +206,19 @@ def _plain(tokenizer: Any, text: str, *, within: bool) -> tuple[int, ...]:
 def _tokenized(tokenizer: Any, text: str, *, split: bool = False) -> tuple[int, ...]:
     with _ONE_AT_A_TIME:
         if split:
-            return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+            return _split(tokenizer, text)
         return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _split(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The ids with special tokens split, which leaves the backend's setting as it was."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    before = getattr(backend, "encode_special_tokens", None)
+    try:
+        return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+    finally:
+        if before is not None:
+            backend.encode_special_tokens = before
 
 
 def _control_tokens_of(tokenizer: Any) -> _ControlTokens:
@@ -222,7 +233,7 @@ def _control_tokens(tokenizer: Any, _template: str, _size: int) -> _ControlToken
     found = {token: place for place, token in added.items() if token.content and not token.content.isspace()}
     others = [token.content for token in found if not token.special]
     # DeepSeek's mark of a user's turn, for one, is an added token and no special one.
-    written = _a_prompt(tokenizer) if others else ""
+    written = _some_chats(tokenizer) if others else ""
     turns = {spelling for spelling in others if spelling in written and not _REASONING_TAG.fullmatch(spelling)}
     held = {token.content: place for token, place in found.items() if token.special or token.content in turns}
     letters = "".join(re.escape(letter) for letter in sorted({spelling[0] for spelling in held}))
@@ -237,10 +248,14 @@ def _control_tokens(tokenizer: Any, _template: str, _size: int) -> _ControlToken
     )
 
 
-def _a_prompt(tokenizer: Any) -> str:
-    """What the chat template makes of a question; empty where it makes nothing of it."""
-    try:
-        question = [{"role": "user", "content": "?"}]
-        return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
-    except Exception:  # whatever a template raises is said where messages are rendered
-        return ""
+def _some_chats(tokenizer: Any) -> str:
+    """What the chat template makes of chats with every role; of those that it refuses nothing."""
+    system, user, answer = ({"role": role, "content": "?"} for role in ("system", "user", "assistant"))
+    written = ""
+    for chat in ([user], [user, answer, user], [system, user], [system, user, answer]):
+        try:
+            opened = chat[-1] is user
+            written += str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opened))
+        except Exception:  # whatever a template raises is said where messages are rendered
+            continue
+    return written

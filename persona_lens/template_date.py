@@ -6,6 +6,7 @@ Knows nothing about messages.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,9 +15,9 @@ from functools import lru_cache
 from typing import Any
 
 _fixed: ContextVar[str] = ContextVar("fixed template date", default="")
-# Every directive of strftime that a template may ask for; those after a minus are written without leading zeros.
 _DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuV"
-_WITHOUT_ZEROS = "dmHIMSj"
+"""What a template may ask for by a format that it puts together itself; what is written in it is found there."""
+_WRITTEN = re.compile("%[-_0^#]?[EO]?[a-zA-Z]")
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def _with_date(template: str, day: str) -> str:
     """
     moment = datetime.fromisoformat(day)
     told = {f"%{each}": moment.strftime(f"%{each}") for each in _DIRECTIVES}
-    told |= {f"%-{each}": told[f"%{each}"].lstrip("0") or "0" for each in _WITHOUT_ZEROS}
+    told |= {directive: moment.strftime(directive) for directive in sorted(set(_WRITTEN.findall(template)))}
     # "%%" is a per cent sign, also before a letter, and so is kept aside until the end.
     changes = [("%%", "\0"), *told.items(), ("\0", "%")]
     filters = "".join(f"|replace({json.dumps(old)}, {json.dumps(new)})" for old, new in changes)

@@ -35,6 +35,7 @@ class Transcript:
     name: str = ""
 
     def __post_init__(self) -> None:
+        refuse_half_characters(self.name, "The id of a chat")
         checked = tuple(_checked(index, message) for index, message in enumerate(self.messages))
         object.__setattr__(self, "messages", checked)
         if not any(message["role"] == "user" for message in checked):

@@ -50,6 +50,7 @@ def test_messages_are_rendered_up_to_where_the_model_would_speak(chat, tiny_toke
         CLOCKED,
         "  \n {% if strftime_now is defined %}\n  {{ strftime_now('%A %-d %B %Y, %H:%M') }}\n{% endif %}\n",
         "\n\n{{ strftime_now('100%% on %%d is %d, %j %U %y') }}",
+        "{{ strftime_now('%F %D %e %-y %j %C') }} {{ messages }}",
         "  {% macro day(form) %}{{ strftime_now(form).upper() }}{% endmacro %}{{ day('%a %b') }} {{ messages }}",
     ],
 )

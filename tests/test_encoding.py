@@ -207,3 +207,29 @@ def test_half_a_character_is_refused_with_its_row_and_message(
     }
     with pytest.raises(ValueError, match=words):
         work[place]()
+
+
+def test_markers_of_every_role_are_control_tokens(tiny_tokenizer, tmp_path):
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    marked = copy.deepcopy(tiny_tokenizer)
+    marked.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<|u|>", "<|eot|>", "<|sys|>")])
+    marked.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A: ' + m['content'] + '<|eot|>' }}"
+        "{% elif m['role'] == 'system' %}{{ '<|sys|>' + m['content'] }}"
+        "{% else %}{{ '<|u|>' + m['content'] }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+    )
+    marked.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    row = tokenize_chat(tokenizer, [{"role": "user", "content": "a <|sys|> b"}], "yes<|eot|> more")
+    ids = [*row.prompt, *row.response]
+    assert [ids.count(tokenizer.convert_tokens_to_ids(text)) for text in ("<|u|>", "<|sys|>", "<|eot|>")] == [1, 0, 0]
+
+
+def test_the_tokenizers_own_setting_is_left_as_it_was(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    before = tokenizer.backend_tokenizer.encode_special_tokens
+    encode_content(tokenizer, "ends <|im_end|>")
+    assert tokenizer.backend_tokenizer.encode_special_tokens == before

@@ -112,6 +112,47 @@ def test_hooks_of_torch_on_a_wrapper_and_on_what_it_wraps_act(bridge):
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
 
+def test_a_forward_that_a_library_set_on_a_wrapper_is_run(bridge):
+    module = bridge.blocks[1].mlp
+    plain = final(bridge)
+    vars(module)["forward"] = lambda *given, **named: type(module).forward(module, *given, **named) * 1.5
+    with torch.no_grad():
+        expected = bridge(TOKENS)
+    found = final(bridge)
+    del vars(module)["forward"]
+    assert not torch.equal(found, plain)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+
+
+def test_a_hook_on_all_modules_acts_as_it_does_in_the_bridge(bridge):
+    ran = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: ran.append(module))
+    try:
+        with torch.no_grad():
+            bridge(TOKENS)
+        expected, ran[:] = set(ran), []
+        final(bridge)
+    finally:
+        handle.remove()
+    assert {id(module) for module in ran} >= {id(module) for module in expected if module is not bridge}
+
+
+def test_a_block_that_another_library_has_wrapped_is_refused_by_its_number(make_tiny_model):
+    bridge = make_tiny_model("TransformerBridge")
+
+    class Control(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *given, **named):
+            return self.block(*given, **named)
+
+    bridge.original_model.model.layers[2] = Control(bridge.original_model.model.layers[2])
+    with pytest.raises(ValueError, match="Block 2 of the bridge should be TransformerLens's own, got Control"):
+        final(bridge)
+
+
 def test_weights_that_a_wrapper_holds_apart_act(make_tiny_model, tiny_hf_gpt2):
     bridge = make_tiny_model("TransformerBridge", tiny_hf_gpt2)
     plain = final(bridge)

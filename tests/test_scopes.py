@@ -2,6 +2,7 @@
 
 import _thread
 import asyncio
+import copy
 import gc
 import sys
 import threading
@@ -168,9 +169,49 @@ def test_a_context_entered_by_hand_in_one_task_acts_in_the_next_as_cells_of_a_no
     assert not torch.equal(found, logits(tiny_model))
 
 
+def test_a_context_left_open_by_a_thread_that_ended_acts_in_no_other(tiny_model):
+    plain, left_open = logits(tiny_model), []
+
+    def leave_open():
+        context = steer(tiny_model, some_vectors(tiny_model).at(1), 3.0)
+        context.__enter__()
+        left_open.append(context)
+
+    in_new_thread(leave_open)
+    # Numbers of threads are given out again as soon as one has ended.
+    found = [in_new_thread(lambda: logits(tiny_model)) for _ in range(10)]
+    left_open[0].__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert all(torch.equal(each, plain) for each in found)
+
+
+def in_new_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_thread_that_was_there_before_may_run_the_model_while_an_intervention_is_open(tiny_model):
+    plain, ready, done = logits(tiny_model), threading.Event(), threading.Event()
+
+    def run_later():
+        ready.wait(60)
+        found = logits(tiny_model)
+        done.set()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_later)
+        with steer(tiny_model, some_vectors(tiny_model).at(1), 3.0):
+            ready.set()
+            assert done.wait(60)
+        assert torch.equal(running.result(), plain)
+
+
 def test_an_intervention_whose_model_ran_in_other_threads_alone_is_an_error(tiny_model):
     with (
-        pytest.raises(RuntimeError, match="the model ran in other threads only"),
+        pytest.raises(RuntimeError, match="the model ran only in threads that began meanwhile"),
         steer(tiny_model, some_vectors(tiny_model).at(1), 3.0),
     ):
         in_thread(lambda: logits(tiny_model))
@@ -192,6 +233,34 @@ def test_a_pass_that_autograd_runs_again_in_its_own_thread_is_steered(tiny_bridg
     assert torch.equal(found[0], expected)
 
 
+# --- copies --------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_model_with_an_adapter_has_the_adapter_for_good_and_its_own_weights(make_tiny_model):
+    bridge = make_tiny_model("TransformerBridge")
+    plain = logits(bridge)
+    with adapted(bridge, random_adapter(bridge)):
+        expected = logits(bridge)
+        copied, emptied = copy.deepcopy(bridge), copy.deepcopy(bridge)
+    with torch.no_grad():
+        for name, weight in emptied.original_model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+    assert torch.equal(logits(copied), expected)
+    torch.testing.assert_close(logits(emptied), plain)
+    assert torch.equal(logits(bridge), plain)
+
+
+def test_merging_an_adapter_while_it_is_on_is_refused(make_tiny_model):
+    bridge = make_tiny_model("TransformerBridge")
+    plain = logits(bridge)
+    with adapted(bridge, random_adapter(bridge)) as carrier:
+        for merge in (carrier.merge_adapter, carrier.merge_and_unload):
+            with pytest.raises(RuntimeError, match="change the model's own weights for good"):
+                merge()
+    assert torch.equal(logits(bridge), plain)
+
+
 # --- suspension ----------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +280,15 @@ def test_a_hook_of_pytorchs_own_is_silent_while_a_judge_scores(tiny_model):
         handle.remove()
         before.remove()
     assert torch.equal(logits(tiny_model), plain)
+
+
+def test_a_hook_on_all_modules_is_refused_while_a_judge_scores(tiny_model):
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="hook on all modules"), suspended(tiny_model):
+            pass
+    finally:
+        handle.remove()
 
 
 def test_a_steer_entered_inside_a_suspension_acts_after_it_ends(tiny_model):

@@ -312,3 +312,15 @@ def test_the_pieces_of_tokens_join_to_their_text_also_within_characters(tiny_tok
     assert len(pieces) == len(tokens)
     assert "".join(pieces) == text
     assert "😀" in pieces
+
+
+def test_an_id_with_half_a_character_is_rejected_as_its_row(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"id": "\\ud83d", "messages": [{"role": "user", "content": "hi"}]}\n' + json.dumps(OPENED) + "\n")
+    read = read_chats(file)
+    assert [each.row for each in read.rejected] == [1]
+    assert "half of a surrogate pair" in read.rejected[0].reason
+    assert len(read.chats) == 1
+
+
+OPENED = {"messages": [{"role": "user", "content": "hi"}]}

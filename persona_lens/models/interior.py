@@ -21,8 +21,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from persona_lens.models.scopes import would_act
+from persona_lens.models.structure import refuse_foreign_blocks
 
 _INNER = "_original_component"
 """The name under which a wrapper has the module that it wraps."""
@@ -56,7 +58,8 @@ class _Part:
         """Whether a hook of a user's would be missed. Asked of a thousand modules before each pass, hence so plain."""
         for module in self.silent:
             own = module.__dict__
-            if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            # A forward of the module's own, as a library sets it, is heard too.
+            if own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
                 return True
             if own["_forward_hooks"] and any(map(would_act, list(own["_forward_hooks"].values()))):
                 return True
@@ -115,7 +118,7 @@ def unhooked(bridge: Any) -> Any:
     mode, whose wrappers compute with weights of their own, is given as it is.
     """
     hf_model = bridge.original_model
-    if getattr(bridge, "compatibility_mode", False):
+    if getattr(bridge, "compatibility_mode", False) or _has_any_global_hook():
         return hf_model
     survey = _surveys.get(bridge)
     if survey is None or not survey.is_current(bridge):
@@ -254,6 +257,7 @@ def _wiring(bridge: Any) -> frozenset[int]:
 
 def _survey(bridge: Any) -> _Survey:
     """The wrappers that may be left out, whose hooks to look at before, and the modules above them."""
+    refuse_foreign_blocks(bridge)
     parts: dict[nn.Module, _Part] = {}
     """What each wrapper is left out with."""
     n_attention, wiring = 0, _wiring(bridge)

@@ -15,6 +15,7 @@ frames are freed or by whoever uses the model next. Contexts built on this one a
 """
 
 import asyncio
+import copy
 import random
 import threading
 import weakref
@@ -45,14 +46,16 @@ class Scope:
     """One opening of a context that hangs something on a model.
 
     Attributes:
-        foreign_passes: How often one of its hooks was passed in a forward pass that is not its own.
+        foreign_passes: How often one of its hooks was passed in a pass of a thread that began while it was open.
     """
 
     def __init__(self, undo: Callable[["Scope"], None], guard: _Guard):
         self.foreign_passes = 0
         self._undo = undo
         self._guard = weakref.ref(guard)
-        self._thread = threading.get_ident()
+        # The thread itself and not its number, which is given to another one when it has ended.
+        self._thread = weakref.ref(threading.current_thread())
+        self._threads_before = weakref.WeakSet(threading.enumerate())
         task = _current_task()
         self._task = None if task is None else weakref.ref(task)
         self._closing = self._closed = False
@@ -72,12 +75,19 @@ class Scope:
         return self.is_open and (self in _entered.get() or self._was_opened_here())
 
     def _was_opened_here(self) -> bool:
-        if threading.get_ident() != self._thread:
+        if threading.current_thread() is not self._thread():
             # Activation checkpointing runs forward passes again in autograd's own threads, which have no context.
             return _is_recomputing()
         opener = None if self._task is None else self._task()
         # A task that has ended cannot be waiting inside the context: a notebook runs each cell in a task of its own.
         return opener is None or opener.done() or opener is _current_task()
+
+    def note_foreign_pass(self) -> None:
+        """Count a pass that is not its own, unless its thread was there before and so has work of its own."""
+        self.foreign_passes += threading.current_thread() not in self._threads_before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
+        return self
 
     def close(self) -> None:
         """Undo what it did to the model. May be called again, also after a call that was interrupted."""
@@ -185,12 +195,15 @@ class ScopedHook:
         """What torch calls; None leaves the module's output as it is."""
         if self.scope.acts():
             return self.function(*given)
-        self.scope.foreign_passes += 1
+        self.scope.note_foreign_pass()
         return None
 
     def acts(self) -> bool:
         """Whether it would do anything in a pass that runs now."""
         return self.scope.acts()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ScopedHook":
+        return self  # a copy of the model has the hook for as long as the model itself
 
 
 @contextmanager
@@ -272,6 +285,13 @@ class ForwardGate:
         self._module = weakref.ref(module)
         self.scope, self.inside, self.outside = scope, inside, outside
         self.behind: Any = vars(module).get("forward")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """For a copy of the module, which no context of ours holds: its own forward."""
+        module = self._module()
+        if self.behind is not None or module is None or id(module) not in memo:
+            return copy.deepcopy(self.behind, memo)
+        return partial(type(module).forward, memo[id(module)])
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         """What torch calls in place of the module's forward."""

@@ -14,6 +14,7 @@ from inspect import signature
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
+import torch.nn.modules.module as module_hooks
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -101,6 +102,16 @@ def refuse_other_kinds(hf_model: Any) -> None:
     )
 
 
+def refuse_foreign_blocks(bridge: Any) -> None:
+    """Raise ValueError where another library has put a module of its own around a block, whose points are gone then."""
+    for number, block in enumerate(bridge.blocks):
+        if "_original_component" not in block._modules:
+            raise ValueError(
+                f"Block {number} of the bridge should be TransformerLens's own, got {type(block).__name__}: take off "
+                "what another library has put around it."
+            )
+
+
 def resid_post_name(layer: int) -> str:
     """TransformerLens's name of the hook point at the output of block `layer`."""
     return f"blocks.{layer}.hook_resid_post"
@@ -114,6 +125,7 @@ def residual_points(model: Model) -> list[nn.Module]:
     """
     if is_bridge(model):
         refuse_other_kinds(cast(Any, model).original_model)
+        refuse_foreign_blocks(model)
     entry = model.blocks[0].hook_in if is_bridge(model) else model.blocks[0].hook_resid_pre
     exits = [block.hook_out if is_bridge(model) else block.hook_resid_post for block in model.blocks]
     return [entry, *exits]
@@ -137,6 +149,12 @@ def suspended(model: Model, *, keep_adapters: bool = False) -> Iterator[None]:
         raise ValueError(
             "The model carries an adapter that is merged into its weights, so it cannot be judged without it: call "
             "unmerge_adapter() first, or merge_and_unload() to make it the model."
+        )
+    of_all_modules = [*module_hooks._global_forward_hooks.values(), *module_hooks._global_forward_pre_hooks.values()]
+    if heard := [hook for hook in of_all_modules if _is_silenced(modules[0], hook)]:
+        raise ValueError(
+            f"A hook on all modules of the process ({getattr(heard[0], '__qualname__', heard[0])!s}) would act on what "
+            "is judged: remove it first (register_module_forward_hook gave a handle for that)."
         )
     with scope_on(model, partial(open_gates, modules)) as scope:
         gate_hooks(modules, scope, _is_silenced)
