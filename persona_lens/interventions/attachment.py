@@ -122,9 +122,9 @@ class Attachment:
             )
         if not self.passes and self.layers and self.scope is not None and self.scope.foreign_passes:
             raise RuntimeError(
-                f"{self.interventions[0]}: the model ran only in threads that began meanwhile, and an intervention acts "
-                "in the thread that opened its context: open it in the thread that runs the model, or start that one "
-                "by asyncio.to_thread or contextvars.copy_context().run."
+                f"{self.interventions[0]}: the model ran only in threads that began meanwhile, and it acts "
+                "only in the thread that opened its context: open it in the thread that runs the model, or start that "
+                "one by asyncio.to_thread or contextvars.copy_context().run."
             )
 
 
