@@ -108,8 +108,8 @@ def extract_persona_vectors(
     written there as it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...), and a second
     call goes on where the first one stopped. The plan is printed first, unless `progress` is False.
 
-    Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings or files
-    of these names that no run of persona_lens wrote.
+    Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings or
+    files of these names that no run of persona_lens wrote.
     Source: arXiv:2507.21509, section 2.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait

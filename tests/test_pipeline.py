@@ -181,11 +181,15 @@ def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_brid
     else:
         file.write_text('{"mine": 1}\n')
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=f"{name} holds something else"):
+
+    def run():
         if name == "evaluation.json":
             evaluate(tiny_bridge, TRAIT, LetterJudge(), output=tmp_path, **SHORT)
         else:
             extract_persona_vectors(tiny_bridge, TRAIT, output=tmp_path, progress=False)
+
+    with pytest.raises(ValueError, match=f"{name} holds something else"):
+        run()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: before}
 
 
