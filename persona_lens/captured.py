@@ -141,7 +141,7 @@ class CapturedMeans:
 
     def _made(self, path: Path | None, n_rows: int, *, first: np.ndarray | None = None) -> np.ndarray:
         if path is not None:
-            ensure_writable(path)
+            _refuse_link(path)
             return zeros_on_disk(path, self._dtype, (n_rows,), first=first)
         rows = np.zeros(n_rows, self._dtype)
         if first is not None:
@@ -150,7 +150,7 @@ class CapturedMeans:
 
     def _opened(self) -> np.ndarray:
         assert self._path is not None
-        ensure_writable(self._path)
+        _refuse_link(self._path)
         try:
             rows = np.lib.format.open_memmap(self._path, mode="r+")
         except (ValueError, EOFError) as error:
@@ -165,6 +165,13 @@ class CapturedMeans:
     def _grow(self) -> None:
         """Make room for another plan, in a new file that takes the old one's place once it is whole."""
         self._rows = self._made(self._path, len(self._rows) + self._step, first=self._rows)
+
+
+def _refuse_link(path: Path) -> None:
+    """Raise OSError in one sentence where means could not be written to a path, or a link has its name."""
+    ensure_writable(path)
+    if path.is_symlink():
+        raise OSError(f"Cannot write {path}: expected a file, got a symbolic link: remove it, or name another output.")
 
 
 def _key(conditions: str, chat: ChatTokens) -> bytes:

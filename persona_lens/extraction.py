@@ -124,6 +124,27 @@ def _tokenize(
     return rows
 
 
+def refuse_other_means(path: Path, model: Model) -> None:
+    """Raise ValueError, having changed nothing, where a file is there, is not empty and is no row means of the model.
+
+    Raises OSError in one sentence where it could not be written.
+    """
+    ensure_writable(path)
+    if not path.exists() or not path.stat().st_size:
+        return
+    each = (int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+        is_ours = found.dtype == np.float32 and found.shape[1:] == each
+    except (ValueError, EOFError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(
+            f"{path} holds something else: expected an array of float32 [row, {each[0]}, {each[1]}], the row means of "
+            "an earlier extraction, which would be replaced. Choose another output, or move that file away."
+        )
+
+
 def _spool_means(
     model: Model,
     tokens: Sequence[ChatTokens],
@@ -134,7 +155,7 @@ def _spool_means(
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row means [row stream d_model] in a memory-mapped file, and the mean residual norm [stream]."""
-    ensure_writable(path)
+    refuse_other_means(path, model)
     shape = (len(tokens), int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
     rows = zeros_on_disk(path, np.float32, shape)
     norms = np.zeros(shape[1])

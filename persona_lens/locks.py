@@ -62,11 +62,16 @@ def writes_folder(folder: Path | None) -> Iterator[None]:
 
 @contextmanager
 def writes_file(path: Path | None, *, wait: bool = False) -> Iterator[None]:
-    """As `writes_folder`, for one file. With `wait`, whoever comes second waits instead of being refused."""
+    """As `writes_folder`, for one file, whatever links lead to it.
+
+    With `wait`, whoever comes second waits instead of being refused.
+    """
     if path is None:
         yield
         return
-    with _holding(path.with_name(f".{path.name}.lock"), path, wait=wait):
+    # A link that leads to no file is not gone after: whoever writes refuses or replaces it.
+    file = Path(os.path.realpath(path)) if path.is_file() else path
+    with _holding(file.with_name(f".{file.name}.lock"), path, wait=wait):
         yield
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.captured import CapturedMeans
 from persona_lens.chat import tokenize_chat
-from persona_lens.extraction import extract_from_responses
+from persona_lens.extraction import extract_from_responses, refuse_other_means
 from persona_lens.judges import (
     Calibration,
     CombinedJudge,
@@ -31,8 +31,8 @@ from persona_lens.judges import (
 )
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
-from persona_lens.monitoring import monitor
-from persona_lens.records import DAMAGE, ensure_writable, read_json, write_json
+from persona_lens.monitoring import checked_output, monitor
+from persona_lens.records import DAMAGE, read_json, refuse_other_json, write_json
 from persona_lens.rollouts import (
     ModelEngine,
     Prompt,
@@ -45,9 +45,12 @@ from persona_lens.rollouts import (
 )
 from persona_lens.traits import Trait, load_trait
 from persona_lens.transcripts import Transcript
-from persona_lens.vectors import PersonaVectors, Position
+from persona_lens.vectors import PersonaVectors, Position, refuse_other_vectors
 
 Pair = TypeVar("Pair")
+
+SUMMARY_KEYS = ("format_version", "plan", "pairs")
+"""By which summary.json is known to be ours."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def extract_persona_vectors(
     written there as it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...), and a second
     call goes on where the first one stopped. The plan is printed first, unless `progress` is False.
 
-    Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings.
+    Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings or
+    files of these names that no run of persona_lens wrote.
     Source: arXiv:2507.21509, section 2.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
@@ -113,7 +117,7 @@ def extract_persona_vectors(
     engine = ModelEngine(model, max_new_tokens, temperature, top_p) if engine is None else engine
     folder = None if output is None else Path(output)
     if folder is not None:
-        ensure_writable(folder / "summary.json")
+        _refuse_other_results(folder, model)
         _keep_trait(folder / "trait.json", trait)
 
     prompts = plan_rollouts(trait, questions=questions, per_question=per_question)
@@ -158,6 +162,14 @@ def extract_persona_vectors(
         read_examples(model, vectors, kept, folder / "example_tokens.jsonl")
         write_json(folder / "summary.json", summarize(vectors, plan, report, judge, trait, rollouts))
     return vectors
+
+
+def _refuse_other_results(folder: Path, model: Model) -> None:
+    """Raise ValueError, having changed nothing, where a file that an extraction replaces holds something else."""
+    refuse_other_json(folder / "summary.json", SUMMARY_KEYS)
+    refuse_other_vectors(folder / "vectors.safetensors")
+    refuse_other_means(folder / "row_means.npy", model)
+    checked_output(folder / "example_tokens.jsonl")
 
 
 def _captured(engine: RolloutEngine, model: Model, folder: Path | None, n_rows: int) -> CapturedMeans | None:

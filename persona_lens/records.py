@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -28,7 +28,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class JsonLines:
-    """A file of JSON rows that only grows. A symbolic link to such a file is followed."""
+    """A file of JSON rows that only grows. A symbolic link is followed where it leads to a file with rows of ours."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -77,13 +77,20 @@ class JsonLines:
             raise _unwritable(self.path, error, "see that the folder can be written to, and run again") from error
 
     def refuse_other_file(self, fields: Sequence[str]) -> None:
-        """Raise ValueError, having changed nothing, where the first line is no row with these fields."""
+        """Raise ValueError, having changed nothing, where the first line is no row with these fields.
+
+        Raises OSError for a pipe or a device, and for a link that leads to no row.
+        """
+        refuse_no_file(self.path)
+        refuse_link_to_nothing(self.path)
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             line = file.readline()
-        # Cut short by a killed process; after a row that it had written whole, only the first line is looked at.
-        is_begun = not line.endswith(b"\n") and line.startswith(f'{{"{fields[0]}": '.encode())
+        # Cut short by a killed process; after a row that it had written whole, only the first line is looked at. What a
+        # link leads to is known by a whole row alone.
+        begins = line.startswith(f'{{"{fields[0]}": '.encode()) and not self.path.is_symlink()
+        is_begun = begins and not line.endswith(b"\n")
         row = _parsed(line)
         if line and not (is_begun if row is None else all(name in row for name in fields)):
             raise ValueError(
@@ -105,6 +112,7 @@ class JsonLines:
 
     def stream(self) -> Iterator[dict[str, Any]]:
         """The whole rows one by one, changing nothing; none where there is no file."""
+        refuse_no_file(self.path)
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -121,6 +129,7 @@ class JsonLines:
 
     def whole(self) -> list[dict[str, Any]]:
         """The rows that `resume` would give, changing nothing."""
+        refuse_no_file(self.path)
         if not self.path.exists():
             return []
         content = self.path.read_bytes()
@@ -142,8 +151,10 @@ class JsonLines:
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows and put them on the disk before returning; where that fails, the file is as it was.
 
-        Raises OSError in one sentence where it cannot be written to.
+        Raises OSError in one sentence where it cannot be written to, or is no file, or a link that leads to no row.
         """
+        refuse_no_file(self.path)
+        refuse_link_to_nothing(self.path)
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,8 +269,9 @@ def whole_file(path: Path, remedy: str) -> Iterator[Path]:
     """A new file beside `path` to write into, which takes its place once the block has ended and it is on the disk.
 
     Where the block raises, `path` stays as it was. Raises OSError in one sentence, which ends in the remedy, where it
-    cannot be written.
+    cannot be written. A pipe or a device is not replaced.
     """
+    refuse_no_file(path)
     try:
         with unfinished_file(path) as unfinished:
             yield unfinished
@@ -317,7 +329,39 @@ def ensure_writable(path: Path) -> None:
     folder = next(parent for parent in [path.parent, *path.parent.parents] if parent.exists())
     if path.is_dir():
         raise OSError(f"Cannot write {path}: it is a folder, and a file is expected.")
+    refuse_no_file(path)
     if path.exists() and not os.access(path, os.W_OK):
         raise OSError(f"Cannot write {path}: the file is read-only.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OSError(f"Cannot write {path}: {folder} is not a folder that can be written to.")
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raise OSError where a pipe, a device or a socket has the name, which a file would replace or wait for."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(f"Cannot write {path}: expected a file, got a pipe, a device or a socket: name another output.")
+
+
+def refuse_link_to_nothing(path: Path) -> None:
+    """Raise OSError where a symbolic link leads to no file or to an empty one, which writing would make or fill."""
+    if path.is_symlink() and not (path.exists() and path.stat().st_size):
+        found = "an empty file" if path.exists() else "no file"
+        raise OSError(
+            f"Cannot write {path}: expected a file, or a link to one that persona_lens wrote, got a link to {found}: "
+            "remove the link, or name another output."
+        )
+
+
+def refuse_other_json(path: Path, keys: Collection[str]) -> None:
+    """Raise ValueError, having changed nothing, where a file is no JSON object with these keys.
+
+    Where there is no file, or an empty one, there is nothing to lose.
+    """
+    ensure_writable(path)
+    if path.exists() and path.stat().st_size:
+        found = read_json(path)
+        if not isinstance(found, dict) or not found.keys() >= set(keys):
+            raise ValueError(
+                f"{path} holds something else: expected a result with {', '.join(keys)}, got {found!r:.60}. "
+                "Choose another output, or move that file away."
+            )

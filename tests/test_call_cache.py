@@ -259,3 +259,15 @@ def test_what_was_answered_before_a_kill_is_in_the_file(path):
         before = len(server.seen)
         assert len(dict(client.complete_each(requests))) == len(requests)
         assert len(server.seen) - before == len(missing) <= 20 + concurrency
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_link_to_no_file_or_an_empty_one_is_refused(path, tmp_path, is_there):
+    target = tmp_path / "target"
+    if is_there:
+        target.touch()
+    path.symlink_to(target)
+    with pytest.raises(OSError, match="remove the link, or name another output"):
+        CallCache(path)
+    assert (target.read_bytes() if target.exists() else None) == (b"" if is_there else None)
+    assert sorted(tmp_path.iterdir()) == sorted([path, *([target] if is_there else [])])

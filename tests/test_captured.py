@@ -259,6 +259,20 @@ def test_a_file_of_something_else_is_refused(captured, tiny_model, tmp_path, con
     assert path.read_bytes() == before
 
 
+def test_a_link_in_the_place_of_the_means_is_refused(captured, tiny_model, tmp_path):
+    made = tmp_path / "means.npy"
+    captured.CapturedMeans(made, tiny_model, 2)
+    before = made.read_bytes()
+    for target in (made, tmp_path / "nothing"):
+        link = tmp_path / f"link to {target.name}"
+        link.symlink_to(target)
+        with pytest.raises(OSError, match="got a symbolic link"):
+            captured.CapturedMeans(link, tiny_model, 2)
+        assert link.is_symlink()
+    assert made.read_bytes() == before
+    assert not (tmp_path / "nothing").exists()
+
+
 @pytest.mark.embedded
 def test_on_the_embedded_model_they_are_those_of_a_pass_over_the_responses(captured, embedded_model):
     from persona_lens.activations import stream_means

@@ -209,6 +209,14 @@ def test_a_folder_that_holds_files_of_the_users_by_these_names_is_left_as_it_was
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_of_the_users_is_left_as_it_was(bridge, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} is of an adapter.*choose another output"):
+        train(bridge, output=tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+
+
 @pytest.mark.parametrize("changed", [{}, {"learning_rate": 2e-2}])
 def test_a_run_that_another_process_ends_while_this_one_takes_the_lock_is_read_or_refused(
     bridge, tmp_path, monkeypatch, changed

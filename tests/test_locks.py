@@ -273,3 +273,37 @@ def test_a_command_lets_its_folder_go(cli, tmp_path):
         code, _, told = cli("extract", "--trait", "evil", "--model", "no-such-model", "--output", tmp_path / "run")
         assert (code, "no-such-model" in told) == (1, True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_locked_under_every_name_that_leads_to_it(tmp_path):
+    file, link, other = tmp_path / "rows.jsonl", tmp_path / "link.jsonl", tmp_path / "other" / "rows.jsonl"
+    file.write_text("{}\n")
+    other.parent.mkdir()
+    link.symlink_to(file)
+    other.symlink_to(link)
+    refusals = []
+
+    def write(path):
+        try:
+            with writes_file(path):
+                pass
+        except OSError as error:
+            refusals.append(str(error))
+
+    with writes_file(file):
+        for path in (link, other):
+            thread = threading.Thread(target=write, args=(path,))
+            thread.start()
+            thread.join()
+    assert len(refusals) == 2
+    assert all("is being written by another thread" in each for each in refusals)
+    assert sorted(tmp_path.rglob("*.lock")) == []
+
+
+def test_a_link_to_no_file_makes_nothing_where_it_leads(tiny_bridge, tmp_path):
+    link = tmp_path / "rollouts.jsonl"
+    link.symlink_to(tmp_path / "elsewhere" / "rows.jsonl")
+    engine = ModelEngine(tiny_bridge, max_new_tokens=2)
+    with pytest.raises(OSError, match="got a link to no file"):
+        collect_rollouts(engine, plan_rollouts(TRAIT, per_question=1)[:1], output=link, progress=False)
+    assert list(tmp_path.iterdir()) == [link]

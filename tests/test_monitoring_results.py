@@ -55,6 +55,29 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(tiny_m
     refused(tmp_path / "folder.jsonl", OSError, "it is a folder")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_file_of_something_else_is_not_replaced_by_results(tiny_model, tmp_path, suffix):
+    path, vector = tmp_path / f"chats{suffix}", some_vectors(tiny_model).at(1)
+    rows = [{"messages": each} for each in CHATS]
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pd.DataFrame({"name": ["mine"]}).to_parquet(path)
+    before = path.read_bytes()
+
+    def work():
+        with pytest.raises(ValueError, match="holds something else: expected results of monitoring"):
+            monitor(tiny_model, path if suffix == ".jsonl" else CHATS, vector, output=path, **QUIET)
+
+    assert counted(tiny_model, work)["layer -1"] == 0
+    assert path.read_bytes() == before
+    mine = monitor(tiny_model, CHATS, vector, output=tmp_path / f"new{suffix}", **QUIET)
+    monitor(tiny_model, CHATS[:1], vector, output=tmp_path / f"new{suffix}", **QUIET)  # results replace results
+    assert len(Monitoring.load(tmp_path / f"new{suffix}").chats) == 1
+    mine.save(path)  # replaces any file of its name, as saving does
+    assert len(Monitoring.load(path).chats) == len(CHATS)
+
+
 # --- results -------------------------------------------------------------------------------------------------------
 
 

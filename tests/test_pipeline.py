@@ -4,8 +4,10 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.end_to_end
 
@@ -161,3 +163,56 @@ def test_a_response_beyond_the_context_is_left_out_of_the_examples(tiny_model, t
     assert [chat.name for chat in Monitoring.load(tmp_path / "example_tokens.jsonl").chats] == [short.key]
     read_examples(tiny_model, some_vectors(tiny_model), [(pairs[0][1], pairs[0][1])], tmp_path / "none.jsonl")
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["summary.json", "vectors.safetensors", "example_tokens.jsonl", "row_means.npy", "evaluation.json"]
+)
+def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_bridge, tmp_path, name):
+    from persona_lens.evaluation import evaluate
+    from persona_lens.pipeline import extract_persona_vectors
+    from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
+
+    file = tmp_path / name
+    if name.endswith(".npy"):
+        np.save(file, np.zeros((3, 2)))
+    elif name.endswith(".safetensors"):
+        save_file({"mine": torch.zeros(2)}, file)
+    else:
+        file.write_text('{"mine": 1}\n')
+    before = file.read_bytes()
+
+    def run():
+        if name == "evaluation.json":
+            evaluate(tiny_bridge, TRAIT, LetterJudge(), output=tmp_path, **SHORT)
+        else:
+            extract_persona_vectors(tiny_bridge, TRAIT, output=tmp_path, progress=False)
+
+    with pytest.raises(ValueError, match=f"{name} holds something else"):
+        run()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: before}
+
+
+@pytest.mark.parametrize("name", ["layer_sweep.json", "dose_response.json", "experiment.json", "shift.json"])
+def test_an_experiment_replaces_no_result_of_something_else(tiny_bridge, tmp_path, name):
+    from persona_lens.experiments import monitoring
+    from persona_lens.layer_selection import dose_response, select_layer
+    from persona_lens.shift import finetuning_shift
+    from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
+    from tests.intervention_cases import some_vectors
+
+    vectors, judge = some_vectors(tiny_bridge), LetterJudge()
+    (tmp_path / name).write_text('{"mine": 1}')
+    runs = {
+        "layer_sweep.json": lambda: select_layer(tiny_bridge, vectors, TRAIT, judge=judge, output=tmp_path, **SHORT),
+        "dose_response.json": lambda: dose_response(
+            tiny_bridge, vectors.at(1), TRAIT, judge=judge, output=tmp_path, **SHORT
+        ),
+        "experiment.json": lambda: monitoring.monitoring_experiment(
+            tiny_bridge, TRAIT, vectors, [], judge=judge, layer=1, output=tmp_path
+        ),
+        "shift.json": lambda: finetuning_shift(tiny_bridge, tiny_bridge, ["Why?"], vectors, output=tmp_path / name),
+    }
+    with pytest.raises(ValueError, match=f"{name} holds something else"):
+        runs[name]()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: '{"mine": 1}'}

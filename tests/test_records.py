@@ -251,3 +251,51 @@ def test_a_folder_without_permission_cannot_be_written(records, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="Cannot write"):
         records.ensure_writable(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.timeout(60)  # whoever opens it waits
+@pytest.mark.parametrize("write", ["whole", "rows", "mend", "check", "resume"])
+def test_a_pipe_is_neither_replaced_nor_waited_for(records, tmp_path, write):
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    does = {
+        "whole": lambda: records.write_whole(pipe, b"ours"),
+        "rows": lambda: records.JsonLines(pipe).append(ROWS),
+        "mend": lambda: records.JsonLines(pipe).mend(FIELDS),
+        "check": lambda: records.ensure_writable(pipe),
+        "resume": lambda: records.JsonLines(pipe).resume(FIELDS),
+    }
+    with pytest.raises(OSError, match="expected a file, got a pipe, a device or a socket: name another output"):
+        does[write]()
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"text": "o'], ids=["no file", "an empty file", "a row cut short"])
+def test_a_link_is_followed_only_to_a_row_of_ours(records, tmp_path, content):
+    target, link = tmp_path / "target", tmp_path / "link.jsonl"
+    if content is not None:
+        target.write_bytes(content)
+    link.symlink_to(target)
+    rows = records.JsonLines(link)
+    for work in (lambda: rows.resume(FIELDS), lambda: rows.mend(FIELDS)):
+        with pytest.raises((OSError, ValueError), match=r"link\.jsonl"):
+            work()
+    if not content:
+        with pytest.raises(OSError, match="remove the link, or name another output"):
+            rows.append(ROWS)
+    assert (target.read_bytes() if target.exists() else None) == content
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}', "[1]", "mine"])
+def test_a_result_of_something_else_is_left_as_it_was(records, tmp_path, content):
+    path = tmp_path / "result.json"
+    records.refuse_other_json(path, ["trait"])
+    path.touch()
+    records.refuse_other_json(path, ["trait"])
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json"):
+        records.refuse_other_json(path, ["trait"])
+    assert path.read_text() == content
+    path.write_text('{"trait": "evil", "more": 1}')
+    records.refuse_other_json(path, ["trait"])

@@ -201,10 +201,11 @@ def _abilities(wanted: bool, questions: Path | None, texts: Path | None) -> dict
 
 def _folder(subject: Subject, output: Path | None, fail_above: float | None, *, capability: bool) -> Path | None:
     """Where the judge keeps what it needs; None where nothing is judged. Bad usage where nothing is measured."""
-    from persona_lens.records import ensure_writable
+    from persona_lens.evaluation import RECORD_KEYS
+    from persona_lens.records import refuse_other_json
 
     if output is not None:
-        ensure_writable(output / "evaluation.json")
+        refuse_other_json(output / "evaluation.json", RECORD_KEYS)
     if subject.trait is not None:
         folder = subject.folder if output is None else output
         if folder is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.clients.requests import ChatCompletion
-from persona_lens.records import DAMAGE, ensure_writable
+from persona_lens.records import DAMAGE, ensure_writable, refuse_link_to_nothing
 
 FORMAT_VERSION = 1
 TIMEOUT = 60.0
@@ -27,6 +27,7 @@ class CallCache:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         ensure_writable(self.path)
+        refuse_link_to_nothing(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(self.path, timeout=TIMEOUT, isolation_level=None, check_same_thread=False)

@@ -7,6 +7,15 @@ Knows nothing about which layer or coefficient is best.
 
 from persona_lens.evaluation.engines import Cell, CellEngine, IntervenedEngine
 from persona_lens.evaluation.result import Evaluation
-from persona_lens.evaluation.runs import evaluate, evaluate_cells, read_cells
+from persona_lens.evaluation.runs import RECORD_KEYS, evaluate, evaluate_cells, read_cells
 
-__all__ = ["Cell", "CellEngine", "Evaluation", "IntervenedEngine", "evaluate", "evaluate_cells", "read_cells"]
+__all__ = [
+    "RECORD_KEYS",
+    "Cell",
+    "CellEngine",
+    "Evaluation",
+    "IntervenedEngine",
+    "evaluate",
+    "evaluate_cells",
+    "read_cells",
+]

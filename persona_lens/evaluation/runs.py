@@ -13,11 +13,13 @@ from persona_lens.interventions import Intervention, NamedPositions
 from persona_lens.judges import Judge, ScoredRollout, read_scores, scorable_questions, score_rollouts
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
-from persona_lens.records import checked, ensure_writable, write_json
+from persona_lens.records import checked, ensure_writable, refuse_other_json, write_json
 from persona_lens.rollouts import ModelEngine, collect_rollouts, keeps_date, plan_rollouts, read_rollouts
 from persona_lens.traits import Trait, load_trait
 
 RECORD_VERSION = 1
+RECORD_KEYS = ("format_version", "trait", "interventions", "trait_score")
+"""By which evaluation.json is known to be ours."""
 
 
 @writes_output
@@ -46,7 +48,8 @@ def evaluate(
     sampled by the same random numbers under every intervention. With `output`, a folder, rollouts.jsonl, scores.jsonl,
     evaluation.json and the interventions themselves are kept there, and a second call goes on where the first stopped.
 
-    Raises ValueError where no question is left, a vector does not belong to the model, or `output` holds another run.
+    Raises ValueError where no question is left, a vector does not belong to the model, or `output` holds another run or
+    an evaluation.json of something else.
     Source: arXiv:2507.21509, section 3.2.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
@@ -58,7 +61,7 @@ def evaluate(
     folder = None if output is None else Path(output)
     if folder is not None:
         ensure_writable(folder / "scores.jsonl")
-        ensure_writable(folder / "evaluation.json")
+        refuse_other_json(folder / "evaluation.json", RECORD_KEYS)
     rollouts = collect_rollouts(
         engine, prompts, seed=seed, output=folder and folder / "rollouts.jsonl", progress=progress
     )

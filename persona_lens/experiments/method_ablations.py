@@ -29,7 +29,7 @@ from persona_lens.experiments.method_variants import (
 from persona_lens.judges import Judge, ScoredRollout, scorable_questions
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
-from persona_lens.records import ensure_writable, write_json
+from persona_lens.records import refuse_other_json, write_json
 from persona_lens.statistics import Estimate, auc, question_resamples, resampled_auc
 from persona_lens.traits import Trait
 from persona_lens.vectors import PersonaVector, PersonaVectors, Position
@@ -134,7 +134,7 @@ def method_ablations(
     it is has kept, and on their means, whatever a variant was made from.
     Raises FileNotFoundError where `run` holds no extraction, ValueError where too few of its pairs were kept.
     """
-    ensure_writable(Path(output) / "method_ablations.json")
+    refuse_other_json(Path(output) / "method_ablations.json", ("format_version", "trait", "variants"))
     vector = PersonaVectors.load(Path(run) / "vectors.safetensors").at(layer)
     rows, pairs = judged_pairs(Path(run), trait)
     variants = method_variants(len(trait.instructions), len({pair.question for pair in pairs}))

@@ -15,7 +15,7 @@ from persona_lens.experiments.monitoring_result import MonitoringExperiment, Poi
 from persona_lens.judges import Judge, ScoredRollout, score_rollouts
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
-from persona_lens.records import ensure_writable
+from persona_lens.records import refuse_other_json
 from persona_lens.rollouts import ModelEngine, Prompt, RolloutEngine, collect_rollouts, keeps_date
 from persona_lens.template_date import fixed_date
 from persona_lens.traits import Trait
@@ -50,7 +50,7 @@ def monitoring_experiment(
     vector = vectors.at(layer)  # refuses a layer that there is not, before anything is sampled
     folder = None if output is None else Path(output)
     if folder is not None:
-        ensure_writable(folder / "experiment.json")
+        refuse_other_json(folder / "experiment.json", ("format_version", "trait", "points"))
     engine = ModelEngine(model, max_new_tokens) if engine is None else engine
     rollouts = collect_rollouts(
         engine, prompts, seed=seed, output=folder and folder / "rollouts.jsonl", progress=progress

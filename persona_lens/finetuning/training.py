@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from persona_lens.activations import Projections, projected_residuals
-from persona_lens.adapters import Adapter, lora, read_weights
+from persona_lens.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, lora, read_weights
 from persona_lens.finetuning.dataset import TrainingRows
 from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import RECORD_FILE, Finetuning
@@ -121,6 +121,12 @@ def _refuse_another_run(output: Path, settings: dict[str, Any]) -> None:
                 f"{checkpoints} holds checkpoints, and there is no {path} that says of which run: choose another "
                 "output folder, or move them away."
             )
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if (output / name).exists() or (output / name).is_symlink():
+                raise ValueError(
+                    f"{output / name} is of an adapter, and there is no {path} that says of which run: choose another "
+                    "output folder, or move it away."
+                )
         return
     kept = _read_settings(path)
     if last_checkpoint(checkpoints) is not None:

@@ -20,7 +20,7 @@ from persona_lens.interventions import NamedPositions, Steer
 from persona_lens.judges import Judge, ScoredRollout, scorable_questions, score_rollouts
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
-from persona_lens.records import DAMAGE, checked, ensure_writable, write_json
+from persona_lens.records import DAMAGE, checked, refuse_other_json, write_json
 from persona_lens.rollouts import keeps_date
 from persona_lens.statistics import Estimate, slopes, spearman
 from persona_lens.traits import Trait, load_trait
@@ -236,7 +236,7 @@ def dose_response(
     cells = [Cell(direction, amount) for direction in directions for amount in amounts if amount]
     folder = None if output is None else Path(output)
     if folder is not None:
-        ensure_writable(folder / DOSE_FILE)
+        refuse_other_json(folder / DOSE_FILE, ("format_version", "trait", "slope"))
     baseline, *found = evaluate_cells(
         model,
         trait,

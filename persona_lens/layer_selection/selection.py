@@ -16,7 +16,7 @@ from persona_lens.layer_selection.screens import FixedTexts, fixed_texts, screen
 from persona_lens.layer_selection.sweep import ROWS_NAME, SWEEP_FILE, LayerSweep
 from persona_lens.locks import writes_output
 from persona_lens.models import Model
-from persona_lens.records import ensure_writable
+from persona_lens.records import refuse_other_json
 from persona_lens.rollouts import keeps_date
 from persona_lens.traits import Trait, load_trait
 from persona_lens.vectors import PersonaVectors
@@ -66,7 +66,7 @@ def select_layer(
     asked = scorable_questions(judge, trait, trait.extraction_questions if questions is None else questions)
     folder = None if output is None else Path(output)
     if folder is not None:
-        ensure_writable(folder / SWEEP_FILE)
+        refuse_other_json(folder / SWEEP_FILE, ("format_version", "trait", "cells"))
         texts = fixed_texts(folder, trait) if texts is None and likelihood_screen else texts
     if progress:
         rows = len(asked) * per_question * (len(cells) + 1)

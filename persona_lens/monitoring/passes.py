@@ -69,7 +69,8 @@ def monitor(
 
     Raises:
         ValueError: There are no chats; a list of messages is no chat; a chat does not fit the context or window; a
-            vector does not belong to the model; the model's activations are not finite.
+            vector does not belong to the model; the model's activations are not finite; `output` holds something else
+            than results of monitoring.
         OSError: `output` could not be written, which is found before anything runs.
     """
     given = (vectors,) if isinstance(vectors, PersonaVector) else tuple(vectors)

@@ -143,7 +143,7 @@ class Monitoring:
 
         A row a turn, as in `table`; the first line of JSON-lines, or Parquet's own metadata, says what was measured.
         """
-        path = checked_output(path)
+        path = _writable(path)
         found = self.to_dict()
         rows = found.pop("turns")
         head = json.dumps({**found, "n_turns": len(rows)}, ensure_ascii=False)
@@ -215,10 +215,37 @@ class Monitoring:
 
 
 def checked_output(path: str | Path) -> Path:
-    """The path, where results can be written there.
+    """The path, where results can be written there and replace nothing but other results of monitoring.
 
-    Raises ValueError for another kind of file, OSError in one sentence where it could not be written.
+    Raises ValueError for another kind of file, or where the file that is there holds something else; OSError in one
+    sentence where it could not be written.
     """
+    path = _writable(path)
+    if path.exists() and path.stat().st_size and not _is_monitoring(path):
+        raise ValueError(
+            f"{path} holds something else: expected results of monitoring, which would be replaced. Choose another "
+            "output, or move that file away."
+        )
+    return path
+
+
+def _is_monitoring(path: Path) -> bool:
+    """Whether a file's first line, or Parquet's own metadata, says that it holds results of monitoring."""
+    if path.suffix == ".parquet":
+        arrow = _pyarrow()
+        try:
+            return FORMAT.encode() in (arrow.parquet.read_schema(path).metadata or {})
+        except arrow.ArrowException:
+            return False
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        return json.loads(line)["format"] == FORMAT
+    except DAMAGE:
+        return False
+
+
+def _writable(path: str | Path) -> Path:
     path = Path(path)
     _suffix(path)
     ensure_writable(path)

@@ -21,7 +21,7 @@ from persona_lens.adapters import Adapter, adapted
 from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
 from persona_lens.foreign_text import shown_name
 from persona_lens.models import Model, identify, suspended
-from persona_lens.records import ensure_writable
+from persona_lens.records import refuse_other_json
 from persona_lens.shift.result import FinetuningShift
 from persona_lens.template_date import date_told, fixed_date
 from persona_lens.traits import Trait, load_trait
@@ -76,7 +76,7 @@ def finetuning_shift(
     for each in given:
         each.check(base, allow_other_model=allow_other_model)
     if output is not None:
-        ensure_writable(Path(output))
+        refuse_other_json(Path(output), ("format_version", "traits", "questions"))
     by_trait = _by_trait(given)
     chats = [chat_messages(system_prompt, question) for question in questions]
     rows = [tokenize_chat(base.tokenizer, chat) for chat in chats]

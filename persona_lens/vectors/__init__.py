@@ -8,6 +8,7 @@ Knows nothing about how activations are made or how a vector is applied: tensors
 from persona_lens.vectors.cache import Cache
 from persona_lens.vectors.comparison import cosine_matrix
 from persona_lens.vectors.directions import difference_in_means, orthonormal_basis
+from persona_lens.vectors.files import refuse_other_vectors
 from persona_lens.vectors.layer_statistics import LayerStatistics
 from persona_lens.vectors.persona_vector import PersonaVector, Position, refuse_absent_layer, units_of
 from persona_lens.vectors.persona_vectors import PersonaVectors
@@ -27,5 +28,6 @@ __all__ = [
     "difference_in_means",
     "orthonormal_basis",
     "refuse_absent_layer",
+    "refuse_other_vectors",
     "units_of",
 ]

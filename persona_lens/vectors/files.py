@@ -14,7 +14,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from persona_lens.records import DAMAGE, write_whole
+from persona_lens.records import DAMAGE, ensure_writable, write_whole
 from persona_lens.vectors.layer_statistics import LayerStatistics
 from persona_lens.vectors.provenance import Provenance
 
@@ -67,6 +67,26 @@ def read_vector_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         f"{path} has format version {found}, and this persona_lens reads {FORMAT_VERSION}: "
         "install the persona_lens that wrote it, or a newer one."
     )
+
+
+def refuse_other_vectors(path: Path) -> None:
+    """Raise ValueError, having changed nothing, where a file is there, is not empty and was not saved by persona_lens.
+
+    Raises OSError in one sentence where it could not be written.
+    """
+    ensure_writable(path)
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            is_ours = _HEADER in (file.metadata() or {})
+    except SafetensorError:
+        is_ours = False
+    if not is_ours:
+        raise ValueError(
+            f"{path} holds something else: expected vectors that persona_lens saved, which would be replaced. Choose "
+            "another output, or move that file away."
+        )
 
 
 def _disassemble(parts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
