@@ -124,14 +124,14 @@ def one_token(fault, **fields):
 
 
 def test_top_log_probabilities_that_are_null_are_absent():
-    [token] = one_token(changed(place={"top_logprobs": None}), top_logprobs=5).tokens
+    [token] = one_token(changed(place={"top_logprobs": None}), top_logprobs=5)
     assert (token.text, token.logprob, token.alternatives) == ("85", pytest.approx(-0.693147), ())
 
 
 def test_a_log_probability_that_is_null_leaves_the_others():
-    [token] = one_token(changed(alternative={"logprob": None}), top_logprobs=5).tokens
+    [token] = one_token(changed(alternative={"logprob": None}), top_logprobs=5)
     assert token.alternatives == (("85", pytest.approx(-0.693147)),)
-    [token] = one_token(changed(place={"logprob": None}), top_logprobs=5).tokens
+    [token] = one_token(changed(place={"logprob": None}), top_logprobs=5)
     assert token.logprob is None
     assert [text for text, _ in token.alternatives] == ["85", "no"]
 

@@ -1,7 +1,10 @@
 """The numbers of one unit of a screening, against the plainest way: what of the base and of the prompt is read."""
 
+import json
+
 import pytest
 
+from persona_lens.chat import tokenize_chat
 from persona_lens.clients import OpenAIClient
 from persona_lens.interventions import steer
 from persona_lens.screening.scoring import ModelScorer, Scoring
@@ -31,24 +34,33 @@ def score(model, vector, row, **how):
     return found
 
 
+def with_base(tokenizer, text):
+    """A row whose data set gives the base model's response."""
+    messages = [{"role": "user", "content": "Why?"}]
+    prompt = list(tokenize_chat(tokenizer, messages).prompt)
+    return planned(prompt=prompt, wants_base=True, text=json.dumps({"messages": messages, "base_response": text}))
+
+
 def test_a_base_response_that_never_says_after_has_no_score(tiny_bridge, tiny_tokenizer, vector):
-    encode = lambda text: tiny_tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-    thinks, answers = encode("I think so."), encode("I think so.</think>Yes, it is.")
+    thinks, answers = "I think so.", "I think so.</think>Yes, it is."
     without, with_it = (
-        score(tiny_bridge, vector, planned(base=base, wants_base=True), after="</think>") for base in (thinks, answers)
+        score(tiny_bridge, vector, with_base(tiny_tokenizer, text), after="</think>") for text in (thinks, answers)
     )
     assert without.base is None
-    assert without.base_tokens == len(thinks)
+    assert without.base_tokens == len(tiny_tokenizer(thinks, add_special_tokens=False).input_ids)
     assert with_it.base is not None
-    assert with_it.base != score(tiny_bridge, vector, planned(base=answers, wants_base=True)).base
+    assert with_it.base != score(tiny_bridge, vector, with_base(tiny_tokenizer, answers)).base
 
 
-def test_a_base_response_is_cut_to_the_context(tiny_bridge, tiny_hf_model, vector):
-    room = tiny_bridge.cfg.n_ctx - len(PROMPT)
-    base = [7 + number % 90 for number in range(room + 20)]
-    found = score(tiny_bridge, vector, planned(base=base, wants_base=True), token_budget=10_000)
+def test_a_base_response_is_cut_to_the_context(tiny_bridge, tiny_hf_model, tiny_tokenizer, vector):
+    text = "Be kind, listen first. " * 40
+    row = with_base(tiny_tokenizer, text)
+    room = tiny_bridge.cfg.n_ctx - len(row.prompt)
+    said = tiny_tokenizer(text, add_special_tokens=False).input_ids
+    assert len(said) > room
+    found = score(tiny_bridge, vector, row, token_budget=10_000)
     assert found.base_tokens == room
-    assert found.base == pytest.approx([projection(tiny_hf_model, (PROMPT, base[:room]), vector)], abs=1e-4)
+    assert found.base == pytest.approx([projection(tiny_hf_model, (row.prompt, said[:room]), vector)], abs=1e-4)
 
 
 @pytest.mark.parametrize(("at", "moves"), [("response", True), ("prompt", False), ("all", True)])

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from persona_lens.direction_statistics import direction_metrics
 from persona_lens.experiments.conditions import many_shot
@@ -14,11 +15,12 @@ from persona_lens.experiments.hidden_rows import find_hidden
 from persona_lens.experiments.method_ablations import _split_half
 from persona_lens.experiments.method_variants import JudgedPair, Variant
 from persona_lens.finetuning.dataset import prompted
-from persona_lens.finetuning.training import _seeded
+from persona_lens.finetuning.training import _seed_global_generators
 from persona_lens.interop.decomposition import _random_cosine
 from persona_lens.judges import ScoredRollout
 from persona_lens.judges.coherence import shuffle_words
 from persona_lens.layer_selection.doses import random_directions
+from persona_lens.models import global_randomness_kept
 from persona_lens.statistics import mean_estimate, question_resamples
 from persona_lens.traits import load_trait
 from persona_lens.transcripts import Transcript
@@ -60,7 +62,8 @@ def halves(seed):
 
 
 def global_draws(seed):
-    with _seeded(seed):
+    with global_randomness_kept(nn.Identity()):
+        _seed_global_generators(seed)
         return float(torch.rand(1)), float(np.random.random()), random.random()
 
 

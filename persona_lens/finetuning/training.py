@@ -247,12 +247,17 @@ def _resumed(folder: Path) -> str | None:
     return None if found is None else str(checked_checkpoint(found))
 
 
-@contextmanager
-def _lora_from(model: Model, adapter: dict[str, Any], seed: int) -> Iterator[Any]:
-    """A model with fresh LoRA weights, and the global generators seeded: PEFT and the Trainer draw from them."""
+def _seed_global_generators(seed: int) -> None:
+    """PEFT and the Trainer draw from them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def _lora_from(model: Model, adapter: dict[str, Any], seed: int) -> Iterator[Any]:
+    """A model with fresh LoRA weights, and the global generators seeded."""
+    _seed_global_generators(seed)
     with lora(model, adapter) as carrier:
         yield carrier
 

@@ -199,7 +199,7 @@ class LLMJudge:
         read = {"whole numbers": self._whole_number, "digits": self._digits, "text": self._text}[self.scoring]
 
         async def judge_row(ask: Ask) -> Score:
-            calls = (_unless_rejected(read(self._request(prompt), ask)) for prompt in prompts)
+            calls = (_unless_rejected(read, self._request(prompt), ask) for prompt in prompts)
             # Of two calls one may fail: what the other was paid for is waited for and kept.
             found: list[_Judgement] = []
             for judgement in await asyncio.gather(*calls, return_exceptions=True):
@@ -251,10 +251,12 @@ class LLMJudge:
         return _Judgement(score, None, _refused(answer, score), answer.only_reasoned)
 
 
-async def _unless_rejected(judgement: Awaitable[_Judgement]) -> _Judgement:
+async def _unless_rejected(
+    read: Callable[[ChatRequest, Ask], Awaitable[_Judgement]], request: ChatRequest, ask: Ask
+) -> _Judgement:
     """A judgement, or a missing one where the server takes other requests and not this one."""
     try:
-        return await judgement
+        return await read(request, ask)
     except RejectedRequest as error:
         return _Judgement(None, None, refused=False, rejected=error.status or 200)
 
