@@ -293,3 +293,14 @@ def test_the_real_model_is_finetuned_measured_and_evaluated(cli, embedded_bridge
         assert 0 < found["capability"]["letter_mass"]["value"] < 1
         measured.append(found["capability"]["nll"]["value"])
     assert measured[1] < measured[0] - 0.2  # what it was trained on has become likelier
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "capability.json"])
+def test_a_result_of_something_else_is_refused_before_a_model_is_loaded(cli, tmp_path, name):
+    folder = tmp_path / "no-intervention"
+    folder.mkdir()
+    (folder / name).write_text('{"mine": 1}')
+    code, _, told = cli("evaluate", "--trait", "evil", "--capability", "--model", "no-such", "--output", tmp_path)
+    assert (code, f"{name} holds something else" in told) == (1, True)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {name: '{"mine": 1}'}
+    assert list(tmp_path.iterdir()) == [folder]

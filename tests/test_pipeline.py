@@ -193,10 +193,13 @@ def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_brid
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: before}
 
 
-@pytest.mark.parametrize("name", ["layer_sweep.json", "dose_response.json", "experiment.json", "shift.json"])
+@pytest.mark.parametrize(
+    "name", ["layer_sweep.json", "dose_response.json", "experiment.json", "shift.json", "preset.json"]
+)
 def test_an_experiment_replaces_no_result_of_something_else(tiny_bridge, tmp_path, name):
     from persona_lens.experiments import monitoring
     from persona_lens.layer_selection import dose_response, select_layer
+    from persona_lens.replication.run import replicate
     from persona_lens.shift import finetuning_shift
     from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
     from tests.intervention_cases import some_vectors
@@ -212,6 +215,7 @@ def test_an_experiment_replaces_no_result_of_something_else(tiny_bridge, tmp_pat
             tiny_bridge, TRAIT, vectors, [], judge=judge, layer=1, output=tmp_path
         ),
         "shift.json": lambda: finetuning_shift(tiny_bridge, tiny_bridge, ["Why?"], vectors, output=tmp_path / name),
+        "preset.json": lambda: replicate("embedded", tmp_path, model=tiny_bridge, progress=False),
     }
     with pytest.raises(ValueError, match=f"{name} holds something else"):
         runs[name]()

@@ -116,6 +116,8 @@ def evaluate(
     rows = _conditions(run, subject.vectors, layer, coefficient, ablate, cap)
     able = _abilities(capability, questions, texts)
     folder = _folder(subject, output, fail_above, capability=capability)
+    if output is not None:
+        _refuse_other_results(rows, output)
     if adapter is not None:
         refuse_without_adapters(model_class)
     if output is not None:
@@ -199,13 +201,17 @@ def _abilities(wanted: bool, questions: Path | None, texts: Path | None) -> dict
     return None
 
 
-def _folder(subject: Subject, output: Path | None, fail_above: float | None, *, capability: bool) -> Path | None:
-    """Where the judge keeps what it needs; None where nothing is judged. Bad usage where nothing is measured."""
+def _refuse_other_results(rows: list[Row], output: Path) -> None:
     from persona_lens.evaluation import RECORD_KEYS
     from persona_lens.records import refuse_other_json
 
-    if output is not None:
-        refuse_other_json(output / "evaluation.json", RECORD_KEYS)
+    for row in rows:
+        refuse_other_json(row.folder(output) / "evaluation.json", RECORD_KEYS)
+        refuse_other_json(row.folder(output) / "capability.json", ("format_version", "answers", "texts"))
+
+
+def _folder(subject: Subject, output: Path | None, fail_above: float | None, *, capability: bool) -> Path | None:
+    """Where the judge keeps what it needs; None where nothing is judged. Bad usage where nothing is measured."""
     if subject.trait is not None:
         folder = subject.folder if output is None else output
         if folder is None:

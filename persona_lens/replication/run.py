@@ -21,7 +21,7 @@ from persona_lens.experiments.study_folder import refuse_other_settings
 from persona_lens.judges import Judge
 from persona_lens.locks import writes_output
 from persona_lens.models import Model, identify, load_model
-from persona_lens.records import JsonLines, ensure_writable, write_json, write_whole
+from persona_lens.records import JsonLines, refuse_other_json, write_json, write_whole
 from persona_lens.replication import brought_stages, grid_stages, mood_stages, trait_stages
 from persona_lens.replication.brought import Brought, brought
 from persona_lens.replication.context import Context
@@ -83,7 +83,7 @@ def replicate(
     chosen = preset if isinstance(preset, Preset) else load_preset(preset)
     chosen = chosen.in_full() if full else chosen
     folder = Path(output)
-    ensure_writable(folder / PRESET)
+    refuse_other_json(folder / PRESET, ("preset", "left_out"))
     refuse_unknown(only)
     there = brought(chosen, data)
     plan = plan_replication(chosen, there, only=only)
