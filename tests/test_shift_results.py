@@ -169,3 +169,13 @@ def test_a_file_of_another_format_or_a_damaged_one_is_refused(tmp_path, edit, wo
     path.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=rf"shift\.json is not a finetuning shift \(.*{words}.*measure it again"):
         FinetuningShift.load(path)
+
+
+def test_a_file_in_which_a_trait_has_no_number_is_refused_by_its_name(tiny_model, tmp_path):
+    file = tmp_path / "shift.json"
+    finetuning_shift(tiny_model, tiny_model, QUESTIONS, some_vectors(tiny_model)).save(file)
+    saved = json.loads(file.read_text())
+    saved["projections"] = [[[None] * tiny_model.cfg.n_layers] for _ in saved["projections"]]
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"shift.json is not a finetuning shift \(no layer of evil has a number\)"):
+        FinetuningShift.load(file)

@@ -178,7 +178,10 @@ class FinetuningShift:
             checked(saved["settings"], dict)
             for each in (*saved["traits"], *saved["questions"]):
                 checked(each, str)
-            return cls(**names, **tensors, **{name: saved[name] for name in ("d_model", "settings", "seed")})
+            found = cls(**names, **tensors, **{name: saved[name] for name in ("d_model", "settings", "seed")})
+            if bare := [trait for trait in found.traits if not found.layers(trait)]:
+                raise ValueError(f"no layer of {bare[0]} has a number")
+            return found
         except DAMAGE as error:
             raise ValueError(f"{path} is not a finetuning shift ({error}): measure it again.") from error
 
