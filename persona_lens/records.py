@@ -217,6 +217,10 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+LARGEST = 3.4028234663852886e38
+"""The largest float32: what is measured is no larger, and a sum of squares of such numbers is still one in float64."""
+
+
 def checked(value: Any, *kinds: type, low: float = -math.inf, high: float = math.inf) -> Any:
     """A value out of a file, where it is of one of the kinds (a float may be whole) and no number out of its range."""
     allowed = (*kinds, int) if float in kinds else kinds
@@ -224,6 +228,8 @@ def checked(value: Any, *kinds: type, low: float = -math.inf, high: float = math
         raise TypeError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r:.60}")
     if isinstance(value, int | float) and not low <= value <= high:
         raise ValueError(f"expected a number from {low:g} to {high:g}, got {value!r:.60}")
+    if isinstance(value, int | float) and math.isfinite(value) and abs(value) > LARGEST:
+        raise ValueError(f"expected a number that float32 has, got {value!r:.60}")
     return value
 
 

@@ -299,3 +299,12 @@ def test_a_result_of_something_else_is_left_as_it_was(records, tmp_path, content
     assert path.read_text() == content
     path.write_text('{"trait": "evil", "more": 1}')
     records.refuse_other_json(path, ["trait"])
+
+
+@pytest.mark.parametrize("value", [1e39, -1e308, 10**39])
+def test_a_number_that_no_measurement_has_is_refused(value):
+    from persona_lens.records import checked
+
+    with pytest.raises(ValueError, match="expected a number that float32 has"):
+        checked(value, float)
+    assert checked(3e38, float) == 3e38
