@@ -190,8 +190,8 @@ def mean_activations(
     """Mean residual stream over each row's response (or prompt), at every layer, in one forward pass.
 
     Row `l` is the output of block `l`; the result is float32 on the CPU. Interventions that are attached to the model
-    act and are seen. Raises ValueError for rows without tokens at `position` and for
-    activations that are not finite. Source: arXiv:2507.21509, section 2.2.
+    act and are seen. Raises ValueError for rows without tokens at `position` and for activations that are not finite.
+    Source: arXiv:2507.21509, section 2.2.
     """
     if position not in get_args(Position):
         raise ValueError(f"position is one of {get_args(Position)}, got {position!r}.")

@@ -106,10 +106,11 @@ def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator
     where = "" if isinstance(adapter, Adapter) else f"{os.fspath(adapter)}: "
     try:
         config = _settings_for(model, loaded)
+        targets = target_modules(model, config["target_modules"])
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
     # Fresh weights are drawn at random, and replaced at once.
-    with lora(model, config, keep_randomness=True) as carrier:
+    with lora(model, config, targets=targets, keep_randomness=True) as carrier:
         try:
             _write_weights(carrier, loaded.weights)
         except ValueError as error:
@@ -125,7 +126,6 @@ def _settings_for(model: Model, adapter: Adapter) -> dict[str, Any]:
     scales = module_scales(adapter.config, checked_weights(adapter.weights))
     settings, rank = checked_settings(adapter.config), usual_rank(scales)
     _refuse_unfitting(model, adapter.weights)
-    target_modules(model, sorted(scales))
     return {
         "task_type": "CAUSAL_LM" if adapter.config.get("task_type") == "CAUSAL_LM" else None,
         "r": rank,
@@ -174,12 +174,15 @@ def _require_bare(model: Model) -> None:
 
 
 @contextmanager
-def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False) -> Iterator[Any]:
+def lora(
+    model: Model, config: dict[str, Any], *, targets: dict[str, str] | None = None, keep_randomness: bool = False
+) -> Iterator[Any]:
     """The bridge's Hugging Face model as a PEFT model with fresh LoRA weights, the only ones that train.
 
-    `config` is PEFT's, `target_modules` named as in the plain model; fresh weights follow the global seed, or leave the
-    global generators as they are with `keep_randomness`. On leaving,
-    the modules, which weights train and whether the model is in training are as they were. Raises as `adapted` does.
+    `config` is PEFT's, `target_modules` named as in the plain model; `targets` are those modules where the caller has
+    looked them up already. Fresh weights follow the global seed, or leave the global generators as they are with
+    `keep_randomness`. On leaving, the modules, which weights train and whether the model is in training are as they
+    were. Raises as `adapted` does.
     """
     peft = _peft()
     _require_bare(model)
@@ -187,7 +190,7 @@ def lora(model: Model, config: dict[str, Any], *, keep_randomness: bool = False)
         raise ValueError(f"Modules are chosen by target_modules alone, got {given[0]}: a pattern can say the same.")
     refuse_own_weights(config)
     plain = cast(Any, model).original_model
-    targets = target_modules(model, config["target_modules"])
+    targets = target_modules(model, config["target_modules"]) if targets is None else targets
     given = {
         **{name: value for name, value in config.items() if name in peft.LoraConfig.__dataclass_fields__},
         "target_modules": list(targets.values()),

@@ -117,7 +117,7 @@ def _is_recomputing() -> bool:
 
 
 def model_lock(model: Any) -> Any:
-    """The lock of a model: whoever runs it or hangs something on it through this package holds it meanwhile."""
+    """The lock of a model, which is held for each forward pass of this package and while PEFT changes its modules."""
     return _locks.setdefault(model, threading.RLock())
 
 
