@@ -33,7 +33,7 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NOTE = b'{"process"'
 """How the note in a lock begins that says who holds it."""
 
-_held: dict[Path, tuple[int, int, int]] = {}
+_held: dict[Path, tuple[int, threading.Thread, int]] = {}
 """The process and thread that hold each lock, and how often; an entry of another process was copied by a fork."""
 _changed = threading.Condition()
 _warned: set[Path] = set()
@@ -174,7 +174,8 @@ def _holding(lock: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     # One folder may be named in several ways.
     lock = Path(os.path.realpath(lock.parent), lock.name)
     with _changed:
-        me = os.getpid(), threading.get_ident()
+        # The thread itself: its number is given to another one as soon as it has ended.
+        me = os.getpid(), threading.current_thread()
         while (holder := _held.get(lock)) is not None and holder[:2] != me and holder[0] == me[0]:
             if not wait:
                 raise OSError(f"{what} is being written by another thread of this process: wait for it.")

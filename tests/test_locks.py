@@ -307,3 +307,27 @@ def test_a_link_to_no_file_makes_nothing_where_it_leads(tiny_bridge, tmp_path):
     with pytest.raises(OSError, match="got a link to no file"):
         collect_rollouts(engine, plan_rollouts(TRAIT, per_question=1)[:1], output=link, progress=False)
     assert list(tmp_path.iterdir()) == [link]
+
+
+def test_a_thread_that_ended_with_a_lock_does_not_share_it_with_the_next_one(tmp_path):
+    open_contexts, refused = [], []
+
+    def hold():
+        context = writes_folder(tmp_path)
+        context.__enter__()
+        open_contexts.append(context)
+
+    def try_to_hold():
+        try:
+            with writes_folder(tmp_path):
+                refused.append(False)
+        except OSError:
+            refused.append(True)
+
+    for target in (hold, *[try_to_hold] * 10):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+        del thread
+    open_contexts[0].__exit__(None, None, None)
+    assert refused == [True] * 10
