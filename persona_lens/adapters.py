@@ -98,9 +98,10 @@ def carries_adapter(model: Model) -> bool:
 def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator[Any]:
     """The model with a LoRA adapter on it while the context is open; on leaving it is as it was.
 
-    Whatever runs the bridge or its Hugging Face model runs the adapter too. Raises ValueError for a model that is no
-    bridge, carries another adapter, or lacks a module that the adapter belongs to, and for settings that are not
-    understood; no setting of the adapter is run as a regular expression.
+    Whatever runs the bridge or its Hugging Face model in this thread runs the adapter too; other threads run the model
+    without it. Merging it here is refused with a RuntimeError, since that would change the model for good. Raises
+    ValueError for a model that is no bridge, carries another adapter, or lacks a module that the adapter belongs to,
+    and for settings that are not understood; no setting of the adapter is run as a regular expression.
     """
     loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     where = "" if isinstance(adapter, Adapter) else f"{os.fspath(adapter)}: "

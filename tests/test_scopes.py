@@ -9,6 +9,7 @@ import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,29 @@ def test_a_pass_of_another_thread_goes_through_unread_and_unsteered(tiny_model):
         assert in_thread(lambda: attachments(tiny_model)) == ()
         assert not torch.equal(logits(tiny_model), plain)
     assert set(seen) == {threading.get_ident()}
+
+
+class Interleaved(list):
+    """A list into which another thread puts something while it is read."""
+
+    def __init__(self, meanwhile):
+        super().__init__()
+        self.meanwhile = meanwhile
+
+    def __iter__(self):
+        yield from list(super().__iter__())
+        self.extend(self.meanwhile)
+        self.meanwhile = []
+
+
+def test_an_intervention_that_another_thread_attaches_meanwhile_is_not_lost(tiny_model, monkeypatch):
+    from persona_lens.interventions import attachment
+
+    other = SimpleNamespace(scope=SimpleNamespace(is_open=True))
+    listed = Interleaved([other])
+    monkeypatch.setitem(attachment._attached, tiny_model, listed)
+    with steer(tiny_model, some_vectors(tiny_model).at(1), 3.0):
+        assert other in listed
 
 
 def test_a_context_handed_to_another_thread_acts_there(tiny_model):

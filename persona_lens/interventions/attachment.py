@@ -7,7 +7,7 @@ Knows nothing about what an intervention does.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -113,7 +113,7 @@ class Attachment:
         return positions
 
     def refuse_absent(self) -> None:
-        """Raise RuntimeError where the model ran and a layer did not, or where it ran in other threads alone."""
+        """Raise RuntimeError where the model ran and a layer did not, or only threads that began meanwhile ran it."""
         absent = [layer for layer in self.layers if layer not in self.ran]
         if self.passes and absent:
             raise RuntimeError(
@@ -149,8 +149,10 @@ def intervene(
 ) -> Iterator[Attachment]:
     """Attach interventions to the model while the context is open.
 
-    They act on every forward pass, whoever runs it: `model(...)`, either `generate`, `run_with_cache`, a PEFT model or
-    a trainer around the same weights; gradients flow through them. Judges run with them suspended. `at` says on which
+    They act on every forward pass of the thread that opened the context, whoever runs it: `model(...)`, either
+    `generate`, `run_with_cache`, a PEFT model or a trainer around the same weights; gradients flow through them. In
+    another thread they act where it was handed the context (`asyncio.to_thread`, `contextvars.copy_context().run`), and
+    else its passes go through as without them. Judges run with them suspended. `at` says on which
     tokens: `all`; `response`, the last prompt token and all later ones; `prompt`, the prompt's; or a mask [batch, pos]
     of one forward pass. Generation knows where the prompt ends; a forward pass without a cache, several tokens at once
     onto a filled one and assisted decoding do not, and need `prompt_lengths`, how many tokens (cached ones included,
@@ -163,7 +165,8 @@ def intervene(
     Raises:
         ValueError: A vector does not belong to the model, its layer is out of range, positions or caps contradict each
             other; while the model runs, also where the positions cannot be known or coefficients do not fit the batch.
-        RuntimeError: On leaving without another exception, where the model ran and a layer never did.
+        RuntimeError: On leaving without another exception, where the model ran and a layer never did, or where it ran
+            only in threads that were started inside the context and not handed it.
     """
     chosen = _together(interventions)
     check_positions(at, prompt_lengths)
@@ -229,13 +232,17 @@ def _hooks(model: Model, attachment: Attachment) -> list[Hook]:
 @contextmanager
 def _listed(model: Model, attachment: Attachment) -> Iterator[None]:
     # The list follows the hooks: what an interrupt leaves on it is not among `attachments`, and goes with the next.
+    # Each change of the list is one step: other threads change it too.
     listed = _attached.setdefault(_module(model), [])
-    listed[:] = [each for each in listed if each.scope is not None and each.scope.is_open]
+    for left in [other for other in listed if other.scope is None or not other.scope.is_open]:
+        with suppress(ValueError):
+            listed.remove(left)
     listed.append(attachment)
     try:
         yield
     finally:
-        listed[:] = [each for each in listed if each is not attachment]
+        with suppress(ValueError):
+            listed.remove(attachment)
 
 
 def _module(model: Model) -> nn.Module:
