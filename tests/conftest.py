@@ -13,6 +13,8 @@ from typing import Any, cast
 # Set before anything imports torch or a hub client: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# For the threads that tests start: `torch.set_num_threads` below holds for the one that calls it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jaxtyping
 import pytest
