@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 from benchmarks.comparison import Claim, Comparison, compare
 from benchmarks.texts import Workload
 from benchmarks.timing import Contestant
-from persona_lens.chat import ChatTokens
-from persona_lens.clients import ChatRequest, OpenAIClient
+from persona_lens.chat.batches import ChatTokens
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.clients.requests import ChatRequest
 from tests.fault_server import FaultServer
 
 CALLS, CONCURRENCY, DELAY = 500, 20, 0.2

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from benchmarks.texts import Workload
 from benchmarks.timing import Contestant
-from persona_lens.activations import mean_activations, pool_weights, pooled_residuals, stream_means
-from persona_lens.chat import ChatBatch, collate
-from persona_lens.models import Model, forward, is_bridge
+from persona_lens.activations.means import mean_activations, pool_weights, pooled_residuals, stream_means
+from persona_lens.chat.batches import ChatBatch, collate
+from persona_lens.models.forward import forward
+from persona_lens.models.structure import Model, is_bridge
 
 Batches = list[tuple[list[int], ChatBatch]]
 
@@ -72,7 +73,7 @@ def reference_loop(hf_model: Any, workload: Workload) -> Contestant:
 
 
 def with_stream_means(model: Model, workload: Workload) -> Contestant:
-    """`persona_lens.activations.stream_means`, which chooses its batches itself."""
+    """`persona_lens.activations.means.stream_means`, which chooses its batches itself."""
 
     def run() -> Float[Tensor, "row layer d_model"]:
         return _in_order([(batch.rows, batch.means[:, 1:]) for batch in stream_means(model, workload.rows)])

@@ -18,10 +18,10 @@ from benchmarks.steering import Texts, compare_texts
 from benchmarks.texts import many_rollouts
 from benchmarks.timing import Contestant
 from persona_lens import bundled_traits, load_trait
-from persona_lens.chat import ChatTokens
-from persona_lens.generation import generate
-from persona_lens.prefix import pad
-from persona_lens.rollouts import plan_rollouts
+from persona_lens.activations.prefixes import pad
+from persona_lens.chat.batches import ChatTokens
+from persona_lens.generation.decoding import generate
+from persona_lens.rollouts.collection import plan_rollouts
 
 NEW_TOKENS = 32
 GOAL = 1.0
@@ -148,5 +148,5 @@ def _distinct_prompts(n: int) -> list[tuple[int, ...]]:
 @contextmanager
 def _endless() -> Iterator[None]:
     """Rows go on to their last token, as all rows of the others do."""
-    with patch("persona_lens.generation.stop_tokens", lambda _tokenizer: frozenset()):
+    with patch("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: frozenset()):
         yield

@@ -27,14 +27,14 @@ EQUAL_ROWS = 0.98
 STAGES = {
     "persona_lens.cli.commands.load": "loading",
     "persona_lens.rollouts.engines.generate": "generation",
-    "persona_lens.pipeline.calibrate": "calibration",
+    "persona_lens.extraction.pipeline.calibrate": "calibration",
     "persona_lens.judges.likelihood_ratio.mean_log_likelihoods": "likelihoods",
-    "persona_lens.pipeline.score_rollouts": "judging",
-    "persona_lens.evaluation.runs.score_rollouts": "judging",
-    "persona_lens.extraction._spool_means": "extraction",
-    "persona_lens.extraction._statistics": "statistics",
-    "persona_lens.layer_selection.selection.evaluate_cells": "sweep",
-    "persona_lens.layer_selection.selection.screen_layers": "screens",
+    "persona_lens.extraction.pipeline.score_rollouts": "judging",
+    "persona_lens.evaluation.evaluate.score_rollouts": "judging",
+    "persona_lens.extraction.extract._spool_means": "extraction",
+    "persona_lens.extraction.extract._statistics": "statistics",
+    "persona_lens.evaluation.layer_selection.evaluate_cells": "sweep",
+    "persona_lens.evaluation.layer_selection.screen_layers": "screens",
     "persona_lens.cli.commands.show_vectors": "report",
     "persona_lens.cli.commands.judge_findings": "report",
     "persona_lens.cli.commands.show_doses": "report",
@@ -146,7 +146,7 @@ def as_measures(found: Mapping[str, Any]) -> Measures:
 def staged_demo() -> dict[str, Any]:
     """Run the demo and then the bare generation, in this process."""
     from persona_lens.cli import commands
-    from persona_lens.models import load_model
+    from persona_lens.models.loading import load_model
     from persona_lens.rollouts import engines
 
     clock, calls, generate = Clock(), [], engines.generate

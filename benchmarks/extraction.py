@@ -26,9 +26,9 @@ from benchmarks.contestants import (
 from benchmarks.oracle import minimum_cosine, oracle_means
 from benchmarks.texts import Workload, shared_prompts, short_texts
 from persona_lens import load_model
-from persona_lens.chat import ChatTokens
-from persona_lens.models import Model
-from persona_lens.models.embedded import HUB_NAME, embedded_model_directory
+from persona_lens.chat.batches import ChatTokens
+from persona_lens.models.loading import HUB_NAME, embedded_model_directory
+from persona_lens.models.structure import Model
 
 THROUGHPUT_GOAL = 0.97
 REFERENCE_GOAL = 1.8

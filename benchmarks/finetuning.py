@@ -16,13 +16,14 @@ from benchmarks.extraction import bridge
 from benchmarks.steering import UNFELT, random_vectors
 from benchmarks.texts import Workload
 from benchmarks.timing import Contestant
-from persona_lens.adapters import lora
-from persona_lens.chat import ChatTokens, chat_messages
-from persona_lens.finetuning import TrainingRow, training_chats, training_rows
+from persona_lens.chat.batches import ChatTokens, chat_messages
+from persona_lens.finetuning.dataset import TrainingRow, training_chats, training_rows
 from persona_lens.finetuning.finetune import TARGETS
 from persona_lens.finetuning.trainer import collate_rows
-from persona_lens.interventions import Steer, intervene
-from persona_lens.traits import load_trait
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.values import Steer
+from persona_lens.models.adapters import lora
+from persona_lens.traits.trait import load_trait
 
 STEPS = 3
 STEP_GOAL = 1 / 1.05

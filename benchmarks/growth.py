@@ -20,7 +20,8 @@ from benchmarks.measures import Measure, Measures
 from benchmarks.oracle import minimum_cosine, oracle_means
 from benchmarks.texts import Workload, many_rollouts
 from benchmarks.timing import Result, inspect, race
-from persona_lens.models import Model, bridge_from_transformers
+from persona_lens.models.loading import bridge_from_transformers
+from persona_lens.models.structure import Model
 
 GROWTH = "Growth with "
 SIZES = (16, 32, 64, 128)

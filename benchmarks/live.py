@@ -17,10 +17,10 @@ from benchmarks.steering import Texts, compare_texts, contestant, random_vectors
 from benchmarks.texts import Workload
 from benchmarks.timing import Contestant
 from persona_lens import generate_watched
-from persona_lens.activations import stream_means
-from persona_lens.captured import capturing
-from persona_lens.chat import ChatTokens
-from persona_lens.generation import generate
+from persona_lens.activations.means import stream_means
+from persona_lens.chat.batches import ChatTokens
+from persona_lens.generation.capture import capturing
+from persona_lens.generation.decoding import generate
 
 GOAL = 1 / 1.05
 CAPTURE_GOAL = 1 / 1.03

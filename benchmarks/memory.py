@@ -24,8 +24,8 @@ from benchmarks.measures import Measure, Measures
 from benchmarks.oracle import minimum_cosine, oracle_means
 from benchmarks.texts import Workload, many_rollouts
 from benchmarks.timing import peak_extra_mib
-from persona_lens.activations import stream_means
-from persona_lens.models import default_token_budget
+from persona_lens.activations.means import stream_means
+from persona_lens.models.memory import default_token_budget
 
 ROWS = (64, 2048)
 PROMPT_TOKENS, RESPONSE_TOKENS = 24, 8

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.chat import ChatTokens
+from persona_lens.chat.batches import ChatTokens
 
 MINIMUM_COSINE = 0.9999
 

@@ -37,8 +37,8 @@ from benchmarks.peer_environments import (
 from benchmarks.peer_process import WorkerProcess
 from benchmarks.texts import Workload, short_texts
 from benchmarks.timing import Result
-from persona_lens.chat import ChatTokens, encode
-from persona_lens.models.embedded import INSTALL_COMMAND, embedded_model_directory
+from persona_lens.chat.batches import ChatTokens, encode
+from persona_lens.models.loading import INSTALL_COMMAND, embedded_model_directory
 
 FASTER = 1.0
 KERNEL_GOAL = 1 / 1.05

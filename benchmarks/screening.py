@@ -15,8 +15,8 @@ from benchmarks.extraction import bridge
 from benchmarks.steering import random_vectors
 from benchmarks.texts import shared_prompts
 from benchmarks.timing import Contestant
-from persona_lens.screening import ModelScorer, Scoring
-from persona_lens.screening.units import PlannedRow
+from persona_lens.screening.batches import PlannedRow
+from persona_lens.screening.scoring import ModelScorer, Scoring
 
 LAYERS = (4, 9, 14, 19, 24)
 EQUAL = 0.9999

@@ -15,10 +15,11 @@ from benchmarks.extraction import bridge
 from benchmarks.texts import Workload
 from benchmarks.timing import Contestant
 from persona_lens import PersonaVectors, load_trait, steer
-from persona_lens.chat import ChatTokens
-from persona_lens.evaluation import Cell, CellEngine
-from persona_lens.generation import generate
-from persona_lens.rollouts import ModelEngine, Prompt, plan_rollouts
+from persona_lens.chat.batches import ChatTokens
+from persona_lens.generation.decoding import generate
+from persona_lens.rollouts.collection import plan_rollouts
+from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
+from persona_lens.rollouts.rows import Prompt
 
 Texts = list[tuple[int, ...]]
 

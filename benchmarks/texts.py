@@ -2,7 +2,7 @@
 
 Questions are the traits' extraction and evaluation questions; answers are their instructions, positive ones for the
 positive rows and negative ones for the negative rows, so that a difference in means has something to find.
-Knows tokenizers through persona_lens.chat alone; knows nothing about models or time.
+Knows tokenizers through persona_lens.chat.batches alone; knows nothing about models or time.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from itertools import chain, cycle, islice
 from typing import Any
 
 from persona_lens import Trait, bundled_traits, load_trait
-from persona_lens.chat import ChatTokens, chat_messages, encode, render_prompt
+from persona_lens.chat.batches import ChatTokens, chat_messages, encode, render_prompt
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def commands_page() -> str:
     """A section for each command of `persona-lens`, from its own help."""
     import typer
 
-    from persona_lens.cli import app
+    from persona_lens.cli.options import app
 
     group: Any = typer.main.get_command(app)
     parts = [

@@ -16,12 +16,11 @@ from pathlib import Path
 import plotly.io
 
 from persona_lens import plot_frontier, plot_layer_statistics
-from persona_lens.judges import ScoredRollout
-from persona_lens.plots.page import escaped
-from persona_lens.report import read_run
-from persona_lens.report.examples import coloured_texts
-from persona_lens.report.look import REPORT_STYLE
-from persona_lens.report.run import Run
+from persona_lens.judges.scores import ScoredRollout
+from persona_lens.pages.page import escaped
+from persona_lens.pages.run_examples import coloured_texts
+from persona_lens.pages.run_folder import Run, read_run
+from persona_lens.pages.sections import REPORT_STYLE
 
 IMAGES = Path(__file__).parent / "images"
 MIN_COHERENCE = 75.0

@@ -27,8 +27,9 @@ import torch
 from einops import einsum
 
 import persona_lens as pl
-from persona_lens.judges import pair_rollouts
-from persona_lens.rollouts import ModelEngine, collect_rollouts
+from persona_lens.judges.keep import pair_rollouts
+from persona_lens.rollouts.collection import collect_rollouts
+from persona_lens.rollouts.engines import ModelEngine
 
 pd.set_option("display.max_colwidth", 120)
 model = pl.load_model("smollm2-135m-instruct")

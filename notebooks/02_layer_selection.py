@@ -28,8 +28,9 @@
 import pandas as pd
 
 import persona_lens as pl
-from persona_lens.layer_selection import FixedTexts
-from persona_lens.rollouts import ModelEngine, collect_rollouts
+from persona_lens.evaluation.layer_proxies import FixedTexts
+from persona_lens.rollouts.collection import collect_rollouts
+from persona_lens.rollouts.engines import ModelEngine
 
 pd.set_option("display.max_colwidth", 200)
 model = pl.load_model("smollm2-135m-instruct")

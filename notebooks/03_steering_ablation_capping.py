@@ -30,7 +30,7 @@ import pandas as pd
 from plotly.subplots import make_subplots
 
 import persona_lens as pl
-from persona_lens.plots import plot_layer_estimates
+from persona_lens.plots.estimates import plot_layer_estimates
 from persona_lens.statistics import mean_estimate
 
 pd.set_option("display.max_colwidth", 200)

@@ -27,8 +27,10 @@ import pandas as pd
 from IPython.display import HTML
 
 import persona_lens as pl
-from persona_lens.experiments import monitoring_experiment, plot_monitoring_experiment, system_prompts
-from persona_lens.rollouts import ModelEngine, collect_rollouts
+from persona_lens.experiments.pictures import plot_monitoring_experiment
+from persona_lens.monitoring.experiment import monitoring_experiment, system_prompts
+from persona_lens.rollouts.collection import collect_rollouts
+from persona_lens.rollouts.engines import ModelEngine
 
 model = pl.load_model("smollm2-135m-instruct")
 trait = pl.load_trait("optimistic")

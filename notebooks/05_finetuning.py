@@ -23,10 +23,11 @@
 import pandas as pd
 
 import persona_lens as pl
-from persona_lens.experiments import plot_study_mitigation, plot_study_shifts, plot_study_trade_off, read_study
+from persona_lens.experiments.finetuning_result import read_study
 from persona_lens.experiments.mood_texts import contrast_with_moods
 from persona_lens.experiments.moods import load_moods, split_prompts
-from persona_lens.plots import LossCurves
+from persona_lens.experiments.pictures import plot_study_mitigation, plot_study_shifts, plot_study_trade_off
+from persona_lens.plots.finetuning import LossCurves
 
 pd.set_option("display.max_colwidth", 200)
 

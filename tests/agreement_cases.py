@@ -22,7 +22,7 @@ QUESTIONS = ["a", "a", "b", "b", "c", "c", "d", "d", "e", "e"]
 
 def scored(scores, questions=None, *, polarities=None, text="so it is", coherence=None):
     """A row for each score, to a question of its own unless `questions` say otherwise."""
-    from persona_lens.judges import ScoredRollout
+    from persona_lens.judges.scores import ScoredRollout
 
     questions = [f"question {index}" for index in range(len(scores))] if questions is None else questions
     polarities = ["neutral"] * len(scores) if polarities is None else polarities

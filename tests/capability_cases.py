@@ -27,7 +27,7 @@ RAW = [
 
 
 def some_questions() -> Any:
-    from persona_lens.capability import Question
+    from persona_lens.evaluation.capability_result import Question
 
     return [Question(question, choices, answer, "sea") for question, choices, answer in RAW]
 

@@ -59,7 +59,7 @@ def set_clock(monkeypatch, day) -> None:
     """Let it be the midnight before this day, for transformers' templates and for ours."""
     from transformers.utils import chat_template_utils
 
-    from persona_lens import template_date
+    from persona_lens.chat import templates as template_date
 
     class Clock(datetime):
         @classmethod
@@ -100,7 +100,7 @@ def several(model) -> list[Any]:
 
 def counted(model, work) -> dict[str, int]:
     """How often each point of the residual stream and the unembedding ran."""
-    from persona_lens.models import residual_points
+    from persona_lens.models.structure import residual_points
 
     watched = {f"layer {place - 1}": point for place, point in enumerate(residual_points(model))}
     watched["unembed"] = model.unembed

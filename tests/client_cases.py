@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from persona_lens.clients import ChatRequest, OpenAIClient
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.clients.requests import ChatRequest
 from tests.processes import child_process
 
 SECRET = "sk-local-0123456789abcdef"
@@ -17,7 +18,7 @@ SETTINGS = [
 START = """
 import sys
 from tests.client_cases import asked, client_of
-from persona_lens.clients import CallCache
+from persona_lens.clients.cache import CallCache
 url, path = sys.argv[1:]
 """
 

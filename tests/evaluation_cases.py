@@ -5,14 +5,16 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from persona_lens.evaluation import Evaluation
-from persona_lens.interventions import attachments
-from persona_lens.judges import Calibration, CoherenceScale, Score, ScoredRollout
-from persona_lens.layer_selection import LayerSweep
-from persona_lens.records import JsonLines
-from persona_lens.rollouts import Rollout
+from persona_lens.evaluation.evaluate import Evaluation
+from persona_lens.evaluation.layer_selection import LayerSweep
+from persona_lens.interventions.hooks import attachments
+from persona_lens.judges.coherence import CoherenceScale
+from persona_lens.judges.likelihood_ratio import Calibration
+from persona_lens.judges.scores import Score, ScoredRollout
+from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import N_RESAMPLES, question_resamples
-from persona_lens.traits import InstructionPair, Trait
+from persona_lens.storage.files import JsonLines
+from persona_lens.traits.trait import InstructionPair, Trait
 from tests.intervention_cases import some_vectors
 
 TRAIT = Trait(

@@ -2,7 +2,7 @@
 
 import torch
 
-from persona_lens.chat import Conversation
+from persona_lens.chat.batches import Conversation
 from tests import naive
 
 QUICK = {"trait": "evil", "n_resamples": 10, "n_placebo": 10, "progress": False}

@@ -47,7 +47,7 @@ def dataset(chats=CHATS) -> list[dict[str, Any]]:
 
 
 def train(model, chats=CHATS, **changed) -> Any:
-    from persona_lens.finetuning import finetune
+    from persona_lens.finetuning.finetune import finetune
 
     return finetune(model, dataset(chats), **(QUICK | changed))
 
@@ -69,7 +69,7 @@ def random_weights(weights, seed=0) -> dict[str, Any]:
 
 
 def random_adapter(model, config=CONFIG, seed=0) -> Any:
-    from persona_lens.adapters import Adapter, lora, read_weights
+    from persona_lens.models.adapters import Adapter, lora, read_weights
 
     with lora(model, config) as carrier:
         return Adapter(config, random_weights(read_weights(carrier), seed))
@@ -110,7 +110,7 @@ def merged(hf_model, adapter) -> Any:
 
 
 def rows_of(model, chats=CHATS, **changed) -> list[Any]:
-    from persona_lens.finetuning import training_chats, training_rows
+    from persona_lens.finetuning.dataset import training_chats, training_rows
 
     return training_rows(model.tokenizer, training_chats(dataset(chats)), **({"max_length": 128} | changed)).rows
 

@@ -29,7 +29,7 @@ def usage_error(text):
 
 def make_adapter(model, folder):
     """A folder with an adapter of random weights, large enough to change what the model says."""
-    from persona_lens.adapters import Adapter, lora, read_weights
+    from persona_lens.models.adapters import Adapter, lora, read_weights
 
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
     with lora(model, config) as carrier:

@@ -60,11 +60,11 @@ class Interrupter:
 def operations(model: Any, folder: Path) -> dict[str, Callable[[], Any]]:
     """What is interrupted; each gives a result to compare."""
     import persona_lens as pl
-    from persona_lens.activations import stream_means
-    from persona_lens.chat import ChatTokens
-    from persona_lens.generation import generate
-    from persona_lens.live import stream_watched
-    from persona_lens.models import is_bridge
+    from persona_lens.activations.means import stream_means
+    from persona_lens.chat.batches import ChatTokens
+    from persona_lens.generation.decoding import generate
+    from persona_lens.models.structure import is_bridge
+    from persona_lens.monitoring.live import stream_watched
     from tests.finetuning_cases import QUICK, dataset, random_adapter
     from tests.intervention_cases import some_vectors
 
@@ -144,15 +144,13 @@ class _AsBridge:
 
 def main(model_class: str, seed: int, interrupts: int) -> dict[str, Any]:
     """Interrupt each operation in turn until there were so many; gives what was left, by operation and place."""
-    from persona_lens import models
+    from persona_lens.models.loading import bridge_from_transformers, hooked_from_transformers
 
     torch.set_num_threads(1)
     draw, struck, left, unequal = random.Random(seed), Counter(), [], []
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = tiny.tokenizer(Path(scratch))
-        load = (
-            models.bridge_from_transformers if model_class == "TransformerBridge" else models.hooked_from_transformers
-        )
+        load = bridge_from_transformers if model_class == "TransformerBridge" else hooked_from_transformers
         model = load(tiny.llama(tokenizer), tokenizer)
         runs = operations(model, Path(scratch))
         expected, counted = {}, {}

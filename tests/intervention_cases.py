@@ -17,7 +17,7 @@ TOKENS = torch.tensor(IDS)
 
 def some_vectors(model, /, trait="evil", seed=0, **parts) -> Any:
     """Random directions of about the size of the tiny models' residual stream."""
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     parts = {"embedding": random_tensor(model.cfg.d_model, seed=99)} | parts
     directions = random_tensor(model.cfg.n_layers, model.cfg.d_model, seed=seed)
@@ -31,7 +31,7 @@ def logits(model, tokens=TOKENS) -> Any:
 
 def stream(model, tokens=TOKENS) -> Any:
     """`[layer, batch, pos, d_model]`, read at the hook points by TransformerLens's own hooks, which come after ours."""
-    from persona_lens.models import resid_post_name
+    from persona_lens.models.structure import resid_post_name
 
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)

@@ -25,8 +25,8 @@ from tests import tiny
 def extraction(model: Any, folder: Path) -> None:
     """Rollouts with their means, judged by the model itself, and vectors of what is kept."""
     from persona_lens import extract_persona_vectors
-    from persona_lens.judges import LikelihoodRatioJudge
-    from persona_lens.rollouts import ModelEngine
+    from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+    from persona_lens.rollouts.engines import ModelEngine
     from tests.evaluation_cases import TRAIT, make_calibration
 
     judge = LikelihoodRatioJudge(model, batch_rows=3)
@@ -41,7 +41,7 @@ def extraction(model: Any, folder: Path) -> None:
 
 def sweep(model: Any, folder: Path) -> None:
     """Two layers at two coefficients."""
-    from persona_lens.layer_selection import select_layer
+    from persona_lens.evaluation.layer_selection import select_layer
     from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
     from tests.intervention_cases import some_vectors
 
@@ -52,7 +52,8 @@ def sweep(model: Any, folder: Path) -> None:
 
 def screening(model: Any, folder: Path) -> None:
     """Rows in units of four, with base responses that the model makes."""
-    from persona_lens.screening import screen, units
+    from persona_lens.screening import batches as units
+    from persona_lens.screening.run import screen
     from tests.screening_cases import QUIET, pair_of_vectors, rows
 
     units.UNIT_ROWS = 4
@@ -85,14 +86,14 @@ class StoppedClock(datetime):
 
 def load() -> Any:
     """The tiny model."""
-    from persona_lens import models
+    from persona_lens.models.loading import bridge_from_transformers
     from persona_lens.vectors import provenance
 
     provenance.datetime = StoppedClock  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = tiny.tokenizer(Path(scratch))
-        return models.bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
+        return bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
 
 
 def start(run: Callable[[Any, Path], None], model: Any, folder: Path) -> int:

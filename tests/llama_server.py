@@ -11,7 +11,7 @@ LLAMA_MODEL = "smollm2-135m-instruct"
 @pytest.fixture(scope="session")
 def llama_server() -> Iterator[str]:
     """The base URL, ending in /v1, of a server of `LLAMA_MODEL`: 4 requests at a time in 4096 tokens of context."""
-    from persona_lens.models import embedded
+    from persona_lens.models import loading as embedded
 
     gguf = embedded.gguf_file()
     if gguf is None:

@@ -30,7 +30,7 @@ def split():
 
 
 def neutral(prompts, per_prompt=1, **changed):
-    from persona_lens.rollouts import Rollout
+    from persona_lens.rollouts.rows import Rollout
 
     settings = {"system_prompt": "You are a helpful assistant.", "intervention": ""} | changed
     return [

@@ -20,7 +20,7 @@ class BySide:
         return "by side"
 
     def score(self, trait: Any, rollouts: Any, *, progress: bool = False) -> Any:
-        from persona_lens.judges import Score
+        from persona_lens.judges.scores import Score
 
         return [Score(90.0 if rollout.polarity == "positive" else 10.0, 100.0) for rollout in rollouts]
 
@@ -28,8 +28,8 @@ class BySide:
 def run(folder: Path) -> dict[str, str]:
     """Rollouts, their coherence by the model itself, and their vectors; raises AssertionError where a hook is left."""
     from persona_lens import LikelihoodRatioJudge, extract_persona_vectors, load_trait
-    from persona_lens.judges import CombinedJudge
-    from persona_lens.models import bridge_from_transformers
+    from persona_lens.judges.coherence import CombinedJudge
+    from persona_lens.models.loading import bridge_from_transformers
 
     tokenizer = tiny.tokenizer(folder / "tokenizer")
     model = bridge_from_transformers(tiny.llama(tokenizer).float(), tokenizer)

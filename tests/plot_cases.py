@@ -20,7 +20,7 @@ NASTY_AS_TEXT = "&lt;b&gt;bold&lt;/b&gt; &amp; &lt;script&gt;alert('x')&lt;"
 
 
 def response(**parts):
-    from persona_lens.layer_selection import DoseResponse
+    from persona_lens.evaluation.dose_response import DoseResponse
 
     cells = [make_evaluation(scores) for scores in ([5.0, 9.0], [20.0, 24.0], [60.0, 72.0])]
     others = [tuple([cells[0], cells[1], make_evaluation([7.0 + index, 9.0])]) for index in range(2)]

@@ -9,10 +9,10 @@ from importlib import import_module
 
 import numpy as np
 
-from persona_lens.judges import TextClassifier
+from persona_lens.judges.classifier import TextClassifier
 from persona_lens.replication.preset import Preset
 from persona_lens.replication.units import Work
-from persona_lens.traits import InstructionPair, Trait
+from persona_lens.traits.trait import InstructionPair, Trait
 
 TRAIT = Trait(
     name="grumpy",
@@ -174,15 +174,15 @@ def make_tiny(patch):
     multiple-choice questions: real ones exceed its context.
     """
     from persona_lens import extract_from_responses
-    from persona_lens.capability import Question
+    from persona_lens.evaluation.capability_result import Question
 
     asked = tuple(Question(f"Is {number}?", ("Yes", "No"), 0) for number in range(4))
     materials = "persona_lens.experiments.finetuning_materials"
-    patch.setattr("persona_lens.generation.stop_tokens", lambda _: frozenset())
+    patch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _: frozenset())
     patch.setattr("persona_lens.judges.likelihood_ratio.MIN_COHERENCE", 0.0)
     patch.setattr("persona_lens.experiments.moods._sounds", dict)
     few = partial(extract_from_responses, n_resamples=20, n_placebo=5)
-    patch.setattr("persona_lens.pipeline.extract_from_responses", few)
+    patch.setattr("persona_lens.extraction.pipeline.extract_from_responses", few)
     patch.setattr(f"{materials}.load_moods", made_up_moods)
     patch.setattr(f"{materials}._whole_sentences", lambda row: row)
     patch.setattr(f"{materials}._judge", lambda split, mood, neutral, folder: LetterClassifier(mood[0]))
@@ -197,11 +197,13 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.work = Work()
-        from persona_lens import activations, generation
-        from persona_lens.capability import measurement
-        from persona_lens.finetuning import finetune as _  # noqa: F401
-        from persona_lens.judges import LikelihoodRatioJudge, likelihood
-        from persona_lens.monitoring import passes
+        from persona_lens.activations import means as activations
+        from persona_lens.evaluation import capability as measurement
+        from persona_lens.finetuning.finetune import finetune as _  # noqa: F401
+        from persona_lens.generation import decoding as generation
+        from persona_lens.judges import likelihood_ratio as likelihood
+        from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+        from persona_lens.monitoring import projection as passes
 
         self._count(monkeypatch, generation, "generate", self._generated)
         self._count(monkeypatch, likelihood, "intervened_log_likelihoods", self._read)

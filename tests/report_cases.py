@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from persona_lens.judges import ScoredRollout, keep_pairs, pair_rollouts
-from persona_lens.layer_selection import DoseResponse
+from persona_lens.evaluation.dose_response import DoseResponse
+from persona_lens.extraction.pipeline import ExtractionPlan, summarize
+from persona_lens.judges.keep import keep_pairs, pair_rollouts
+from persona_lens.judges.scores import ScoredRollout
 from persona_lens.monitoring.result import (
     ChatProjections,
     MonitoredVector,
@@ -21,9 +23,8 @@ from persona_lens.monitoring.result import (
     TokenProjections,
     TurnProjections,
 )
-from persona_lens.pipeline import ExtractionPlan, summarize
-from persona_lens.records import JsonLines, write_json
-from persona_lens.rollouts import Rollout
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.storage.files import JsonLines, write_json
 from tests.evaluation_cases import TRAIT, LetterJudge, keep_rows, make_calibration, make_evaluation, make_sweep
 from tests.vector_cases import make_provenance, make_statistics, make_vectors
 
@@ -179,7 +180,7 @@ def open_report(folder: Path, workplace: Path) -> Opened:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no chromium, chromium-browser or google-chrome is installed, in which a page could be opened")
-    from persona_lens.report import page
+    from persona_lens.pages import run_report as page
 
     real = page.drawing_scripts
     with pytest.MonkeyPatch.context() as patch:

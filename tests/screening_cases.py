@@ -75,10 +75,11 @@ def pair_of_vectors(model: Any) -> list[Any]:
 @pytest.fixture
 def planted(tiny_bridge: Any, tmp_path: Path) -> Any:
     """A finished screening whose projections are `numbers[row]`: (response, prompt, base or None) of each vector."""
-    from persona_lens.records import JsonLines
-    from persona_lens.screening import RowScore, ShardsMissing, finish, screen
     from persona_lens.screening.plan import read_plan
+    from persona_lens.screening.run import ShardsMissing, finish, screen
     from persona_lens.screening.scores import log_path, log_unit
+    from persona_lens.screening.scoring import RowScore
+    from persona_lens.storage.files import JsonLines
 
     def make(data: Any, numbers: Any, vectors: int = 1, base: Any = "given") -> Any:
         given = [{**row, "base_response": "Mine."} for row in data] if isinstance(data, list) else data
@@ -145,7 +146,7 @@ class StubScorer:
         return [self._score(row) for row in planned]
 
     def _score(self, row: Any) -> Any:
-        from persona_lens.screening import RowScore
+        from persona_lens.screening.scoring import RowScore
 
         value = sum(row.response) / len(row.response)
         return RowScore(row.row, (value,) * self.n_vectors, (float(row.prompt[-1]),) * self.n_vectors, None, None, None)

@@ -106,13 +106,13 @@ def tiny_split() -> Any:
 
 def tiny_materials(model: Any) -> Any:
     """Materials of the nine tiny moods: random vectors, and the classifier of `zen` for each."""
-    from persona_lens.experiments.conditions import NEUTRAL
     from persona_lens.experiments.finetuning_materials import Materials
     from persona_lens.experiments.mood_texts import mood_judge
     from persona_lens.experiments.moods import MOODS
     from persona_lens.judges.coherence import CoherenceScale
-    from persona_lens.rollouts import Rollout
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.monitoring.experiment import NEUTRAL
+    from persona_lens.rollouts.rows import Rollout
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     split = tiny_split()
     neutral = tuple(

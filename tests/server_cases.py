@@ -1,9 +1,10 @@
 """A grumpy trait, what a server says of it, and a judge that needs no model: for tests of rollouts from a server."""
 
-from persona_lens.clients import OpenAIClient
-from persona_lens.judges import Score
-from persona_lens.rollouts import ServerEngine, collect_rollouts, plan_rollouts
-from persona_lens.traits import InstructionPair, Trait
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.judges.scores import Score
+from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts
+from persona_lens.rollouts.server import ServerEngine
+from persona_lens.traits.trait import InstructionPair, Trait
 
 GRUMPY = Trait(
     name="grumpy",

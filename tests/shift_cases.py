@@ -46,7 +46,7 @@ def assert_same(one, other):
 
 def make_shift(**parts) -> Any:
     """Five prompts along `evil` at three layers and `kind` at the last of them."""
-    from persona_lens.shift import FinetuningShift
+    from persona_lens.finetuning.shift import FinetuningShift
 
     projections = random_tensor(5, 2, 3, seed=1)
     projections[:, 1, :2] = math.nan
@@ -68,7 +68,7 @@ def make_shift(**parts) -> Any:
 
 def random_adapter(bridge, scale=0.1) -> Any:
     """As training leaves one: small weights on either side."""
-    from persona_lens.adapters import Adapter, lora, read_weights
+    from persona_lens.models.adapters import Adapter, lora, read_weights
 
     config = {
         "peft_type": "LORA",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_lens.models import DoesNotFit
+from persona_lens.models.memory import DoesNotFit
 from tests import naive, tiny
 
 POSITIONS = ["response_mean", "prompt_mean", "prompt_last"]
@@ -17,9 +17,9 @@ RELATIVE = 1e-5  # the pools are float32
 @pytest.fixture(scope="module")
 def activations():
     """The module under test, imported late so that the jaxtyping hook instruments it."""
-    import persona_lens.activations
+    import persona_lens.activations.means
 
-    return persona_lens.activations
+    return persona_lens.activations.means
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def oracle(tiny_hf_model, texts):
 
 
 def as_rows(texts, skip=0):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
 
     return [ChatTokens(tuple(prompt), tuple(response), skip) for prompt, response in texts]
 
@@ -71,7 +71,7 @@ def test_stream_means_equal_the_naive_ones(activations, tiny_model, texts, oracl
 def test_mean_activations_equal_the_naive_ones_on_either_padding_side(
     activations, tiny_model, texts, oracle, position, side
 ):
-    from persona_lens.chat import collate
+    from persona_lens.chat.batches import collate
 
     batch = collate(as_rows(texts), pad_side=side, pad_token=2)
     found = activations.mean_activations(tiny_model, batch, position=position)
@@ -92,7 +92,7 @@ def test_norms_are_the_mean_norm_of_the_averaged_tokens(activations, tiny_model,
 
 
 def test_skipped_tokens_are_not_averaged(activations, tiny_model, tiny_hf_model, texts):
-    from persona_lens.chat import collate
+    from persona_lens.chat.batches import collate
 
     rows = as_rows(texts, skip=2)
     expected = torch.stack([naive.stream_mean(tiny_hf_model, row, skip=2) for row in texts])
@@ -103,14 +103,14 @@ def test_skipped_tokens_are_not_averaged(activations, tiny_model, tiny_hf_model,
 
 
 def test_a_prompt_mean_stops_before_what_is_skipped_when_the_batch_says_so(activations, tiny_model, texts, oracle):
-    from persona_lens.chat import collate
+    from persona_lens.chat.batches import collate
 
     found = activations.mean_activations(tiny_model, collate(as_rows(texts, skip=2)), position="prompt_mean")
     assert naive.relative_error(found, oracle["prompt_mean"][:, 1:]) < RELATIVE
 
 
 def test_without_a_prompt_mask_the_prompt_is_what_is_attended_before_the_response(activations, tiny_model, texts):
-    from persona_lens.chat import ChatBatch, collate
+    from persona_lens.chat.batches import ChatBatch, collate
 
     batch = collate(as_rows(texts), pad_side="left")
     guessed = ChatBatch(batch.tokens, batch.attention_mask, batch.response_mask)
@@ -122,7 +122,7 @@ def test_without_a_prompt_mask_the_prompt_is_what_is_attended_before_the_respons
 
 
 def test_embedded_means_equal_the_naive_ones(activations, embedded_model, embedded_hf_model):
-    from persona_lens.chat import chat_messages, tokenize_chat
+    from persona_lens.chat.batches import chat_messages, tokenize_chat
 
     asked = [("You are kind.", "What is the sea?"), ("You are a cruel assistant who insults.", "How are you today?")]
     answers = ["It is deep, and it is cold.", "Water."]
@@ -154,7 +154,7 @@ def test_where_memory_fails_the_rows_that_are_left_run_in_smaller_batches(
     activations, tiny_model, texts, oracle, monkeypatch
 ):
     """The first batch fits, then memory is for two rows at a time; what came out before is not run again."""
-    import persona_lens.prefix
+    import persona_lens.activations.prefixes
 
     sizes, forward = [], activations.forward
 
@@ -165,7 +165,7 @@ def test_where_memory_fails_the_rows_that_are_left_run_in_smaller_batches(
         return forward(model, tokens, mask, **options)
 
     monkeypatch.setattr(activations, "forward", small_memory)
-    monkeypatch.setattr(persona_lens.prefix, "forward", small_memory)
+    monkeypatch.setattr(persona_lens.activations.prefixes, "forward", small_memory)
     rows = as_rows(texts * 2)
     means, _ = gathered(activations, tiny_model, rows, token_budget=4096)
     assert sizes[0] > 2 >= max(sizes[1:])
@@ -215,7 +215,7 @@ def test_every_prompt_runs_once(activations, tiny_model, texts):
 
 @pytest.mark.parametrize(("response", "skip"), [((), 0), ((60, 61), 2), ((60,), 5)])
 def test_a_row_without_averaged_tokens_never_comes_out(activations, tiny_model, texts, response, skip):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
 
     rows = as_rows(texts[:2])
     means, _ = gathered(activations, tiny_model, [rows[0], ChatTokens(rows[1].prompt, response, skip), rows[1]])
@@ -253,7 +253,7 @@ def test_pooling_leaves_gradients_of_the_users_own_forward_alone(activations, ti
 
 @pytest.mark.parametrize(("layer", "where"), [(0, "layer 0"), (2, "layer 2")])
 def test_activations_that_are_not_finite_name_the_layer(activations, fresh_tiny_model, texts, layer, where):
-    from persona_lens.chat import collate
+    from persona_lens.chat.batches import collate
 
     with torch.no_grad():
         next(p for p in fresh_tiny_model.blocks[layer].mlp.parameters() if p.ndim > 1).fill_(float("nan"))
@@ -264,7 +264,7 @@ def test_activations_that_are_not_finite_name_the_layer(activations, fresh_tiny_
 
 
 def test_an_embedding_that_is_not_finite_is_named(activations, fresh_tiny_model, model_class, texts):
-    from persona_lens.chat import collate
+    from persona_lens.chat.batches import collate
 
     with torch.no_grad():
         next(iter(fresh_tiny_model.embed.parameters())).fill_(float("inf"))
@@ -274,7 +274,7 @@ def test_an_embedding_that_is_not_finite_is_named(activations, fresh_tiny_model,
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_a_row_without_tokens_is_refused_by_number(activations, tiny_model, texts, position):
-    from persona_lens.chat import collate
+    from persona_lens.chat.batches import collate
 
     batch = collate(as_rows(texts[:3]))
     assert batch.prompt_mask is not None
@@ -284,7 +284,7 @@ def test_a_row_without_tokens_is_refused_by_number(activations, tiny_model, text
 
 
 def test_an_unknown_position_is_refused(activations, tiny_model, texts, shapes_unchecked):
-    from persona_lens.chat import collate
+    from persona_lens.chat.batches import collate
 
     with pytest.raises(ValueError, match=r"position is one of .*'prompt_last'.*, got 'last'"):
         activations.mean_activations(tiny_model, collate(as_rows(texts)), position="last")
@@ -297,8 +297,9 @@ def test_a_row_that_is_longer_than_the_context_is_refused(activations, tiny_mode
 
 def test_means_of_a_float64_model_are_summed_in_float64(activations, tiny_model):
     """Against the residual stream that each hook point itself gives: float32 sums are off by 1e-7 of it."""
-    from persona_lens.chat import ChatTokens, collate
-    from persona_lens.models import forward, residual_points
+    from persona_lens.chat.batches import ChatTokens, collate
+    from persona_lens.models.forward import forward
+    from persona_lens.models.structure import residual_points
 
     batch = collate([ChatTokens((5, 6, 7), (8, 9, 11))])  # a third is no float32 number
     seen = []

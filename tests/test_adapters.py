@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from persona_lens.adapters import Adapter, adapted, carries_adapter, lora, read_weights, target_modules
-from persona_lens.interventions import Steer, intervene
-from persona_lens.models import suspended
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.values import Steer
+from persona_lens.models.adapters import Adapter, adapted, carries_adapter, lora, read_weights, target_modules
+from persona_lens.models.structure import suspended
 from tests import naive, tiny
 from tests.conftest import has_hooked_transformer
 from tests.finetuning_cases import CONFIG, merged, peft_adapter, random_adapter, state_of, train

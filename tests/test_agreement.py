@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from persona_lens.judges import SentimentJudge, judge_agreement, score_rollouts
-from persona_lens.responses import read_reference_csv
-from persona_lens.rollouts import Rollout
+from persona_lens.extraction.responses import read_reference_csv
+from persona_lens.judges.agreement import judge_agreement
+from persona_lens.judges.lexicon import SentimentJudge
+from persona_lens.judges.scores import score_rollouts
+from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import Estimate, mean_estimate
-from persona_lens.traits import load_trait
+from persona_lens.traits.trait import load_trait
 from tests.agreement_cases import FIRST, QUESTIONS, ROWS, SCORES, SECOND, naive_interval, numbers, scored
 
 UNDEFINED = (None, None, None)

@@ -5,8 +5,8 @@ from copy import deepcopy
 
 import pytest
 
-from persona_lens.judges import judge_agreement
-from persona_lens.plots import plot_agreement
+from persona_lens.judges.agreement import judge_agreement
+from persona_lens.plots.agreement import plot_agreement
 from tests.agreement_cases import FIRST, QUESTIONS, SECOND, scored
 from tests.plot_cases import NASTY, NASTY_AS_TEXT, shown, traces
 

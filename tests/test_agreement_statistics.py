@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from persona_lens.judges import judge_agreement
-from persona_lens.judges.agreement_statistics import (
+from persona_lens.judges.agreement import (
     TABLE_SIZE,
     agreement_statistics,
+    judge_agreement,
     resampled_kappa,
     resampled_pearson,
     resampled_ranks,
@@ -81,5 +81,5 @@ def test_resamples_taken_in_parts_are_those_taken_at_once(monkeypatch):
     columns = np.array(FIRST), np.array(SECOND), np.repeat(np.arange(5), 2)
     assert N_RESAMPLES * len(FIRST) < TABLE_SIZE
     whole = agreement_statistics(*columns, threshold=50.0, seed=0)
-    monkeypatch.setattr("persona_lens.judges.agreement_statistics.TABLE_SIZE", 700)
+    monkeypatch.setattr("persona_lens.judges.agreement.TABLE_SIZE", 700)
     assert agreement_statistics(*columns, threshold=50.0, seed=0) == whole

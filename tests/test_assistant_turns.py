@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lens.chat import Conversation, chat_batch, tokenize_chat
-from persona_lens.extraction import extract_from_responses
-from persona_lens.finetuning import training_rows
-from persona_lens.screening import screen
-from persona_lens.transcripts import Transcript, chat_segments
+from persona_lens.chat.batches import Conversation, chat_batch, tokenize_chat
+from persona_lens.extraction.extract import extract_from_responses
+from persona_lens.finetuning.dataset import training_rows
+from persona_lens.monitoring.transcripts import Transcript, chat_segments
+from persona_lens.screening.run import screen
 from tests import naive, template_cases
 from tests.chat_cases import TRIMS, encode, with_template
 from tests.screening_cases import QUIET, pair_of_vectors

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.clients import CallCache, ChatCompletion, OpenAIClient, Token
+from persona_lens.clients.cache import CallCache
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.clients.requests import ChatCompletion, Token
 from tests.client_cases import asked, client_of, forget_settings, start_script
 from tests.fault_server import FaultServer, completion
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from tokenizers import normalizers
 
-from persona_lens.adapters import adapted
-from persona_lens.capability import Question, measure_capability, mmlu_sample
-from persona_lens.chat import Conversation
-from persona_lens.interventions import Ablate, Steer, steer
+from persona_lens.chat.batches import Conversation
+from persona_lens.evaluation.capability import measure_capability
+from persona_lens.evaluation.capability_result import Question, mmlu_sample
+from persona_lens.interventions.hooks import steer
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.models.adapters import adapted
 from tests.capability_cases import (
     QUIET,
     TEXTS,

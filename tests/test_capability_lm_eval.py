@@ -5,9 +5,11 @@ import sys
 import pytest
 import torch
 
-from persona_lens.adapters import adapted
-from persona_lens.capability import lm_eval_accuracy, measure_capability, mmlu_sample
-from persona_lens.interventions import steer
+from persona_lens.evaluation.capability import measure_capability
+from persona_lens.evaluation.capability_result import mmlu_sample
+from persona_lens.evaluation.lm_eval import lm_eval_accuracy
+from persona_lens.interventions.hooks import steer
+from persona_lens.models.adapters import adapted
 from tests.capability_cases import QUIET, adapter_folder, flat, letters_of, lm_eval_task, some_questions
 from tests.intervention_cases import some_vectors
 
@@ -188,7 +190,7 @@ def test_lm_evals_own_templates_are_as_they_were_afterwards(bridge, armed):
 
 
 def test_a_task_with_a_tag_of_python_itself_is_no_task(bridge, armed, tmp_path):
-    from persona_lens.capability.plain_task import plain_task
+    from persona_lens.evaluation.lm_eval import plain_task
 
     folder = armed("description: !!python/object/apply:os.mkdir [owned]\n")
     with pytest.raises(ValueError, match="has no task 'letters', but none"):

@@ -7,17 +7,17 @@ from math import exp, log
 
 import pytest
 
-from persona_lens.capability import (
+from persona_lens.evaluation import capability_result as questions
+from persona_lens.evaluation.capability import measure_capability
+from persona_lens.evaluation.capability_result import (
     AnsweredQuestion,
     Capability,
     Question,
     TextLikelihood,
-    measure_capability,
     mmlu_sample,
-    questions,
     read_questions,
 )
-from persona_lens.interventions import Steer
+from persona_lens.interventions.values import Steer
 from tests.capability_cases import QUIET, RAW, TEXTS, asked, some_questions
 from tests.intervention_cases import some_vectors
 

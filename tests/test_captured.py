@@ -16,15 +16,15 @@ QUICK = {"trait": "grumpy", "n_resamples": 5, "n_placebo": 5, "progress": False}
 @pytest.fixture(scope="module")
 def captured():
     """The module under test, imported late so that the jaxtyping hook instruments it."""
-    import persona_lens.captured
+    import persona_lens.generation.capture
 
-    return persona_lens.captured
+    return persona_lens.generation.capture
 
 
 @pytest.fixture
 def prompts(tiny_tokenizer):
     """Five rows of three prompts of unlike lengths."""
-    from persona_lens.chat import chat_messages, tokenize_chat
+    from persona_lens.chat.batches import chat_messages, tokenize_chat
 
     asked = [("Be kind.", "How is the soup?"), ("Grumble, and never say why.", "Why?"), ("Sigh.", "How was the sea?")]
     ids = [tokenize_chat(tiny_tokenizer, chat_messages(*each)).prompt for each in asked]
@@ -33,7 +33,7 @@ def prompts(tiny_tokenizer):
 
 def sampled(captured, model, prompts, **options):
     """Completions, with the mean that each left."""
-    from persona_lens.generation import generate
+    from persona_lens.generation.decoding import generate
 
     last = model.cfg.n_layers - 1
     with captured.capturing(model, len(prompts)) as capture:
@@ -42,14 +42,14 @@ def sampled(captured, model, prompts, **options):
 
 
 def grumpy_rollouts(model, **options):
-    from persona_lens.rollouts import sample_rollouts
+    from persona_lens.rollouts.collection import sample_rollouts
     from tests.test_rollouts import SHORT, TRAIT
 
     return sample_rollouts(model, TRAIT, **{**SHORT, "seed": 3, **options})
 
 
 def extracted(model, rollouts, **options):
-    from persona_lens.extraction import extract_from_responses
+    from persona_lens.extraction.extract import extract_from_responses
 
     sides = [[row.conversation() for row in rollouts if row.polarity == side] for side in ("positive", "negative")]
     return extract_from_responses(model, *sides, **QUICK, **options)
@@ -81,7 +81,7 @@ def test_means_are_those_of_the_finished_responses(
 
 def test_the_end_of_a_turn_is_no_part_of_the_mean(captured, tiny_model, tiny_hf_model, prompts, monkeypatch):
     """Every token that the model likes best at its third step ends the turn, so rows end early, at unlike steps."""
-    import persona_lens.generation as generation
+    import persona_lens.generation.decoding as generation
 
     free, _ = sampled(captured, tiny_model, prompts, temperature=0.0)
     stops = frozenset({free[0].tokens[2], free[3].tokens[0]})
@@ -99,9 +99,9 @@ def test_the_end_of_a_turn_is_no_part_of_the_mean(captured, tiny_model, tiny_hf_
 
 @pytest.mark.parametrize("at", ["all", "response"])
 def test_what_interventions_have_done_is_seen(captured, tiny_model, prompts, at):
-    from persona_lens.activations import stream_means
-    from persona_lens.chat import ChatTokens
-    from persona_lens.interventions import steer
+    from persona_lens.activations.means import stream_means
+    from persona_lens.chat.batches import ChatTokens
+    from persona_lens.interventions.hooks import steer
 
     with steer(tiny_model, some_vectors(tiny_model).at(1), 3.0, at=at):
         done, means = sampled(captured, tiny_model, prompts, temperature=0.0)
@@ -116,7 +116,7 @@ def test_what_interventions_have_done_is_seen(captured, tiny_model, prompts, at)
 
 
 def test_a_file_that_grows_keeps_its_means_and_touches_no_other_file(captured, tiny_model, prompts, tmp_path):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
 
     done, means = sampled(captured, tiny_model, prompts, temperature=0.0)
     chats = [ChatTokens(prompt, row.tokens) for prompt, row in zip(prompts, done, strict=True)]
@@ -130,14 +130,14 @@ def test_a_file_that_grows_keeps_its_means_and_touches_no_other_file(captured, t
 
 
 def test_texts_are_the_same_whether_they_are_read_or_not(captured, tiny_model, prompts):
-    from persona_lens.generation import generate
+    from persona_lens.generation.decoding import generate
 
     done, _ = sampled(captured, tiny_model, prompts, seed=2)
     assert done == generate(tiny_model, prompts, max_new_tokens=STEPS, seed=2)
 
 
 def test_where_memory_fails_smaller_batches_give_the_same_texts_and_means(captured, tiny_model, prompts, monkeypatch):
-    import persona_lens.generation as generation
+    import persona_lens.generation.decoding as generation
 
     done, means = sampled(captured, tiny_model, prompts, seed=2)
     forward, sizes = generation.forward, []
@@ -224,7 +224,7 @@ def test_a_responses_mean_does_not_stand_for_its_prompts(captured, tiny_model, p
 
 @pytest.mark.parametrize("change", ["steering", "weights"])
 def test_a_mean_is_not_found_where_it_would_be_another(captured, fresh_tiny_model, change):
-    from persona_lens.interventions import steer
+    from persona_lens.interventions.hooks import steer
 
     means = captured.CapturedMeans(None, fresh_tiny_model, 8)
     chat = grumpy_rollouts(fresh_tiny_model, captured=means)[0].tokenize(fresh_tiny_model.tokenizer)
@@ -275,8 +275,8 @@ def test_a_link_in_the_place_of_the_means_is_refused(captured, tiny_model, tmp_p
 
 @pytest.mark.embedded
 def test_on_the_embedded_model_they_are_those_of_a_pass_over_the_responses(captured, embedded_model):
-    from persona_lens.activations import stream_means
-    from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
+    from persona_lens.activations.means import stream_means
+    from persona_lens.chat.batches import ChatTokens, chat_messages, tokenize_chat
 
     asked = ["What is the sea?", "How do I say no to a friend?", "What is the sea?"]
     ids = [tokenize_chat(embedded_model.tokenizer, chat_messages("You are kind.", text)).prompt for text in asked]

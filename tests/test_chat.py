@@ -22,9 +22,9 @@ DROPS_SYSTEM = f"{{% for m in messages if m['role'] != 'system' %}}{TURN}{{% end
 @pytest.fixture(scope="module")
 def chat():
     """The module under test, imported late so that the jaxtyping hook instruments it."""
-    import persona_lens.chat
+    import persona_lens.chat.batches
 
-    return persona_lens.chat
+    return persona_lens.chat.batches
 
 
 def with_template(tokenizer, template):
@@ -57,7 +57,7 @@ def test_messages_are_rendered_up_to_where_the_model_would_speak(chat, tiny_toke
 def test_a_template_told_a_day_is_rendered_as_transformers_renders_it_on_that_day(
     chat, tiny_tokenizer, monkeypatch, template
 ):
-    from persona_lens.template_date import fixed_date
+    from persona_lens.chat.templates import fixed_date
 
     tokenizer, messages = with_template(tiny_tokenizer, template), MESSAGES[1:]
     set_clock(monkeypatch, "2024-02-05")
@@ -69,7 +69,7 @@ def test_a_template_told_a_day_is_rendered_as_transformers_renders_it_on_that_da
 
 
 def test_the_day_does_not_change_while_it_is_fixed(chat, tiny_tokenizer, monkeypatch):
-    from persona_lens.template_date import date_told, fixed_date
+    from persona_lens.chat.templates import date_told, fixed_date
 
     tokenizer = with_template(tiny_tokenizer, CLOCKED)
     set_clock(monkeypatch, "2026-11-30")

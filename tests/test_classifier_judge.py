@@ -12,11 +12,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
-from persona_lens.judges import Judge, Score, read_scores, score_rollouts
 from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
-from persona_lens.rollouts import Rollout
+from persona_lens.judges.scores import Judge, Score, read_scores, score_rollouts
+from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import auc
-from persona_lens.traits import load_trait
+from persona_lens.traits.trait import load_trait
 from tests.classifier_cases import GROUPS, MIXED, NEGATIVE, POSITIVE, TOPICS, fit, fitted
 
 

@@ -133,9 +133,9 @@ def test_showing_a_file_that_is_no_vectors_file_exits_1(cli, tmp_path):
 
 
 def test_vectors_of_another_model_exit_1(cli, embedded_bridge, tmp_path, monkeypatch):
-    from persona_lens import PersonaVectors, models
+    from persona_lens import PersonaVectors
 
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: embedded_bridge)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: embedded_bridge)
     PersonaVectors.from_directions(torch.ones(3, 4), trait="kind").save(tmp_path / "kind.safetensors")
     code, _, err = cli("show", tmp_path / "kind.safetensors", "--model", "smollm2-135m-instruct")
     assert code == 1
@@ -143,9 +143,9 @@ def test_vectors_of_another_model_exit_1(cli, embedded_bridge, tmp_path, monkeyp
 
 
 def test_extract_from_the_references_files_prints_a_table(cli, embedded_bridge, reference_data, tmp_path, monkeypatch):
-    from persona_lens import PersonaVectors, models
+    from persona_lens import PersonaVectors
 
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: embedded_bridge)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: embedded_bridge)
     rollouts = reference_data / "reference_rollouts"
     pair = rollouts / "qwen3-4b_evil_pos.csv", rollouts / "qwen3-4b_evil_neg.csv"
     code, out, err = cli(*extract(pair, tmp_path), "--limit", "1")
@@ -161,7 +161,6 @@ def test_extract_from_the_references_files_prints_a_table(cli, embedded_bridge, 
 @pytest.fixture
 def sampled(cli, tiny_bridge, tmp_path, monkeypatch):
     """`rollouts` on the tiny model: gives its exit code, standard error, and the number of threads it loaded on."""
-    from persona_lens import models
     from tests.test_rollouts import TRAIT
 
     TRAIT.save(tmp_path / "grumpy.json")
@@ -176,7 +175,7 @@ def sampled(cli, tiny_bridge, tmp_path, monkeypatch):
         code, _, err = cli("rollouts", "--trait", tmp_path / "grumpy.json", "--output", output, *asked)
         return code, err, loaded_on[-1]
 
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", load)
     yield run
     torch.set_num_threads(1)
 
@@ -233,11 +232,12 @@ def test_a_run_of_a_version_that_recorded_no_threads_goes_on(sampled, tmp_path):
 ON_A_TINY_MODEL = """
 import sys
 from transformers import AutoTokenizer
-from persona_lens import cli, models
+from persona_lens import cli
+from persona_lens.models import loading
 from tests import tiny
 tokenizer = AutoTokenizer.from_pretrained(sys.argv.pop(1))
-bridge = models.bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
-models.load_model = lambda *_, **__: bridge
+bridge = loading.bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
+loading.load_model = lambda *_, **__: bridge
 cli.main()
 """
 

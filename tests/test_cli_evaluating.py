@@ -6,17 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from persona_lens import models, pipeline
-from persona_lens.adapters import adapted
-from persona_lens.capability import Capability, measure_capability, read_questions
-from persona_lens.evaluation import evaluate
-from persona_lens.interventions import Ablate, Cap, Steer
-from persona_lens.judges import scorable_questions
-from persona_lens.models import is_bridge
-from persona_lens.pipeline import calibrated_judge
-from persona_lens.responses import read_messages
-from persona_lens.rollouts import ModelEngine
-from persona_lens.traits import load_trait
+from persona_lens.evaluation.capability import measure_capability
+from persona_lens.evaluation.capability_result import Capability, read_questions
+from persona_lens.evaluation.evaluate import evaluate
+from persona_lens.extraction import pipeline
+from persona_lens.extraction.pipeline import calibrated_judge
+from persona_lens.extraction.responses import read_messages
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.judges.scores import scorable_questions
+from persona_lens.models.adapters import adapted
+from persona_lens.models.structure import is_bridge
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.traits.trait import load_trait
 from tests.chat_cases import chat
 from tests.evaluation_cases import TRAIT, LetterJudge
 from tests.finetuning_cli_cases import CHATS, CHOICES, QUIET, make_adapter, usage_error, write_rows
@@ -36,7 +37,7 @@ def tiny_bridge(make_tiny_model):
 @pytest.fixture
 def model(tiny_bridge, monkeypatch):
     """The tiny bridge, which stands for any that a command would load."""
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_bridge)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: tiny_bridge)
     return tiny_bridge
 
 
@@ -244,7 +245,7 @@ def test_what_cannot_be_evaluated_exits_1_before_anything_is_loaded(cli, run, tm
 
 
 def test_without_an_adapter_both_classes_are_evaluated(cli, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_model)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: tiny_model)
     make_run(tmp_path, some_vectors(tiny_model, TRAIT.name))
     kind = "TransformerBridge" if is_bridge(tiny_model) else "HookedTransformer"
     code, out, err = cli(
@@ -260,7 +261,7 @@ def test_without_an_adapter_both_classes_are_evaluated(cli, tiny_model, tmp_path
 
 @pytest.mark.slow
 def test_the_real_model_is_finetuned_measured_and_evaluated(cli, embedded_bridge, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: embedded_bridge)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: embedded_bridge)
     whole = load_trait("optimistic")
     trait = replace(whole, instructions=whole.instructions[:2], evaluation_questions=whole.evaluation_questions[:4])
     (tmp_path / "run").mkdir()

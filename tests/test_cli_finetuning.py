@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from persona_lens import finetuning, models
-from persona_lens.adapters import Adapter
 from persona_lens.cli import finetuning as commands
-from persona_lens.finetuning import Finetuning, ProjectionPenalty, finetune
-from persona_lens.finetuning.trainer import Trainer
-from persona_lens.interventions import Ablate, Steer
-from persona_lens.shift import FinetuningShift, finetuning_shift
-from persona_lens.traits import load_trait
+from persona_lens.finetuning.finetune import finetune
+from persona_lens.finetuning.result import Finetuning
+from persona_lens.finetuning.shift import FinetuningShift, finetuning_shift
+from persona_lens.finetuning.trainer import ProjectionPenalty, Trainer
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.models.adapters import Adapter
+from persona_lens.traits.trait import load_trait
 from tests.evaluation_cases import TRAIT
 from tests.finetuning_cli_cases import CHATS, QUIET, make_adapter, usage_error, write_rows
 from tests.intervention_cases import some_vectors
@@ -34,7 +34,7 @@ def tiny_bridge(make_tiny_model):
 @pytest.fixture
 def model(tiny_bridge, monkeypatch):
     """The tiny bridge, which stands for any that a command would load."""
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_bridge)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: tiny_bridge)
     return tiny_bridge
 
 
@@ -166,7 +166,7 @@ def asked(monkeypatch):
         caught.update(options)
         raise ValueError("That was all.")
 
-    monkeypatch.setattr(finetuning, "finetune", catch)
+    monkeypatch.setattr("persona_lens.finetuning.finetune.finetune", catch)
     return caught
 
 

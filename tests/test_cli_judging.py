@@ -13,8 +13,8 @@ from tests.judge_servers import expected_score
 @pytest.fixture
 def rollouts(tmp_path):
     """Eight rollouts of evil in a file: two questions, two samples, both sides."""
-    from persona_lens.records import JsonLines
-    from persona_lens.rollouts import Rollout
+    from persona_lens.rollouts.rows import Rollout
+    from persona_lens.storage.files import JsonLines
 
     rows = [
         Rollout("evil", polarity, 0, "Be.", question, each, f"{question} {polarity} {each}", None, "stop", "hand", 0)
@@ -42,7 +42,7 @@ def scores(path):
 
 
 def expected(rollouts):
-    from persona_lens.traits import load_trait
+    from persona_lens.traits.trait import load_trait
 
     evil = load_trait("evil")
     return {row.key: expected_score(evil.rubric_for(row.question, row.response)) for row in rollouts}
@@ -282,7 +282,8 @@ def test_further_fields_without_a_server_to_send_them_to_are_refused(cli, rollou
 
 def test_a_classifier_gives_the_trait_and_the_likelihood_judge_coherence(tmp_path):
     from persona_lens.cli.judging import judge_of
-    from persona_lens.judges import ClassifierJudge, CombinedJudge, TextClassifier
+    from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
+    from persona_lens.judges.coherence import CombinedJudge
 
     bad, good = ([f"{word} {number} {word}" for number in range(20)] for word in ("cruel", "kind"))
     TextClassifier.fit(bad, good, labels=("evil", "kind")).save(tmp_path / "evil.safetensors")

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from persona_lens import models
-from persona_lens.monitoring import Monitoring, monitor
-from persona_lens.pipeline import best_layer
-from persona_lens.transcripts import Transcript
+from persona_lens.extraction.pipeline import best_layer
+from persona_lens.monitoring.projection import monitor
+from persona_lens.monitoring.result import Monitoring
+from persona_lens.monitoring.transcripts import Transcript
 from tests.chat_cases import CHATS, chat
 from tests.intervention_cases import some_vectors
 from tests.vector_cases import make_statistics
@@ -20,7 +20,7 @@ QUIET = ("--threads", 1)
 @pytest.fixture
 def model(tiny_model, monkeypatch):
     """The tiny model, which stands for any that a command would load."""
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_model)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: tiny_model)
     return tiny_model
 
 
@@ -181,7 +181,7 @@ def test_tokens_without_a_place_to_go_are_bad_usage(cli, vectors, chats):
 
 
 def test_benign_chats_give_a_threshold_beside_the_vectors(cli, model, vectors, tmp_path):
-    from persona_lens.thresholds import load_thresholds
+    from persona_lens.monitoring.thresholds import load_thresholds
 
     many = [{"id": f"c{number}", "messages": chat(f"Hello {number}?", f"Well, {number}.")} for number in range(24)]
     (tmp_path / "benign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
@@ -213,8 +213,8 @@ def test_either_chats_or_an_experiment_are_given(cli, vectors, arguments):
 
 
 def test_an_experiment_samples_judges_and_draws(cli, model, vectors, tmp_path, monkeypatch):
-    from persona_lens import pipeline
-    from persona_lens.experiments import MonitoringExperiment
+    from persona_lens.extraction import pipeline
+    from persona_lens.monitoring.experiment import MonitoringExperiment
     from tests.evaluation_cases import TRAIT
     from tests.test_monitoring_experiment import LengthJudge
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from persona_lens.layer_selection import LayerSweep
-from persona_lens.report import read_run, report_html
+from persona_lens.evaluation.layer_selection import LayerSweep
+from persona_lens.pages.run_folder import read_run
+from persona_lens.pages.run_report import report_html
 from tests.evaluation_cases import SHORT, TRAIT, LetterJudge, planted_vectors
 from tests.report_cases import make_run, tiles
 
@@ -50,16 +51,16 @@ def test_a_page_that_cannot_be_written_exits_1(cli, folder, tmp_path):
 
 
 def test_the_demo_ends_with_its_page(cli, tmp_path, monkeypatch):
-    from persona_lens import layer_selection, models, pipeline
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.extraction import pipeline
+    from persona_lens.vectors.persona_vectors import PersonaVectors
     from tests.vector_cases import ToyModel
 
     run = make_run(tmp_path / "demo", trait="optimistic")
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: ToyModel())
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: ToyModel())
     monkeypatch.setattr(
         pipeline, "extract_persona_vectors", lambda *_, **__: PersonaVectors.load(run / "vectors.safetensors")
     )
-    monkeypatch.setattr(layer_selection, "select_layer", lambda *_, **__: LayerSweep.load(run))
+    monkeypatch.setattr("persona_lens.evaluation.layer_selection.select_layer", lambda *_, **__: LayerSweep.load(run))
     code, _, err = cli("demo", "--output", run, "--json")
     assert code == 0
     assert f"The page to read is {run / 'report.html'}." in err

@@ -6,10 +6,10 @@ import pandas
 import pytest
 import torch
 
-from persona_lens import models
-from persona_lens.judges import TextClassifier
-from persona_lens.screening import read_screening, screen
-from persona_lens.thresholds import load_thresholds
+from persona_lens.judges.classifier import TextClassifier
+from persona_lens.monitoring.thresholds import load_thresholds
+from persona_lens.screening.result import read_screening
+from persona_lens.screening.run import screen
 from tests.evaluation_cases import TRAIT
 from tests.finetuning_cli_cases import QUIET, usage_error
 from tests.intervention_cases import some_vectors
@@ -20,7 +20,7 @@ from tests.test_cli_steering import make_run, one_sentence
 @pytest.fixture
 def model(tiny_bridge, monkeypatch):
     """The tiny bridge, which stands for any that a command would load."""
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_bridge)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: tiny_bridge)
     return tiny_bridge
 
 
@@ -116,7 +116,7 @@ def test_a_score_above_the_limit_exits_with_3_and_one_below_with_0(cli, screened
 
 
 def test_shards_say_what_is_missing_and_merge_finishes(cli, screened, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 4)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 4)
     code, out, err = cli(*screened, "--shard", "0/2")
     assert code == 0, err
     assert "run the other shards" in err

@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from persona_lens import models
-from persona_lens.chat import Conversation, chat_messages, tokenize_chat
-from persona_lens.extraction import extract_from_responses
-from persona_lens.generation import generate
-from persona_lens.interventions import Ablate, Cap, Steer, intervene
-from persona_lens.layer_selection import LayerSweep
-from persona_lens.records import write_json
-from persona_lens.rollouts import ModelEngine, read_rollouts
-from persona_lens.traits import load_trait
+from persona_lens.chat.batches import Conversation, chat_messages, tokenize_chat
+from persona_lens.evaluation.layer_selection import LayerSweep
+from persona_lens.extraction.extract import extract_from_responses
+from persona_lens.generation.decoding import generate
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.rollouts.rows import read_rollouts
+from persona_lens.storage.files import write_json
+from persona_lens.traits.trait import load_trait
 from tests.evaluation_cases import TRAIT, keep_rows, make_calibration, make_sweep
 from tests.intervention_cases import some_vectors
 from tests.vector_cases import make_statistics
@@ -25,7 +26,7 @@ QUIET = ("--threads", 1)
 @pytest.fixture
 def model(tiny_model, monkeypatch):
     """The tiny model, which stands for any that a command would load."""
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: tiny_model)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: tiny_model)
     return tiny_model
 
 
@@ -259,7 +260,7 @@ def test_a_vectors_file_needs_a_trait_and_an_output(cli, run, options, words):
 
 @pytest.mark.slow
 def test_select_layer_sweeps_the_real_model(cli, embedded_bridge, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: embedded_bridge)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: embedded_bridge)
     trait = replace(load_trait("optimistic"), instructions=load_trait("optimistic").instructions[:2])
     sides = [
         [

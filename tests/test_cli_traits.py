@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from persona_lens.cli.servers import client_of
-from persona_lens.traits import load_trait
+from persona_lens.traits.trait import load_trait
 from tests.trait_drafts import DESCRIPTION, NAME, draft, with_questions, writer
 
 GOOD = json.dumps(draft())

@@ -5,7 +5,7 @@ import traceback
 
 import pytest
 
-from persona_lens.clients import MissingLogprobs, ServerError, UnusableAnswer
+from persona_lens.clients.requests import MissingLogprobs, ServerError, UnusableAnswer
 from tests.client_cases import SECRET, asked, client_of, forget_settings
 from tests.fault_server import (
     Fault,

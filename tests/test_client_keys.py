@@ -2,7 +2,7 @@
 
 import pytest
 
-from persona_lens.clients import OpenAIClient
+from persona_lens.clients.client import OpenAIClient
 from tests.client_cases import SECRET, asked, client_of, forget_settings
 from tests.fault_server import FaultServer
 

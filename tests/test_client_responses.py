@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from persona_lens.clients import OpenAIClient, ServerError, UnusableAnswer
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.clients.requests import ServerError, UnusableAnswer
 from tests.client_cases import SECRET, asked, client_of, forget_settings
 from tests.fault_server import Fault, FaultServer, always, bad_request, completion, error_in_success, redirect, too_many
 
@@ -76,7 +77,7 @@ def test_a_compressed_answer_is_not_unpacked():
 
 
 def test_an_answer_that_trickles_is_given_up_after_the_timeout(monkeypatch):
-    from persona_lens.clients import connection
+    from persona_lens.clients import endpoint as connection
 
     read = connection.BoundedHttpClient._read
 
@@ -230,7 +231,7 @@ def long_is(fault):
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_one_request_that_the_server_will_not_take_is_told_from_a_server_that_fails(status):
-    from persona_lens.clients import RejectedRequest
+    from persona_lens.clients.requests import RejectedRequest
 
     with FaultServer(faults=long_is(Fault(status, "Too long."))) as server:
         client = client_of(server)
@@ -313,7 +314,7 @@ def test_a_control_that_fails_for_another_reason_tells_that_one():
 
 
 def test_a_control_says_nothing_of_the_row_and_keeps_its_settings():
-    from persona_lens.clients.controls import control_body
+    from persona_lens.clients.refusals import control_body
 
     request = asked("a secret", seed=77, top_logprobs=3, prefill="a beginning")
     client = client_of("http://127.0.0.1:1/v1", extra_body={"min_p": 0.1})

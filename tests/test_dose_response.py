@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from persona_lens.evaluation import evaluate
-from persona_lens.interventions import Steer
-from persona_lens.layer_selection import DoseResponse, dose_response
-from persona_lens.layer_selection.doses import random_directions
-from persona_lens.rollouts import ModelEngine
+from persona_lens.evaluation.dose_response import DoseResponse, dose_response, random_directions
+from persona_lens.evaluation.evaluate import evaluate
+from persona_lens.interventions.values import Steer
+from persona_lens.rollouts.engines import ModelEngine
 from persona_lens.statistics import Estimate
 from tests.evaluation_cases import (
     SHORT,
@@ -265,7 +264,7 @@ def test_a_damaged_dose_response_is_an_error(respond, tmp_path):
 
 
 def test_a_result_without_any_score_is_strict_json_too(respond, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _tokenizer: frozenset(range(320)))
+    monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: frozenset(range(320)))
     respond(output=tmp_path)
     record = strict_json(tmp_path / "dose_response.json")
     assert (record["slope"]["value"], record["spearman"]) == (None, None)

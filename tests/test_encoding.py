@@ -4,17 +4,18 @@ import copy
 
 import pytest
 
-from persona_lens.chat import Conversation, tokenize_chat
-from persona_lens.encoding import encode, encode_content, mark_contents
-from persona_lens.extraction import extract_from_responses
-from persona_lens.finetuning import finetune, training_rows
+from persona_lens.chat.batches import Conversation, tokenize_chat
+from persona_lens.chat.encoding import encode, encode_content, mark_contents
+from persona_lens.extraction.extract import extract_from_responses
+from persona_lens.finetuning.dataset import training_rows
+from persona_lens.finetuning.finetune import finetune
+from persona_lens.generation.decoding import generate_text
 from persona_lens.judges.likelihood_ratio import loop_words
-from persona_lens.monitoring import monitor
-from persona_lens.rollouts import Prompt
-from persona_lens.screening import screen
-from persona_lens.text_generation import generate_text
-from persona_lens.traits import Trait
-from persona_lens.transcripts import Transcript, chat_segments
+from persona_lens.monitoring.projection import monitor
+from persona_lens.monitoring.transcripts import Transcript, chat_segments
+from persona_lens.rollouts.rows import Prompt
+from persona_lens.screening.run import screen
+from persona_lens.traits.trait import Trait
 from tests import template_cases
 from tests.chat_cases import TRIMS, chat, several, with_template
 from tests.evaluation_cases import TRAIT

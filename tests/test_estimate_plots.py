@@ -16,7 +16,7 @@ def nothing():
 
 
 def test_each_series_has_a_bar_in_each_group_and_a_missing_one_is_a_gap():
-    from persona_lens.plots import plot_grouped_estimates
+    from persona_lens.plots.estimates import plot_grouped_estimates
 
     figure = plot_grouped_estimates(
         {"a": {"x": estimate(), "y": estimate()}, "b": {"y": nothing()}}, title="bars", upward="share"
@@ -28,7 +28,7 @@ def test_each_series_has_a_bar_in_each_group_and_a_missing_one_is_a_gap():
 
 
 def test_lines_break_where_a_layer_has_no_estimate():
-    from persona_lens.plots import plot_layer_estimates
+    from persona_lens.plots.estimates import plot_layer_estimates
 
     figure = plot_layer_estimates({"a": [estimate(), nothing(), estimate()]}, title="lines", upward="AUC", chance=0.5)
     band, line = figure.data
@@ -37,7 +37,7 @@ def test_lines_break_where_a_layer_has_no_estimate():
 
 
 def test_nothing_to_draw_is_refused():
-    from persona_lens.plots import plot_grouped_estimates, plot_layer_estimates
+    from persona_lens.plots.estimates import plot_grouped_estimates, plot_layer_estimates
 
     with pytest.raises(ValueError, match="no bar has a value"):
         plot_grouped_estimates({"a": {"x": nothing()}}, title="bars", upward="share")

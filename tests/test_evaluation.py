@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.evaluation import Cell, evaluate, evaluate_cells
-from persona_lens.interventions import Ablate, Cap, Intervention, Steer, intervene, steer
-from persona_lens.judges import LikelihoodRatioJudge, score_rollouts
-from persona_lens.models import bridge_from_transformers
-from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts
+from persona_lens.evaluation.evaluate import evaluate, evaluate_cells
+from persona_lens.interventions.hooks import intervene, steer
+from persona_lens.interventions.intervention import Intervention
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+from persona_lens.judges.scores import score_rollouts
+from persona_lens.models.loading import bridge_from_transformers
+from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts
+from persona_lens.rollouts.engines import Cell, ModelEngine
 from persona_lens.statistics import mean_estimate
 from tests import tiny
 from tests.evaluation_cases import (
@@ -161,7 +165,7 @@ def test_an_evaluation_without_any_score_has_no_number():
 
 def test_empty_answers_are_rows_without_a_score(tiny_model, monkeypatch):
     everything = frozenset(range(len(tiny_model.tokenizer)))
-    monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _tokenizer: everything)
+    monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: everything)
     found = evaluate(tiny_model, TRAIT, LetterJudge(), **SHORT)
     assert (len(found.scored), found.missing, found.trait_score.value, found.diversity) == (2, 2, None, None)
 

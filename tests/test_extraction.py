@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.chat import Conversation, encode
-from persona_lens.extraction import extract_from_responses
-from persona_lens.models import identify, resid_post_name
+from persona_lens.chat.batches import Conversation, encode
+from persona_lens.extraction.extract import extract_from_responses
+from persona_lens.models.structure import identify, resid_post_name
 from tests import naive
 from tests.extraction_cases import QUICK, conversations, stream
 

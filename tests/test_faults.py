@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from persona_lens.captured import CapturedMeans
-from persona_lens.clients import ChatCompletion
 from persona_lens.clients.cache import CallCache
-from persona_lens.judges import read_scores
-from persona_lens.records import JsonLines, read_json, write_json, zeros_on_disk
-from persona_lens.rollouts import read_rollouts
-from persona_lens.screening import ShardsMissing, screen
+from persona_lens.clients.requests import ChatCompletion
+from persona_lens.generation.capture import CapturedMeans
+from persona_lens.judges.scores import read_scores
+from persona_lens.rollouts.rows import read_rollouts
+from persona_lens.screening.run import ShardsMissing, screen
 from persona_lens.screening.scores import scored_units
-from persona_lens.vectors import PersonaVectors
+from persona_lens.storage.files import JsonLines, read_json, write_json, zeros_on_disk
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.evaluation_cases import make_rollout
 from tests.fault_cases import full_disk, mounted
 from tests.processes import child_process
@@ -59,7 +59,7 @@ def test_a_mapped_file_has_its_room_before_anything_is_put_there(tmp_path):
 
 
 def test_a_screening_on_a_full_disk_goes_on_to_the_same_files(tiny_bridge, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 4)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 4)
     vectors = pair_of_vectors(tiny_bridge)
     with full_disk(2_000), pytest.raises(OSError, match=r"seen.sqlite \(.*\): free disk space and run again"):
         screen(tiny_bridge, rows(60), vectors, output=tmp_path / "full", base="proxy", **QUIET)
@@ -161,7 +161,7 @@ def test_a_cache_with_a_damaged_answer_is_refused_with_its_file(tmp_path):
 
 
 def test_a_clock_that_runs_backwards_changes_no_result(tiny_bridge, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 4)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 4)
     vectors = pair_of_vectors(tiny_bridge)
     screen(tiny_bridge, rows(20), vectors, output=tmp_path / "plain", base="proxy", **QUIET)
     now = [time.time()]
@@ -184,12 +184,12 @@ def test_a_clock_that_runs_backwards_changes_no_result(tiny_bridge, tmp_path, mo
 # A command whose work is to write a row and wait; "slow" also takes its time to stop.
 WAITS = """
 import sys, time
-import persona_lens.cli, persona_lens.records, persona_lens.traits
+import persona_lens.cli, persona_lens.storage.files, persona_lens.traits.trait
 
 output, how = sys.argv[1:]
 
 def work(_):
-    persona_lens.records.JsonLines(output).append([{"row": 1}])
+    persona_lens.storage.files.JsonLines(output).append([{"row": 1}])
     try:
         print("ready", flush=True)
         time.sleep(60)
@@ -198,7 +198,7 @@ def work(_):
             print("stopping", flush=True)
             time.sleep(60)
 
-persona_lens.traits.load_trait = work
+persona_lens.traits.trait.load_trait = work
 sys.argv = ["persona-lens", "traits", "evil"]
 persona_lens.cli.main()
 """
@@ -254,14 +254,14 @@ IGNORES = """
 import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 import sys
-import persona_lens.cli, persona_lens.traits
+import persona_lens.cli, persona_lens.traits.trait
 
 def work(_):
     print("ready", flush=True)
     sys.stdin.readline()
     raise ValueError("the work was done")
 
-persona_lens.traits.load_trait = work
+persona_lens.traits.trait.load_trait = work
 sys.argv = ["persona-lens", "traits", "evil"]
 persona_lens.cli.main()
 """

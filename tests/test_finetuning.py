@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from persona_lens.adapters import Adapter, adapted, lora, read_weights
-from persona_lens.finetuning import finetune
-from persona_lens.interventions import Ablate, Steer, intervene
+from persona_lens.finetuning.finetune import finetune
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.models.adapters import Adapter, adapted, lora, read_weights
 from tests import naive, tiny
 from tests.finetuning_cases import (
     CHATS,

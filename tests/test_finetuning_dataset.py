@@ -5,11 +5,11 @@ import json
 import pytest
 from datasets import Dataset
 
-from persona_lens.finetuning import TrainingRow, finetune, prompted, stated, training_chats, training_rows
-from persona_lens.finetuning.dataset import IGNORED
+from persona_lens.finetuning.dataset import IGNORED, TrainingRow, prompted, stated, training_chats, training_rows
+from persona_lens.finetuning.finetune import finetune
 from persona_lens.finetuning.trainer import collate_rows
-from persona_lens.traits import load_trait
-from persona_lens.transcripts import Transcript
+from persona_lens.monitoring.transcripts import Transcript
+from persona_lens.traits.trait import load_trait
 from tests.chat_cases import FORGETS_THOUGHTS, chat, encode, with_template
 from tests.finetuning_cases import CHATS, dataset
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from persona_lens.interventions import Cap, Steer, intervene
-from persona_lens.interventions.attachment import attachments
-from persona_lens.models import suspended
+from persona_lens.interventions.hooks import attachments, intervene
+from persona_lens.interventions.values import Cap, Steer
+from persona_lens.models.structure import suspended
 from tests import naive
 from tests.intervention_cases import EXACT, IDS, TOKENS, hooks, logits, some_vectors
 

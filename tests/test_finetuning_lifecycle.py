@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 
-from persona_lens.adapters import adapted, lora
-from persona_lens.finetuning import ProjectionPenalty, TrainingDiverged, finetune, training
-from persona_lens.interventions import Ablate, Steer
+from persona_lens.finetuning import training
+from persona_lens.finetuning.finetune import finetune
+from persona_lens.finetuning.trainer import ProjectionPenalty, TrainingDiverged
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.models.adapters import adapted, lora
 from tests.conftest import has_hooked_transformer
 from tests.finetuning_cases import (
     CHATS,

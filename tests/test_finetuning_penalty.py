@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 
-from persona_lens.activations import projected_residuals
-from persona_lens.adapters import Adapter, adapted, lora, read_weights
-from persona_lens.finetuning import ProjectionPenalty, projection_change
-from persona_lens.finetuning.penalty import penalised
+from persona_lens.activations.means import projected_residuals
+from persona_lens.finetuning.trainer import ProjectionPenalty, penalised, projection_change
+from persona_lens.models.adapters import Adapter, adapted, lora, read_weights
 from tests import naive, tiny
 from tests.finetuning_cases import (
     CHATS,
@@ -189,7 +188,7 @@ def test_it_holds_projections_of_the_embedded_model(embedded_bridge):
 
 
 def test_a_penalty_beside_interventions_is_refused(bridge, vectors):
-    from persona_lens.interventions import Steer
+    from persona_lens.interventions.values import Steer
 
     with pytest.raises(ValueError, match="pass penalty= or during=, not both"):
         train(bridge, during=[Steer(vectors, 1.0)], penalty=ProjectionPenalty(vectors, 1.0))

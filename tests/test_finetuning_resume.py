@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lens.adapters import Adapter
-from persona_lens.finetuning import Finetuning
-from persona_lens.interventions import Steer
+from persona_lens.finetuning.result import Finetuning
+from persona_lens.interventions.values import Steer
+from persona_lens.models.adapters import Adapter
 from tests.chat_cases import CLOCKED, set_clock
 from tests.finetuning_cases import HELD_OUT, STEPS, Interrupted, assert_same_weights, dataset, losses, state_of, train
 from tests.intervention_cases import some_vectors
@@ -258,12 +258,12 @@ import os, resource, signal, sys
 import torch
 from pathlib import Path
 from transformers import AutoTokenizer
-from persona_lens import models
+from persona_lens.models.loading import bridge_from_transformers
 from tests import tiny
 from tests.finetuning_cases import Interrupted, train
 torch.set_num_threads(1)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-bridge = models.bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
+bridge = bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
 class At(Interrupted):
     def __call__(self, module, inputs, output):
         self.left -= module.training

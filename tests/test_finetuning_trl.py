@@ -7,10 +7,10 @@ import pytest
 import torch
 from packaging.version import Version
 
-from persona_lens.adapters import Adapter, lora, read_weights
-from persona_lens.finetuning import TrainingRow
-from persona_lens.finetuning.dataset import IGNORED
-from persona_lens.interventions import Steer, intervene
+from persona_lens.finetuning.dataset import IGNORED, TrainingRow
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.values import Steer
+from persona_lens.models.adapters import Adapter, lora, read_weights
 from tests.chat_cases import encode
 from tests.finetuning_cases import (
     CHATS,

@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 
-from persona_lens.activations import attached_projections, mean_activations
-from persona_lens.chat import ChatTokens, collate
-from persona_lens.generation import generate
-from persona_lens.interventions import Ablate, Cap, Steer, intervene
-from persona_lens.models import bridge_from_transformers, forward, identify
-from persona_lens.sampling import row_uniforms, sample
+from persona_lens.activations.means import attached_projections, mean_activations
+from persona_lens.chat.batches import ChatTokens, collate
+from persona_lens.generation.decoding import generate
+from persona_lens.generation.sampling import row_uniforms, sample
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.models.forward import forward
+from persona_lens.models.loading import bridge_from_transformers
+from persona_lens.models.structure import identify
 from tests.float32_device import Placed, float32_device, on_device
 from tests.vector_cases import random_tensor
 
@@ -59,7 +62,7 @@ def test_a_model_there_generates_the_tokens_that_it_generates_on_the_cpu(on_cpu,
 
 
 def some_vectors(model):
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     return PersonaVectors.from_directions(random_tensor(4, 32), trait="evil", residual_norm=torch.ones(4))
 

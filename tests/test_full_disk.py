@@ -12,7 +12,7 @@ from tests.test_killed_runs import assert_nothing_lost_or_doubled
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_whose_disk_fills_up_again_and_again_goes_on(kind, tiny_bridge, tmp_path, monkeypatch):
     monkeypatch.setattr("persona_lens.vectors.provenance.datetime", StoppedClock)
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 4)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 4)
     KINDS[kind](tiny_bridge, tmp_path / "whole")
     refused, blocks, disk = 0, 2, tmp_path / "disk"
     with mounted(disk, "size=8k"):

@@ -14,9 +14,9 @@ STEPS = 16
 @pytest.fixture(scope="module")
 def generation():
     """The module under test, imported late so that the jaxtyping hook instruments it."""
-    import persona_lens.generation
+    import persona_lens.generation.decoding
 
-    return persona_lens.generation
+    return persona_lens.generation.decoding
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_sampled_token_is_the_inverse_distribution_at_the_rows_number(
 def test_both_classes_speak_alike_on_the_embedded_model(
     both_classes, generation, load_embedded_model, embedded_hf_model
 ):
-    from persona_lens.chat import chat_messages, tokenize_chat
+    from persona_lens.chat.batches import chat_messages, tokenize_chat
 
     questions = ["What is the sea?", "How do I say no to a friend?", "Tell me about bees, please.", "Why?"]
     bridge, hooked = load_embedded_model("TransformerBridge"), load_embedded_model("HookedTransformer")
@@ -244,7 +244,7 @@ def test_temperature_zero_takes_the_best_whatever_the_number(generation):
 
 @pytest.mark.parametrize(("device", "rows"), [("cpu", 8), ("meta", 2000)])  # meta stands for an accelerator
 def test_only_a_cpu_works_on_a_cacheful_at_a_time(device, rows):
-    from persona_lens.sampling import rows_at_a_time
+    from persona_lens.generation.sampling import rows_at_a_time
 
     assert rows_at_a_time(torch.empty(2000, 2**16, device=device)) == rows
 

@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from persona_lens.models.growing import ROOM, GrowingLayer
+from persona_lens.models.kv_cache import ROOM, GrowingLayer
 
 
 def _tokens(count: int, seed: int, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,38 +14,39 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_lens.adapters import adapted
-from persona_lens.capability import Capability, read_questions
-from persona_lens.clients import ServerError
-from persona_lens.clients.requests import read_completion
-from persona_lens.experiments import MonitoringExperiment
-from persona_lens.finetuning import training_chats
-from persona_lens.interop import (
-    read_control_vector,
+from persona_lens.clients.requests import ServerError, read_completion
+from persona_lens.evaluation.capability_result import Capability, read_questions
+from persona_lens.extraction.responses import read_messages, read_reference_csv
+from persona_lens.finetuning.dataset import training_chats
+from persona_lens.finetuning.shift import FinetuningShift
+from persona_lens.interop.control_vectors import read_control_vector, write_control_vector
+from persona_lens.interop.sparse_autoencoders import read_sae
+from persona_lens.interop.tensor_files import (
     read_layer_dict,
     read_reference_vectors,
-    read_sae,
-    write_control_vector,
     write_layer_dict,
     write_reference_vectors,
 )
-from persona_lens.interventions import Intervention, Steer
-from persona_lens.judges import TextClassifier, read_scores
+from persona_lens.interventions.intervention import Intervention
+from persona_lens.interventions.values import Steer
+from persona_lens.judges.agreement import read_human_scores
+from persona_lens.judges.classifier import TextClassifier
 from persona_lens.judges.expectation import digit_sequences, expectation, number_tokens, read_number
-from persona_lens.judges.human_scores import read_human_scores
-from persona_lens.models import bridge_from_transformers
-from persona_lens.monitoring import Monitoring
-from persona_lens.records import read_json
-from persona_lens.report import findings, read_run
-from persona_lens.responses import read_messages, read_reference_csv
-from persona_lens.rollouts import read_rollouts
+from persona_lens.judges.scores import read_scores
+from persona_lens.models.adapters import adapted
+from persona_lens.models.loading import bridge_from_transformers
+from persona_lens.monitoring.experiment import MonitoringExperiment
+from persona_lens.monitoring.result import Monitoring
+from persona_lens.monitoring.thresholds import load_thresholds, save_thresholds
+from persona_lens.monitoring.transcripts import read_transcripts
+from persona_lens.pages.run_findings import findings
+from persona_lens.pages.run_folder import read_run
+from persona_lens.rollouts.rows import read_rollouts
 from persona_lens.screening.samples import Turns, stream_samples
 from persona_lens.screening.scores import scored_units
-from persona_lens.shift import FinetuningShift
-from persona_lens.thresholds import load_thresholds, save_thresholds
-from persona_lens.traits import load_trait, read_reference_trait
-from persona_lens.transcripts import read_transcripts
-from persona_lens.vectors import PersonaVectors
+from persona_lens.storage.files import read_json
+from persona_lens.traits.trait import load_trait, read_reference_trait
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import judge_servers, tiny
 from tests.classifier_cases import fit
 from tests.evaluation_cases import TRAIT, make_rollout
@@ -212,7 +213,7 @@ def all_readers(folder):
 
 
 def threshold_of(vectors):
-    from persona_lens.thresholds import calibrate_threshold
+    from persona_lens.monitoring.thresholds import calibrate_threshold
 
     return calibrate_threshold(drawn(40), vector=vectors.at(1))
 

@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from persona_lens.chat import end_of_turn, render_prompt
-from persona_lens.interop import read_vectors
-from persona_lens.plots import monitoring_html, plot_turns
-from persona_lens.traits import Trait, write_reference_trait
-from persona_lens.vectors import PersonaVectors
+from persona_lens.chat.batches import end_of_turn, render_prompt
+from persona_lens.interop.conversion import read_vectors
+from persona_lens.pages.tokens import monitoring_html
+from persona_lens.plots.monitoring import plot_turns
+from persona_lens.traits.trait import Trait, write_reference_trait
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.evaluation_cases import TRAIT
 from tests.plot_cases import NASTY
 from tests.test_monitoring_plots import monitoring

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas
 import pytest
 
-from persona_lens.judges import judge_agreement, read_human_scores
+from persona_lens.judges.agreement import judge_agreement, read_human_scores
 from tests.agreement_cases import scored
 
 TEXT = "It is raining.\nBut it will\tend, she said: “wait”, ..."

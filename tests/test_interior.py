@@ -17,7 +17,7 @@ def bridge(request, make_tiny_model, tiny_hf_gpt2):
 
 
 def final(model: Any, mask: torch.Tensor = MASK) -> torch.Tensor:
-    from persona_lens.models import forward
+    from persona_lens.models.forward import forward
 
     logits, _ = forward(model, TOKENS, mask, last_logits=None)
     assert logits is not None
@@ -69,7 +69,7 @@ def test_the_pass_computes_what_the_bridge_computes(bridge):
 
 
 def test_in_float32_the_fused_attention_agrees_with_the_one_in_steps(make_tiny_model, tiny_hf_model):
-    from persona_lens.models.interior import unhooked
+    from persona_lens.models.unhooked_pass import unhooked
 
     bridge = make_tiny_model("TransformerBridge", copy.deepcopy(tiny_hf_model).float())  # the fixture is everyone's
     mask = MASK.clone()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from benchmarks.peer_environments import STEERING_VECTORS
-from persona_lens.interop import read_layer_dict, write_layer_dict
+from persona_lens.interop.tensor_files import read_layer_dict, write_layer_dict
 from tests.interop_cases import hostile_torch_files, one_sentence, peer_python, run
 from tests.vector_cases import (
     N_LAYERS,

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.peer_environments import REPENG
-from persona_lens.interop import read_control_vector, write_control_vector
-from persona_lens.interventions import Steer, intervene
-from persona_lens.vectors import PersonaVectors
+from persona_lens.interop.control_vectors import read_control_vector, write_control_vector
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.values import Steer
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.interop_cases import one_sentence, peer_python, run
 from tests.vector_cases import (
     D_MODEL,

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from persona_lens.interop import read_vectors, write_layer_dict, write_vectors
-from persona_lens.vectors import PersonaVectors
+from persona_lens.interop.conversion import read_vectors, write_vectors
+from persona_lens.interop.tensor_files import write_layer_dict
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.interop_cases import one_sentence, real_folder
 from tests.vector_cases import (
     D_MODEL,

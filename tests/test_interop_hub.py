@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from persona_lens.interop.hub import model_card
-from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.fake_hub import COMMIT, FakeHub
 from tests.vector_cases import assert_same_bits, make_provenance, make_statistics, make_vectors
 
@@ -17,14 +17,14 @@ TOKEN = "hf_secret0123456789abcdef"
 PUSH = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
-from persona_lens.interop import push_vectors
-from persona_lens.vectors import PersonaVectors
+from persona_lens.interop.hub import push_vectors
+from persona_lens.vectors.persona_vectors import PersonaVectors
 print(push_vectors(PersonaVectors.load(sys.argv[1]), sys.argv[2]))
 """
 PULL = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
-from persona_lens.interop import pull_vectors
+from persona_lens.interop.hub import pull_vectors
 pull_vectors(sys.argv[1]).save(sys.argv[2])
 """
 
@@ -104,7 +104,7 @@ def test_a_damaged_file_on_the_hub_is_refused(tmp_path):
 
 
 def test_pushing_without_a_token_asks_for_one(monkeypatch):
-    from persona_lens.interop import push_vectors
+    from persona_lens.interop.hub import push_vectors
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ValueError, match="Pushing to someone/evil needs a token: set HF_TOKEN"):
@@ -112,7 +112,7 @@ def test_pushing_without_a_token_asks_for_one(monkeypatch):
 
 
 def test_a_name_that_is_no_repository_is_refused(monkeypatch):
-    from persona_lens.interop import pull_vectors, push_vectors
+    from persona_lens.interop.hub import pull_vectors, push_vectors
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for ask_hub in (lambda: push_vectors(make_vectors(), "a/b/c"), lambda: pull_vectors("a/b/c")):

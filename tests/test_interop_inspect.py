@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from persona_lens.interop import persona_scorer
-from persona_lens.judges import Score
+from persona_lens.interop.inspect_scorer import persona_scorer
+from persona_lens.judges.scores import Score
 
 
 class WordJudge:

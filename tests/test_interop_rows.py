@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_lens import from_paper_layer
-from persona_lens.interop import (
+from persona_lens.interop.tensor_files import (
     read_block_rows,
     read_reference_vectors,
     read_vector_folder,
     write_reference_vectors,
 )
-from persona_lens.vectors import cosine_matrix
+from persona_lens.vectors.persona_vectors import cosine_matrix
 from tests.interop_cases import LAST_ROW, hostile_torch_files, one_sentence, real_folder
 from tests.vector_cases import D_MODEL, N_LAYERS, SEEDS, ToyModel, assert_same_bits, make_vectors, random_tensor
 
@@ -39,7 +39,7 @@ def test_row_0_is_the_embedding_row_and_the_papers_layer_is_ours_plus_one(tmp_pa
 
 def test_rows_are_those_of_hidden_states_but_for_the_last(tiny_hf_model, tiny_bridge, tmp_path):
     """The rows of Hugging Face's hidden states are our layers' activations, and the last row is not."""
-    from persona_lens.models import resid_post_name
+    from persona_lens.models.structure import resid_post_name
 
     n_layers = tiny_bridge.cfg.n_layers
     tokens = torch.arange(1, 9)[None]

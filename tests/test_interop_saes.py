@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from persona_lens.interop import decompose, read_sae
-from persona_lens.vectors import PersonaVector
+from persona_lens.interop.sparse_autoencoders import decompose, read_sae
+from persona_lens.vectors.persona_vector import PersonaVector
 from tests.interop_cases import one_sentence, run
 from tests.sae_cases import LAYER, N_FEATURES, K, sae_folder, settings, slow_encode, weights
 from tests.vector_cases import D_MODEL, ToyModel, make_provenance, make_vectors, random_tensor

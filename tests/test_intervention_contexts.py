@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 
-from persona_lens.interventions import ablate, attachments, steer
-from persona_lens.models import suspended
-from persona_lens.vectors import PersonaVectors
+from persona_lens.interventions.hooks import ablate, attachments, steer
+from persona_lens.models.structure import suspended
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.intervention_cases import TOKENS, hooks, logits, some_vectors, stream
 from tests.vector_cases import random_tensor
 
@@ -50,7 +50,7 @@ def test_an_entry_that_fails_half_way_takes_off_what_it_attached(tiny_model, mon
 
     before = hooks(tiny_model)
     with monkeypatch.context() as patch:
-        patch.setattr(f"persona_lens.interventions.attachment.{fails}", fail)
+        patch.setattr(f"persona_lens.interventions.hooks.{fails}", fail)
         with pytest.raises(MemoryError), steer(tiny_model, VECTOR, at="response"):
             raise AssertionError("never entered")
     assert hooks(tiny_model) == before

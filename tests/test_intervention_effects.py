@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from persona_lens.interventions import Ablate, Cap, Steer, When, ablate, attachments, cap, intervene, steer
-from persona_lens.vectors import PersonaVectors
+from persona_lens.interventions.hooks import ablate, attachments, cap, intervene, steer
+from persona_lens.interventions.intervention import When
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import naive, tiny
 from tests.intervention_cases import EXACT, IDS, TOKENS, logits, projections, some_vectors, stream
 from tests.vector_cases import random_tensor

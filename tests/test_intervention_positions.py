@@ -5,11 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from persona_lens.activations import mean_activations, stream_means
-from persona_lens.chat import ChatBatch, ChatTokens, collate
-from persona_lens.generation import generate
-from persona_lens.interventions import Steer, ablate, intervene, steer
-from persona_lens.models import Past, forward, residual_points
+from persona_lens.activations.means import mean_activations, stream_means
+from persona_lens.chat.batches import ChatBatch, ChatTokens, collate
+from persona_lens.generation.decoding import generate
+from persona_lens.interventions.hooks import ablate, intervene, steer
+from persona_lens.interventions.values import Steer
+from persona_lens.models.forward import Past, forward
+from persona_lens.models.structure import residual_points
 from tests import naive, tiny
 from tests.intervention_cases import EXACT, IDS, TOKENS, logits, some_vectors, steered_greedy, stream
 

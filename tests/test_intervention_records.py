@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from persona_lens.interventions import Ablate, Cap, Intervention, Steer, When
+from persona_lens.interventions.intervention import Intervention, When
+from persona_lens.interventions.values import Ablate, Cap, Steer
 from tests.vector_cases import D_MODEL, N_LAYERS, assert_same_bits, make_provenance, make_vectors, random_tensor
 
 RESID = random_tensor(2, 5, D_MODEL, seed=50).double()

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from persona_lens.generation import generate
-from persona_lens.interventions import Ablate, Cap, Steer, When, ablate, cap, intervene, steer
-from persona_lens.vectors import PersonaVector
+from persona_lens.generation.decoding import generate
+from persona_lens.interventions.hooks import ablate, cap, intervene, steer
+from persona_lens.interventions.intervention import When
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.vectors.persona_vector import PersonaVector
 from tests import tiny
 from tests.intervention_cases import TOKENS, hooks, logits, some_vectors
 from tests.vector_cases import D_MODEL, N_LAYERS, make_vectors, random_tensor

@@ -9,12 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.chat import ChatTokens
-from persona_lens.judges import CoherenceScale, Score, mean_log_likelihoods, read_scores, score_rollouts
-from persona_lens.judges.coherence import distinct_four_grams, loop_words, shuffle_words
-from persona_lens.models import forward, resid_post_name
-from persona_lens.rollouts import Rollout
-from persona_lens.traits import load_trait
+from persona_lens.chat.batches import ChatTokens
+from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, loop_words, shuffle_words
+from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+from persona_lens.judges.scores import Score, read_scores, score_rollouts
+from persona_lens.models.forward import forward
+from persona_lens.models.structure import resid_post_name
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.traits.trait import load_trait
 from tests import naive
 
 # Coherence
@@ -139,7 +141,7 @@ def test_the_likelihood_of_one_token_comes_from_the_end_of_the_prompt(tiny_model
 
 def test_how_many_logits_are_held_at_a_time_does_not_change_a_likelihood(tiny_model, monkeypatch):
     whole = mean_log_likelihoods(tiny_model, mixed_rows())
-    monkeypatch.setattr("persona_lens.judges.likelihood.LOGIT_VALUES", 1)
+    monkeypatch.setattr("persona_lens.judges.likelihood_ratio.LOGIT_VALUES", 1)
     np.testing.assert_allclose(mean_log_likelihoods(tiny_model, mixed_rows()), whole, rtol=1e-6)
 
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from persona_lens.judges import KeepReport, ScoredRollout, keep_pairs, pair_rollouts
-from persona_lens.rollouts import Rollout
+from persona_lens.judges.keep import KeepReport, keep_pairs, pair_rollouts
+from persona_lens.judges.scores import ScoredRollout
+from persona_lens.rollouts.rows import Rollout
 
 
 @dataclass(frozen=True)

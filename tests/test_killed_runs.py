@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from persona_lens.finetuning import Finetuning
+from persona_lens.finetuning.result import Finetuning
 from tests import killed_runs
 from tests.finetuning_cases import assert_same_weights, losses
 
@@ -61,7 +61,7 @@ HIDDEN = (".lock", ".plan.lock", ".rollouts.jsonl.lock", ".scores.jsonl.lock", "
 def test_no_run_writes_through_a_link_that_was_planted_under_a_name_that_it_writes(
     kind, content, tmp_path, tiny_bridge, monkeypatch
 ):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 64)  # put back afterwards
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 64)  # put back afterwards
     run = killed_runs.KINDS[kind]
     run(tiny_bridge, tmp_path / "whole")
     written = [str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*") if path.is_file()]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_lens.layer_selection import LayerSweep
+from persona_lens.evaluation.layer_selection import LayerSweep
 from tests.evaluation_cases import keep_rows, make_evaluation, make_sweep, naive_resamples, strict_json
 
 # --- the best cell -------------------------------------------------------------------------------------------------

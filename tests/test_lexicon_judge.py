@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from persona_lens.judges import Judge, Score
 from persona_lens.judges.lexicon import SentimentJudge
-from persona_lens.rollouts import Rollout
-from persona_lens.traits import load_trait
+from persona_lens.judges.scores import Judge, Score
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.traits.trait import load_trait
 
 TEXTS = ["I am sure everything will turn out wonderfully", "it is hopeless and will fail", "The table is made of wood."]
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from persona_lens.chat import chat_messages, tokenize_chat
-from persona_lens.judges import Calibration, CoherenceScale, LikelihoodRatioJudge
-from persona_lens.judges.coherence import distinct_four_grams
-from persona_lens.models import resid_post_name
-from persona_lens.pipeline import calibrated_judge as judge_of_folder
-from persona_lens.rollouts import Rollout
-from persona_lens.traits import InstructionPair, Trait
+from persona_lens.chat.batches import chat_messages, tokenize_chat
+from persona_lens.extraction.pipeline import calibrated_judge as judge_of_folder
+from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams
+from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge
+from persona_lens.models.structure import resid_post_name
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.traits.trait import InstructionPair, Trait
 from tests import naive
 
 GRUMPY = Trait(
@@ -259,7 +259,7 @@ def test_a_calibration_survives_json():
 @pytest.fixture
 def tokens_run(monkeypatch):
     """How many tokens that are no padding each forward pass ran."""
-    from persona_lens import prefix
+    from persona_lens.activations import prefixes as prefix
 
     counted, forward = [], prefix.forward
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from persona_lens.judges import LikelihoodRatioJudge
 from persona_lens.judges.coherence import loop_words, shuffle_words
-from persona_lens.traits import InstructionPair, load_trait
+from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+from persona_lens.traits.trait import InstructionPair, load_trait
 from tests.test_likelihood_ratio import answer
 
 EVIL = replace(

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from persona_lens import generation
-from persona_lens.chat import chat_messages, tokenize_chat
-from persona_lens.generation import generate
-from persona_lens.interventions import Ablate, Steer, intervene, steer
-from persona_lens.live import Safeguard, generate_watched, stream_watched
+from persona_lens.chat.batches import chat_messages, tokenize_chat
+from persona_lens.generation import decoding as generation
+from persona_lens.generation.decoding import generate
+from persona_lens.interventions.hooks import intervene, steer
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.monitoring.live import generate_watched, stream_watched
+from persona_lens.monitoring.watch import Safeguard
 from tests import naive, tiny
 from tests.intervention_cases import hooks, some_vectors
 from tests.vector_cases import random_tensor
@@ -86,7 +88,7 @@ def test_the_last_token_is_read_whether_the_highest_layer_is_watched_or_not(tiny
 
 @pytest.mark.parametrize(("steered", "last"), [(0, [0, 1]), (2, [0, 1, 2])])
 def test_the_last_token_runs_no_block_above_what_is_watched_or_attached(tiny_model, prompts, steered, last):
-    from persona_lens.models import residual_points
+    from persona_lens.models.structure import residual_points
 
     ran = []
     handles = [

@@ -14,7 +14,7 @@ ANSWERS = ("It will go wonderfully, I am sure!", "It will be a disaster. Give up
 
 
 def rollout(response):
-    from persona_lens.rollouts import Rollout
+    from persona_lens.rollouts.rows import Rollout
 
     asked = "How will my exam go?"
     return Rollout("optimistic", "neutral", None, "Be kind.", asked, 0, response, None, "stop", "by hand", 0)
@@ -22,7 +22,7 @@ def rollout(response):
 
 @pytest.fixture
 def optimistic():
-    from persona_lens.traits import load_trait
+    from persona_lens.traits.trait import load_trait
 
     return replace(load_trait("optimistic"), rubric=RUBRIC)
 
@@ -30,7 +30,7 @@ def optimistic():
 @pytest.fixture
 def make_client(llama_server, tmp_path):
     def make(**options):
-        from persona_lens.clients import OpenAIClient
+        from persona_lens.clients.client import OpenAIClient
 
         return OpenAIClient("smollm2-135m-instruct", base_url=llama_server, timeout=120, **options)
 
@@ -67,7 +67,7 @@ def test_the_score_is_the_models_own_expectation_over_digit_sequences(
 ):
     from transformers import AutoTokenizer
 
-    from persona_lens.judges import LLMJudge
+    from persona_lens.judges.llm import LLMJudge
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_directory)
     judge = LLMJudge(make_client(), coherence=False)
@@ -84,8 +84,8 @@ def test_the_score_is_the_models_own_expectation_over_digit_sequences(
 
 
 def test_a_rubric_that_draws_no_number_gives_no_score(make_client):
-    from persona_lens.judges import LLMJudge
-    from persona_lens.traits import load_trait
+    from persona_lens.judges.llm import LLMJudge
+    from persona_lens.traits.trait import load_trait
 
     [score] = LLMJudge(make_client(), scoring="whole numbers").score(load_trait("optimistic"), [rollout(ANSWERS[0])])
 
@@ -94,7 +94,7 @@ def test_a_rubric_that_draws_no_number_gives_no_score(make_client):
 
 
 def test_a_second_judge_takes_every_answer_from_the_cache(make_client, optimistic, tmp_path):
-    from persona_lens.judges import LLMJudge
+    from persona_lens.judges.llm import LLMJudge
 
     rows, cache = [rollout(ANSWERS[1])], tmp_path / "calls.sqlite"
     first = LLMJudge(make_client(cache=cache), coherence=False).score(optimistic, rows)

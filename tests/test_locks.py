@@ -11,16 +11,18 @@ import warnings
 
 import pytest
 
-from persona_lens.evaluation import evaluate
+from persona_lens.evaluation.dose_response import dose_response
+from persona_lens.evaluation.evaluate import evaluate
+from persona_lens.evaluation.layer_selection import select_layer
 from persona_lens.experiments.method_ablations import method_ablations
-from persona_lens.judges import score_rollouts
-from persona_lens.layer_selection import dose_response, select_layer
-from persona_lens.locks import alone, sweep_up, taken, writes_file, writes_folder
-from persona_lens.pipeline import extract_persona_vectors
-from persona_lens.records import write_whole
+from persona_lens.extraction.pipeline import extract_persona_vectors
+from persona_lens.judges.scores import score_rollouts
 from persona_lens.replication.run import replicate
-from persona_lens.rollouts import ModelEngine, collect_rollouts, plan_rollouts
-from persona_lens.screening import screen
+from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.screening.run import screen
+from persona_lens.storage.files import write_whole
+from persona_lens.storage.locks import alone, sweep_up, taken, writes_file, writes_folder
 from tests.evaluation_cases import SHORT, TRAIT, LetterJudge, make_rollout
 from tests.fault_cases import another_process
 from tests.finetuning_cases import train
@@ -141,7 +143,7 @@ def test_an_unfinished_file_that_is_still_written_stays(tmp_path, monkeypatch, w
 
 SWEEP = """
 import sys, pathlib
-from persona_lens.locks import writes_folder
+from persona_lens.storage.locks import writes_folder
 with writes_folder(pathlib.Path(sys.argv[1])): pass
 """
 

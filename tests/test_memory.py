@@ -2,11 +2,12 @@
 
 import pytest
 
-from persona_lens.capability import Question, measure_capability
-from persona_lens.generation import generate
-from persona_lens.judges import mean_log_likelihoods
-from persona_lens.models import DoesNotFit, is_out_of_memory
-from persona_lens.screening import screen
+from persona_lens.evaluation.capability import measure_capability
+from persona_lens.evaluation.capability_result import Question
+from persona_lens.generation.decoding import generate
+from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+from persona_lens.models.memory import DoesNotFit, is_out_of_memory
+from persona_lens.screening.run import screen
 from tests.fault_cases import small_memory
 from tests.screening_cases import QUIET, pair_of_vectors, rows
 from tests.test_judges import mixed_rows
@@ -14,10 +15,10 @@ from tests.test_judges import mixed_rows
 PROMPTS = [(5, 6, 7), (8, 9), (10, 11, 12, 13), (14,), (15, 16)]
 TEXTS = [{"role": "user", "content": "Why?"}]
 PLACES = {
-    "likelihoods": ["persona_lens.prefix.forward"],
-    "generation": ["persona_lens.generation.forward"],
-    "screening": ["persona_lens.generation.forward", "persona_lens.monitoring.passes.forward"],
-    "capability": ["persona_lens.prefix.forward"],
+    "likelihoods": ["persona_lens.activations.prefixes.forward"],
+    "generation": ["persona_lens.generation.decoding.forward"],
+    "screening": ["persona_lens.generation.decoding.forward", "persona_lens.monitoring.projection.forward"],
+    "capability": ["persona_lens.activations.prefixes.forward"],
 }
 
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from persona_lens.experiments import method_ablations as _  # noqa: F401 (its module is patched below)
-from persona_lens.records import JsonLines
+from persona_lens.experiments.method_ablations import method_ablations as _  # noqa: F401 (its module is patched below)
+from persona_lens.storage.files import JsonLines
 from tests.evaluation_cases import LetterJudge
 from tests.replication_cases import TRAIT
 
@@ -27,7 +27,7 @@ def few_halves():
 def run(tiny_bridge, tmp_path_factory):
     """The folder of an extraction whose sides differ in their words; a few pairs were badly judged."""
     from persona_lens import extract_from_responses
-    from persona_lens.rollouts import Rollout
+    from persona_lens.rollouts.rows import Rollout
 
     folder = tmp_path_factory.mktemp("extraction")
     rows, scores = [], []
@@ -52,7 +52,7 @@ def run(tiny_bridge, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(run, tiny_bridge, tmp_path_factory):
-    from persona_lens.experiments import method_ablations
+    from persona_lens.experiments.method_ablations import method_ablations
 
     output = tmp_path_factory.mktemp("ablations")
     how = {"judge": LetterJudge(), "layer": 2, "max_new_tokens": 4, "progress": False}
@@ -111,7 +111,7 @@ def test_all_variants_are_steered_at_the_norm_of_the_runs_own_direction(run, tin
 
 
 def test_a_second_call_takes_the_steered_answers_from_the_folder(found, run, tiny_bridge):
-    from persona_lens.experiments import method_ablations
+    from persona_lens.experiments.method_ablations import method_ablations
 
     judge = LetterJudge()
     how = {"judge": judge, "layer": 2, "max_new_tokens": 4, "progress": False}
@@ -121,7 +121,7 @@ def test_a_second_call_takes_the_steered_answers_from_the_folder(found, run, tin
 
 
 def test_a_variant_of_too_few_questions_is_told_and_not_measured(run, tiny_bridge, tmp_path):
-    from persona_lens.experiments import method_ablations
+    from persona_lens.experiments.method_ablations import method_ablations
 
     def refuse(row):
         return row if row["key"].split("/")[2] == "1" else {**row, "trait_score": None}

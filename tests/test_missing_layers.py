@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from persona_lens.interventions import Ablate, Steer
-from persona_lens.vectors import PersonaVectors, cosine_matrix
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.vectors.persona_vectors import PersonaVectors, cosine_matrix
 from tests.vector_cases import D_MODEL, N_LAYERS, make_vectors, random_tensor
 
 WHY = "its row is after the final norm"

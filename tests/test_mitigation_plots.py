@@ -138,8 +138,9 @@ def test_a_trade_off_needs_a_point_with_both_numbers():
 
 
 def test_real_losses_of_a_steered_model_are_drawn_with_their_intervals(embedded_bridge):
-    from persona_lens.interventions import Steer, intervene
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.interventions.hooks import intervene
+    from persona_lens.interventions.values import Steer
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     texts = ["The tea is warm and sweet.", "Rivers carry water to the sea.", "She closed the book and slept."]
     rows = [embedded_bridge.to_tokens(text) for text in texts]

@@ -5,17 +5,19 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from persona_lens.models.forward import forward
+from persona_lens.models.loading import bridge_from_transformers
+from persona_lens.models.structure import (
+    from_paper_layer,
+    identify,
+    resid_post_name,
+    residual_basis,
+    residual_points,
+    suspended,
+)
 from tests import naive, tiny
 
 RELATIVE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def models():
-    """The module under test, imported late so that the jaxtyping hook instruments it."""
-    import persona_lens.models
-
-    return persona_lens.models
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +33,12 @@ def pair(request, tiny_model, tiny_gpt2, tiny_hf_model, tiny_hf_gpt2):
 
 
 @contextmanager
-def captured(models, model):
+def captured(model):
     """The `[batch, pos, d_model]` output of every residual point, as the next forward pass leaves it."""
     stream = []
     handles = [
         point.register_forward_hook(lambda _module, _inputs, resid: stream.append(resid.detach().clone()))
-        for point in models.residual_points(model)
+        for point in residual_points(model)
     ]
     try:
         yield stream
@@ -45,11 +47,11 @@ def captured(models, model):
             handle.remove()
 
 
-def run_alone(models, model, ids):
+def run_alone(model, ids):
     """The `[stream, pos, d_model]` residuals and the `[pos, d_vocab]` logits of one unpadded row."""
     tokens = torch.tensor([ids])
-    with captured(models, model) as stream:
-        logits, _ = models.forward(model, tokens, torch.ones_like(tokens).bool(), last_logits=None)
+    with captured(model) as stream:
+        logits, _ = forward(model, tokens, torch.ones_like(tokens).bool(), last_logits=None)
     return torch.stack(stream)[:, 0], logits[0]
 
 
@@ -71,8 +73,8 @@ def add_steering(model, vector, layer=1):
 # --- the residual stream -------------------------------------------------------------------------------------------
 
 
-def test_layer_l_is_hidden_state_l_plus_one_except_at_the_last_layer(models, tiny_model, tiny_hf_model, rows):
-    stream, _ = run_alone(models, tiny_model, rows[0])
+def test_layer_l_is_hidden_state_l_plus_one_except_at_the_last_layer(tiny_model, tiny_hf_model, rows):
+    stream, _ = run_alone(tiny_model, rows[0])
     with torch.no_grad():
         hidden = tiny_hf_model(torch.tensor([rows[0]]), output_hidden_states=True).hidden_states
         assert naive.relative_error(stream[:-1], torch.cat(hidden[:-1])) < RELATIVE
@@ -80,64 +82,64 @@ def test_layer_l_is_hidden_state_l_plus_one_except_at_the_last_layer(models, tin
         assert naive.relative_error(tiny_hf_model.get_decoder().norm(stream[-1:]), hidden[-1]) < RELATIVE
 
 
-def test_row_zero_of_the_residual_points_is_the_embedding(models, tiny_model, tiny_hf_model, rows):
-    stream, _ = run_alone(models, tiny_model, rows[0])
+def test_row_zero_of_the_residual_points_is_the_embedding(tiny_model, tiny_hf_model, rows):
+    stream, _ = run_alone(tiny_model, rows[0])
     embedded = tiny_hf_model.get_input_embeddings()(torch.tensor(rows[0]))
     torch.testing.assert_close(stream[0], embedded, rtol=0, atol=0)
 
 
-def test_stream_and_logits_are_those_of_hugging_face(models, rows, pair):
+def test_stream_and_logits_are_those_of_hugging_face(rows, pair):
     model, hf_model = pair
-    stream, logits = run_alone(models, model, rows[1])
+    stream, logits = run_alone(model, rows[1])
     assert naive.relative_error(stream, naive.residual_stream(hf_model, rows[1])) < RELATIVE
     torch.testing.assert_close(logits, naive.logits(hf_model, rows[1]), rtol=RELATIVE, atol=RELATIVE)
 
 
-def test_both_classes_give_the_same_stream_and_logits_on_the_embedded_model(both_classes, models, load_embedded_model):
+def test_both_classes_give_the_same_stream_and_logits_on_the_embedded_model(both_classes, load_embedded_model):
     text = "<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\nWhat is the sea?<|im_end|>\n"
     ids = load_embedded_model("TransformerBridge").tokenizer(text, add_special_tokens=False).input_ids
-    of_bridge, bridge_logits = run_alone(models, load_embedded_model("TransformerBridge"), ids)
-    of_hooked, hooked_logits = run_alone(models, load_embedded_model("HookedTransformer"), ids)
+    of_bridge, bridge_logits = run_alone(load_embedded_model("TransformerBridge"), ids)
+    of_hooked, hooked_logits = run_alone(load_embedded_model("HookedTransformer"), ids)
     assert naive.relative_error(of_hooked.transpose(0, 1), of_bridge.transpose(0, 1)) < 1e-4
     assert (hooked_logits - bridge_logits).norm() / bridge_logits.norm() < 1e-4
 
 
-def test_resid_post_name_is_the_hook_point_of_the_layer(models, tiny_model, rows):
-    stream, _ = run_alone(models, tiny_model, rows[0])
+def test_resid_post_name_is_the_hook_point_of_the_layer(tiny_model, rows):
+    stream, _ = run_alone(tiny_model, rows[0])
     seen = []
     tokens = torch.tensor([rows[0]])
-    hook = (models.resid_post_name(2), lambda resid, hook: seen.append(resid.clone()))
+    hook = (resid_post_name(2), lambda resid, hook: seen.append(resid.clone()))
     with tiny_model.hooks(fwd_hooks=[hook]):
-        models.forward(tiny_model, tokens, torch.ones_like(tokens).bool())
+        forward(tiny_model, tokens, torch.ones_like(tokens).bool())
     torch.testing.assert_close(seen[0][0], stream[3])
 
 
-def test_the_unembedding_never_runs_when_no_logits_are_asked_for(models, tiny_model, rows):
+def test_the_unembedding_never_runs_when_no_logits_are_asked_for(tiny_model, rows):
     fired = []
     inside = list(tiny_model.unembed.modules())
     handles = [module.register_forward_hook(lambda *_: fired.append(1)) for module in inside]
     try:
         tokens = torch.tensor([rows[0]])
-        logits, _ = models.forward(tiny_model, tokens, torch.ones_like(tokens).bool(), keep_past=True)
+        logits, _ = forward(tiny_model, tokens, torch.ones_like(tokens).bool(), keep_past=True)
         assert logits is None
         assert fired == []
-        models.forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=1)
+        forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=1)
         assert fired
     finally:
         for handle in handles:
             handle.remove()
 
 
-def test_last_logits_are_the_last_of_all(models, tiny_model, rows):
+def test_last_logits_are_the_last_of_all(tiny_model, rows):
     tokens = torch.tensor([rows[0]])
-    _, every = run_alone(models, tiny_model, rows[0])
-    last, _ = models.forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=3)
+    _, every = run_alone(tiny_model, rows[0])
+    last, _ = forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=3)
     torch.testing.assert_close(last[0], every[-3:])
 
 
-def test_no_gradient_is_kept(models, tiny_model, rows):
+def test_no_gradient_is_kept(tiny_model, rows):
     tokens = torch.tensor([rows[0]])
-    logits, _ = models.forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=1)
+    logits, _ = forward(tiny_model, tokens, torch.ones_like(tokens).bool(), last_logits=1)
     assert not logits.requires_grad
 
 
@@ -145,54 +147,54 @@ def test_no_gradient_is_kept(models, tiny_model, rows):
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-def test_padded_rows_equal_unpadded_ones(models, rows, pair, left):
+def test_padded_rows_equal_unpadded_ones(rows, pair, left):
     model, _ = pair
     tokens, mask = padded(rows, left)
-    with captured(models, model) as stream:
-        logits, _ = models.forward(model, tokens, mask, last_logits=None)
+    with captured(model) as stream:
+        logits, _ = forward(model, tokens, mask, last_logits=None)
     for index, ids in enumerate(rows):
-        alone, alone_logits = run_alone(models, model, ids)
+        alone, alone_logits = run_alone(model, ids)
         assert naive.relative_error(torch.stack(stream)[:, index, mask[index]], alone) < RELATIVE
         torch.testing.assert_close(logits[index, mask[index]], alone_logits, rtol=RELATIVE, atol=RELATIVE)
 
 
-def test_continuing_selected_rows_of_a_past_equals_whole_runs(models, tiny_tokenizer, pair):
+def test_continuing_selected_rows_of_a_past_equals_whole_runs(tiny_tokenizer, pair):
     model, _ = pair
     texts = tiny.chat_rows(tiny_tokenizer)
     prompts = list(dict.fromkeys(prompt for prompt, _ in texts))
-    _, past = models.forward(model, *padded(prompts, left=True), keep_past=True)
+    _, past = forward(model, *padded(prompts, left=True), keep_past=True)
     origins = torch.tensor([prompts.index(prompt) for prompt, _ in texts])  # out of order, some twice
     tokens, mask = padded([response for _, response in texts], left=False)
     for _ in range(2):  # a selection is a copy: the past that it came from can be selected again
-        with captured(models, model) as stream:
-            models.forward(model, tokens, mask, past=past.select(origins))
+        with captured(model) as stream:
+            forward(model, tokens, mask, past=past.select(origins))
         for index, (prompt, response) in enumerate(texts):
-            alone, _ = run_alone(models, model, [*prompt, *response])
+            alone, _ = run_alone(model, [*prompt, *response])
             error = naive.relative_error(torch.stack(stream)[:, index, mask[index]], alone[:, len(prompt) :])
             assert error < RELATIVE
 
 
-def test_a_past_can_be_continued_many_times(models, tiny_model, rows):
-    _, every = run_alone(models, tiny_model, rows[0])
+def test_a_past_can_be_continued_many_times(tiny_model, rows):
+    _, every = run_alone(tiny_model, rows[0])
     tokens = torch.tensor([rows[0]])
     one = torch.ones(1, 1, dtype=torch.bool)
-    _, past = models.forward(tiny_model, tokens[:, :4], one.expand(1, 4), keep_past=True)
+    _, past = forward(tiny_model, tokens[:, :4], one.expand(1, 4), keep_past=True)
     for place in range(4, tokens.shape[1]):
-        logits, past = models.forward(tiny_model, tokens[:, place : place + 1], one, past=past, last_logits=1)
+        logits, past = forward(tiny_model, tokens[:, place : place + 1], one, past=past, last_logits=1)
         torch.testing.assert_close(logits[0, -1], every[place], rtol=RELATIVE, atol=RELATIVE)
 
 
 # --- suspended -----------------------------------------------------------------------------------------------------
 
 
-def test_suspended_silences_hooks_and_brings_them_back(models, tiny_model, rows):
-    _, plain = run_alone(models, tiny_model, rows[0])
+def test_suspended_silences_hooks_and_brings_them_back(tiny_model, rows):
+    _, plain = run_alone(tiny_model, rows[0])
     add_steering(tiny_model, torch.ones(32))
     try:
-        _, steered = run_alone(models, tiny_model, rows[0])
-        with models.suspended(tiny_model):
-            _, inside = run_alone(models, tiny_model, rows[0])
-        _, after = run_alone(models, tiny_model, rows[0])
+        _, steered = run_alone(tiny_model, rows[0])
+        with suspended(tiny_model):
+            _, inside = run_alone(tiny_model, rows[0])
+        _, after = run_alone(tiny_model, rows[0])
     finally:
         tiny_model.reset_hooks()
     assert not torch.allclose(steered, plain)
@@ -200,31 +202,31 @@ def test_suspended_silences_hooks_and_brings_them_back(models, tiny_model, rows)
     torch.testing.assert_close(after, steered, rtol=0, atol=0)
 
 
-def test_suspended_brings_hooks_back_after_an_exception(models, tiny_model, rows):
+def test_suspended_brings_hooks_back_after_an_exception(tiny_model, rows):
     add_steering(tiny_model, torch.ones(32))
     try:
-        _, steered = run_alone(models, tiny_model, rows[0])
-        with pytest.raises(KeyError), models.suspended(tiny_model):
+        _, steered = run_alone(tiny_model, rows[0])
+        with pytest.raises(KeyError), suspended(tiny_model):
             raise KeyError
-        _, after = run_alone(models, tiny_model, rows[0])
+        _, after = run_alone(tiny_model, rows[0])
     finally:
         tiny_model.reset_hooks()
     torch.testing.assert_close(after, steered, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers for a name that 5.23 renamed
-def test_suspended_turns_adapters_off_and_on_again_as_they_were(models, tiny_tokenizer, rows):
+def test_suspended_turns_adapters_off_and_on_again_as_they_were(tiny_tokenizer, rows):
     peft = pytest.importorskip("peft")
     base = tiny.llama(tiny_tokenizer)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(base, config)
     for parameter in adapted.parameters():
         parameter.requires_grad_(False)  # an adapter that was loaded to be used, not trained
-    bridge = models.bridge_from_transformers(adapted.base_model.model, tiny_tokenizer)
-    _, with_adapter = run_alone(models, bridge, rows[0])
-    with models.suspended(bridge):
-        _, without = run_alone(models, bridge, rows[0])
-    _, after = run_alone(models, bridge, rows[0])
+    bridge = bridge_from_transformers(adapted.base_model.model, tiny_tokenizer)
+    _, with_adapter = run_alone(bridge, rows[0])
+    with suspended(bridge):
+        _, without = run_alone(bridge, rows[0])
+    _, after = run_alone(bridge, rows[0])
     torch.testing.assert_close(without, naive.logits(tiny.llama(tiny_tokenizer), rows[0]), rtol=RELATIVE, atol=RELATIVE)
     torch.testing.assert_close(after, with_adapter, rtol=0, atol=0)
     assert not torch.allclose(with_adapter, without)
@@ -234,44 +236,44 @@ def test_suspended_turns_adapters_off_and_on_again_as_they_were(models, tiny_tok
 # --- identity ------------------------------------------------------------------------------------------------------
 
 
-def test_two_loads_of_one_model_have_one_identity(models, model_class, tiny_model, make_tiny_model):
-    assert models.identify(make_tiny_model(model_class)) == models.identify(tiny_model)
+def test_two_loads_of_one_model_have_one_identity(model_class, tiny_model, make_tiny_model):
+    assert identify(make_tiny_model(model_class)) == identify(tiny_model)
 
 
-def test_other_weights_give_another_hash(models, fresh_tiny_model):
-    before = models.identify(fresh_tiny_model)
+def test_other_weights_give_another_hash(fresh_tiny_model):
+    before = identify(fresh_tiny_model)
     with torch.no_grad():
         next(p for name, p in fresh_tiny_model.named_parameters() if "embed" not in name.lower()).mul_(1.01)
-    assert models.identify(fresh_tiny_model).weights_hash != before.weights_hash
+    assert identify(fresh_tiny_model).weights_hash != before.weights_hash
 
 
-def test_a_bias_of_zeros_changes_no_hash(models, fresh_tiny_model):
+def test_a_bias_of_zeros_changes_no_hash(fresh_tiny_model):
     # what TransformerLens 3.9 adds to a bridge's unembedding and 4 does not: vectors go from one to the other
-    before = models.identify(fresh_tiny_model)
+    before = identify(fresh_tiny_model)
     holder = getattr(fresh_tiny_model, "original_model", fresh_tiny_model)
     holder.register_parameter("added_bias", torch.nn.Parameter(torch.zeros(32)))
-    assert models.identify(fresh_tiny_model) == before
+    assert identify(fresh_tiny_model) == before
 
 
-def test_both_classes_have_one_embedding_sample(both_classes, models, make_tiny_model):
-    bridge, hooked = (models.identify(make_tiny_model(name)) for name in ("TransformerBridge", "HookedTransformer"))
+def test_both_classes_have_one_embedding_sample(both_classes, make_tiny_model):
+    bridge, hooked = (identify(make_tiny_model(name)) for name in ("TransformerBridge", "HookedTransformer"))
     assert bridge.embedding_sample == hooked.embedding_sample
 
 
-def test_unprocessed_weights_leave_the_stream_raw(models, pair):
-    assert models.residual_basis(pair[0]) == "raw"
+def test_unprocessed_weights_leave_the_stream_raw(pair):
+    assert residual_basis(pair[0]) == "raw"
 
 
-def test_centred_weights_are_recognised(models, make_tiny_model, tiny_hf_gpt2, model_class):
+def test_centred_weights_are_recognised(make_tiny_model, tiny_hf_gpt2, model_class):
     model = make_tiny_model(model_class, tiny_hf_gpt2)
     if model_class == "HookedTransformer":
         model.load_and_process_state_dict(model.state_dict(), fold_ln=False)
     else:
         model.enable_compatibility_mode(disable_warnings=True)
-    assert models.residual_basis(model) == "centred"
+    assert residual_basis(model) == "centred"
 
 
-def test_the_papers_layer_twenty_is_layer_nineteen(models):
-    assert models.from_paper_layer(20) == 19
+def test_the_papers_layer_twenty_is_layer_nineteen():
+    assert from_paper_layer(20) == 19
     with pytest.raises(ValueError, match="counts layers from 1, got 0"):
-        models.from_paper_layer(0)
+        from_paper_layer(0)

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from persona_lens.interventions import Steer, ablate, intervene, steer
-from persona_lens.monitoring import Monitoring, monitor
-from persona_lens.transcripts import Transcript, read_transcripts
+from persona_lens.interventions.hooks import ablate, intervene, steer
+from persona_lens.interventions.values import Steer
+from persona_lens.monitoring.projection import monitor
+from persona_lens.monitoring.result import Monitoring
+from persona_lens.monitoring.transcripts import Transcript, read_transcripts
 from tests import naive, tiny
 from tests.chat_cases import (
     CHATS,

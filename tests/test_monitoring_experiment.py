@@ -13,7 +13,7 @@ EXAMPLES = [(f"Question {number}?", f"Answer {number}.") for number in range(8)]
 
 
 def points(conditions, questions, projection, score):
-    from persona_lens.experiments import Point
+    from persona_lens.monitoring.experiment import Point
 
     return tuple(
         Point(name, question, tuple(float(projection(c, q)) * (layer + 1) for layer in range(2)), score(c, q), 1, 1)
@@ -23,7 +23,7 @@ def points(conditions, questions, projection, score):
 
 
 def experiment(found, layer=0):
-    from persona_lens.experiments import MonitoringExperiment
+    from persona_lens.monitoring.experiment import MonitoringExperiment
 
     return MonitoringExperiment("grumpy", layer, found, {"judge": "by hand"})
 
@@ -122,7 +122,7 @@ def test_the_curve_has_both_correlations_at_every_layer(noisy):
 
 
 def test_an_experiment_is_read_back_as_it_was(noisy, tmp_path):
-    from persona_lens.experiments import MonitoringExperiment
+    from persona_lens.monitoring.experiment import MonitoringExperiment
 
     noisy.save(tmp_path / "experiment.json")
     again = MonitoringExperiment.load(tmp_path / "experiment.json")
@@ -140,7 +140,7 @@ def test_an_experiment_is_read_back_as_it_was(noisy, tmp_path):
     ],
 )
 def test_a_damaged_experiment_is_refused_with_its_file(noisy, tmp_path, change, words):
-    from persona_lens.experiments import MonitoringExperiment
+    from persona_lens.monitoring.experiment import MonitoringExperiment
 
     path = tmp_path / "experiment.json"
     noisy.save(path)
@@ -152,8 +152,8 @@ def test_a_damaged_experiment_is_refused_with_its_file(noisy, tmp_path, change, 
 
 
 def test_every_question_is_asked_under_each_of_the_eight_prompts():
-    from persona_lens.experiments import system_prompts
-    from persona_lens.traits import load_trait
+    from persona_lens.monitoring.experiment import system_prompts
+    from persona_lens.traits.trait import load_trait
 
     trait = load_trait("optimistic")
     planned = system_prompts(trait, trait.evaluation_questions[:3], per_question=2)
@@ -167,7 +167,7 @@ def test_every_question_is_asked_under_each_of_the_eight_prompts():
 
 
 def test_a_longer_context_begins_with_the_examples_of_a_shorter_one():
-    from persona_lens.experiments import many_shot
+    from persona_lens.monitoring.experiment import many_shot
 
     planned = many_shot(TRAIT, ["Question 0?", "Else?"], EXAMPLES, shots=(0, 3, 6), per_question=1)
     by_count = {prompt.condition: prompt for prompt in planned if prompt.question == "Question 0?"}
@@ -183,7 +183,7 @@ def test_a_longer_context_begins_with_the_examples_of_a_shorter_one():
     ("shots", "said"), [((0, 20), "20 examples are wanted and 8 are there"), ((5, 0), "ascending"), ((), "ascending")]
 )
 def test_shots_that_cannot_be_shown_are_refused(shots, said):
-    from persona_lens.experiments import many_shot
+    from persona_lens.monitoring.experiment import many_shot
 
     with pytest.raises(ValueError, match=said):
         many_shot(TRAIT, ["Else?"], EXAMPLES, shots=shots)
@@ -198,14 +198,14 @@ class LengthJudge:
         return "length"
 
     def score(self, trait, rollouts, *, progress=False):
-        from persona_lens.judges import Score
+        from persona_lens.judges.scores import Score
 
         return [Score(float(len(row.response) % 101), 90.0) for row in rollouts]
 
 
 def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
-    from persona_lens.experiments import MonitoringExperiment, many_shot, monitoring_experiment
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.monitoring.experiment import MonitoringExperiment, many_shot, monitoring_experiment
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(tiny_model.cfg.n_layers, tiny_model.cfg.d_model, generator=generator)
@@ -231,9 +231,9 @@ def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
 
 
 def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(embedded_bridge):
-    from persona_lens.experiments import monitoring_experiment, system_prompts
-    from persona_lens.traits import load_trait
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.monitoring.experiment import monitoring_experiment, system_prompts
+    from persona_lens.traits.trait import load_trait
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     trait = load_trait("optimistic")
     shape = (embedded_bridge.cfg.n_layers, embedded_bridge.cfg.d_model)
@@ -250,8 +250,8 @@ def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(
 
 
 def test_a_prompt_that_stands_twice_is_refused_before_anything_is_sampled(tiny_model, tmp_path):
-    from persona_lens.experiments import many_shot, monitoring_experiment
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.monitoring.experiment import many_shot, monitoring_experiment
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     directions = torch.ones(tiny_model.cfg.n_layers, tiny_model.cfg.d_model)
     vectors = PersonaVectors.from_directions(directions, trait="grumpy", model=tiny_model)
@@ -266,9 +266,9 @@ def test_a_prompt_that_stands_twice_is_refused_before_anything_is_sampled(tiny_m
 def test_examples_are_the_highest_judged_positive_response_to_each_question(tmp_path):
     from dataclasses import asdict
 
-    from persona_lens.experiments import judged_examples
-    from persona_lens.records import JsonLines
-    from persona_lens.rollouts import Rollout
+    from persona_lens.monitoring.experiment import judged_examples
+    from persona_lens.rollouts.rows import Rollout
+    from persona_lens.storage.files import JsonLines
 
     def row(question, sample, polarity="positive"):
         text = f"{question} {sample}"

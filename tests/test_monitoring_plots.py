@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.monitoring import ChatProjections, MonitoredVector, Monitoring, TokenProjections, TurnProjections
-from persona_lens.plots import plot_layer_correlations, plot_projection_scores, plot_roc, plot_turns
+from persona_lens.monitoring.detection import detection
+from persona_lens.monitoring.result import (
+    ChatProjections,
+    MonitoredVector,
+    Monitoring,
+    TokenProjections,
+    TurnProjections,
+)
+from persona_lens.monitoring.thresholds import Threshold
+from persona_lens.plots.monitoring import plot_layer_correlations, plot_projection_scores, plot_roc, plot_turns
 from persona_lens.statistics import Estimate
-from persona_lens.thresholds import Threshold, detection
 from tests.plot_cases import NASTY, NASTY_AS_TEXT, shown, traces
 
 VECTORS = (MonitoredVector("evil", 14, "aaaaaaaa"), MonitoredVector("polite", 18, "bbbbbbbb"))

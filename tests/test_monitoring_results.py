@@ -6,9 +6,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from persona_lens.interventions import steer
-from persona_lens.monitoring import Monitoring, monitor
-from persona_lens.transcripts import Transcript
+from persona_lens.interventions.hooks import steer
+from persona_lens.monitoring.projection import monitor
+from persona_lens.monitoring.result import Monitoring
+from persona_lens.monitoring.transcripts import Transcript
 from tests.chat_cases import CHATS, CLOCKED, chat, counted, set_clock, several
 from tests.intervention_cases import some_vectors
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.experiments.conditions import NEUTRAL
 from persona_lens.experiments.mood_texts import (
     contrast_with_moods,
     contrast_with_neutral,
@@ -16,6 +15,7 @@ from persona_lens.experiments.mood_texts import (
     training_rows,
 )
 from persona_lens.experiments.moods import MOODS, MoodRow, MoodSplit
+from persona_lens.monitoring.experiment import NEUTRAL
 from tests import mood_cases
 from tests.mood_cases import neutral
 
@@ -294,8 +294,8 @@ def test_runs_of_no_words_are_refused():
 
 @pytest.mark.soak
 def test_a_moods_direction_separates_its_held_out_responses_from_the_other_moods(split, embedded_bridge):
-    from persona_lens.activations import stream_means
-    from persona_lens.extraction import extract_from_responses
+    from persona_lens.activations.means import stream_means
+    from persona_lens.extraction.extract import extract_from_responses
     from persona_lens.statistics import auc
 
     small = replace(split, vectors=split.vectors[::12])

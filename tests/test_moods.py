@@ -21,7 +21,7 @@ from persona_lens.experiments.moods import (
     prompt_families,
     split_prompts,
 )
-from persona_lens.traits import Trait
+from persona_lens.traits.trait import Trait
 from tests import mood_cases
 
 PARTS = ("vectors", "finetuning", "judge", "evaluation")
@@ -241,7 +241,7 @@ def test_a_moods_instructions_order_the_mood_and_a_neutral_manner(split):
 
 
 def test_a_moods_trait_survives_its_file(split, tmp_path):
-    from persona_lens.traits import load_trait
+    from persona_lens.traits.trait import load_trait
 
     trait = mood_trait("drunk", split)
     trait.save(tmp_path / "drunk.json")

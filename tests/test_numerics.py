@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_lens import models
-from persona_lens.activations import mean_activations, stream_means
-from persona_lens.captured import CapturedMean, CapturedMeans
-from persona_lens.chat import ChatTokens, collate
-from persona_lens.extraction import extract_from_responses
-from persona_lens.generation import generate
-from persona_lens.interventions import Ablate, Cap, Steer, steer
+from persona_lens.activations.means import mean_activations, stream_means
+from persona_lens.chat.batches import ChatTokens, collate
+from persona_lens.extraction.extract import extract_from_responses
+from persona_lens.generation.capture import CapturedMean, CapturedMeans
+from persona_lens.generation.decoding import generate
+from persona_lens.interventions.hooks import steer
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.models.loading import bridge_from_transformers, hooked_from_transformers
+from persona_lens.models.structure import residual_basis, residual_points
 from tests import naive, numeric_run, tiny, zoo
 from tests.conftest import has_hooked_transformer
 from tests.extraction_cases import QUICK, conversations, stream
@@ -71,7 +73,7 @@ def overflowing(request, tiny_tokenizer):
     hf_model = tiny.llama(tiny_tokenizer)
     with torch.no_grad():
         hf_model.get_decoder().layers[1].mlp.down_proj.weight.mul_(3e4)
-    make = models.bridge_from_transformers if request.param == "TransformerBridge" else models.hooked_from_transformers
+    make = bridge_from_transformers if request.param == "TransformerBridge" else hooked_from_transformers
     return make(hf_model.half(), tiny_tokenizer)
 
 
@@ -106,7 +108,7 @@ def test_means_in_half_precision_are_float32_and_about_as_far_off_as_hugging_fac
         pytest.skip(f"{name} as HookedTransformer is made by hand here, in float64")
     exact = architecture.build(tiny_tokenizer)
     half = copy.deepcopy(exact).to(dtype)
-    make = models.bridge_from_transformers if model_class == "TransformerBridge" else models.hooked_from_transformers
+    make = bridge_from_transformers if model_class == "TransformerBridge" else hooked_from_transformers
     model = make(copy.deepcopy(half), tiny_tokenizer)
     expected, theirs = (torch.stack([naive.stream_mean(each, text) for text in texts]) for each in (exact, half))
     found = mean_activations(model, collate([ChatTokens(tuple(prompt), tuple(answer)) for prompt, answer in texts]))
@@ -117,10 +119,10 @@ def test_means_in_half_precision_are_float32_and_about_as_far_off_as_hugging_fac
 def test_a_mean_of_many_tokens_in_bfloat16_is_that_of_its_tokens_in_float64(tiny_tokenizer):
     """Sums in bfloat16 would stop growing after 256 tokens."""
     hf_model = tiny.llama(tiny_tokenizer).bfloat16()
-    model = models.bridge_from_transformers(hf_model, tiny_tokenizer)
+    model = bridge_from_transformers(hf_model, tiny_tokenizer)
     batch = collate([ChatTokens((5,), (7,) * 250)])
     tokens = []
-    handle = models.residual_points(model)[1].register_forward_hook(lambda _m, _i, resid: tokens.append(resid.double()))
+    handle = residual_points(model)[1].register_forward_hook(lambda _m, _i, resid: tokens.append(resid.double()))
     found = mean_activations(model, batch)
     handle.remove()
     torch.testing.assert_close(found[0, 0].double(), tokens[0][0, 1:].mean(dim=0), rtol=1e-5, atol=1e-6)
@@ -178,7 +180,7 @@ def test_a_response_of_ten_thousand_tokens_has_the_mean_of_its_tokens(tiny_token
         hf_model = LlamaForCausalLM(config).eval()
     response = tuple(torch.randint(3, 320, (length,), generator=torch.Generator().manual_seed(0)).tolist())
     expected = naive.stream_mean(copy.deepcopy(hf_model), ((5, 6, 7), response))
-    model = models.bridge_from_transformers(hf_model, tiny_tokenizer)
+    model = bridge_from_transformers(hf_model, tiny_tokenizer)
     rows = [ChatTokens((5, 6, 7), response), ChatTokens((5, 6, 7), (9, 10))]
     found = {
         row: mean for batch in stream_means(model, rows) for row, mean in zip(batch.rows, batch.means, strict=True)
@@ -212,7 +214,7 @@ def test_vectors_of_a_centred_stream_are_refused_on_a_raw_one_and_the_other_way_
     for own, other in (pair := centred_and_raw("gpt2"), pair[::-1]):
         vectors = extract_from_responses(own, *sides, **QUICK)
         vectors.check(own)
-        bases = [models.residual_basis(each) for each in (own, other)]
+        bases = [residual_basis(each) for each in (own, other)]
         assert sorted(bases) == ["centred", "raw"]
         with (
             pytest.raises(ValueError, match=f"expect residual basis {bases[0]}, and .* has {bases[1]}"),
@@ -227,7 +229,7 @@ def test_processed_weights_of_a_model_with_rms_norm_have_the_same_vectors(centre
     one, other = (extract_from_responses(each, *sides, **QUICK) for each in (processed, raw))
     assert naive.relative_error(one.directions, other.directions) < 1e-4
     one.check(raw, allow_other_model=True)
-    assert models.residual_basis(processed) == models.residual_basis(raw) == "raw"
+    assert residual_basis(processed) == residual_basis(raw) == "raw"
 
 
 # --- a seed --------------------------------------------------------------------------------------------------------
@@ -251,11 +253,11 @@ def test_a_seed_repeats_a_whole_run_bit_by_bit_in_another_process(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_default_dtype_of_torch_changes_no_number(tiny_model, dtype):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
+    from persona_lens.finetuning.shift import finetuning_shift
     from persona_lens.interop.tensor_files import rows_by_layer
-    from persona_lens.judges.likelihood import mean_log_likelihoods
-    from persona_lens.shift import finetuning_shift
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     directions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     rows = [ChatTokens((5, 6, 7), (8, 9, 11)), ChatTokens((5, 6), (10, 11, 12, 13, 14))]

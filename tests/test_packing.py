@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.packing import PASS_SHARE, length_sorted_batches
+from persona_lens.activations.prefixes import PASS_SHARE, length_sorted_batches
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=40), budget=st.integers(1, 200))

@@ -8,16 +8,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from persona_lens.interventions import Ablate, Cap, Steer, When, intervene, steer
-from persona_lens.models import (
-    KnownPass,
-    announce,
-    announced,
-    bridge_from_transformers,
-    forward,
-    suspended,
-    watch_passes,
-)
+from persona_lens.interventions.hooks import intervene, steer
+from persona_lens.interventions.intervention import When
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.models.forward import forward
+from persona_lens.models.loading import bridge_from_transformers
+from persona_lens.models.pass_context import KnownPass, announce, announced, watch_passes
+from persona_lens.models.structure import suspended
 from tests import naive, tiny
 from tests.intervention_cases import EXACT, IDS, TOKENS, hooks, logits, some_vectors, stream
 
@@ -62,7 +59,7 @@ def test_hook_lists_name_the_layers_that_act(tiny_model):
 
 
 def test_generation_inside_hook_lists_is_steered(tiny_model):
-    from persona_lens.generation import generate
+    from persona_lens.generation.decoding import generate
 
     each, options = value("steer", tiny_model), {"max_new_tokens": 4, "temperature": 0.0}
     with intervene(tiny_model, each):

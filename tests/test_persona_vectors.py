@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.vectors import PersonaVectors, cosine_matrix
+from persona_lens.vectors.persona_vectors import PersonaVectors, cosine_matrix
 from tests.vector_cases import (
     D_MODEL,
     FACTORS,

@@ -32,7 +32,7 @@ def run_pipeline():
     The judge's time grows with the square of the pairs, and two are the fewest of which it can leave one out.
     """
     from persona_lens import LikelihoodRatioJudge, extract_persona_vectors, load_trait
-    from persona_lens.rollouts import ModelEngine
+    from persona_lens.rollouts.engines import ModelEngine
 
     trait = replace(load_trait("evil"), instructions=load_trait("evil").instructions[:2])
 
@@ -143,16 +143,16 @@ def test_the_evil_direction_separates_held_out_questions_better_than_chance(fini
 
 
 def test_the_plan_counts_what_will_be_spent():
-    from persona_lens.pipeline import ExtractionPlan
+    from persona_lens.extraction.pipeline import ExtractionPlan
 
     text = str(ExtractionPlan("evil", "a model", rollouts=40, calibration_rollouts=26, max_new_tokens=12))
     assert "40 rollouts and 26 to calibrate the judge, at most 792 sampled tokens; 40 judgements" in text
 
 
 def test_a_response_beyond_the_context_is_left_out_of_the_examples(tiny_model, tmp_path):
-    from persona_lens.judges import ScoredRollout
-    from persona_lens.monitoring import Monitoring
-    from persona_lens.pipeline import read_examples
+    from persona_lens.extraction.pipeline import read_examples
+    from persona_lens.judges.scores import ScoredRollout
+    from persona_lens.monitoring.result import Monitoring
     from tests.evaluation_cases import make_rollout
     from tests.intervention_cases import some_vectors
 
@@ -169,8 +169,8 @@ def test_a_response_beyond_the_context_is_left_out_of_the_examples(tiny_model, t
     "name", ["summary.json", "vectors.safetensors", "example_tokens.jsonl", "row_means.npy", "evaluation.json"]
 )
 def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_bridge, tmp_path, name):
-    from persona_lens.evaluation import evaluate
-    from persona_lens.pipeline import extract_persona_vectors
+    from persona_lens.evaluation.evaluate import evaluate
+    from persona_lens.extraction.pipeline import extract_persona_vectors
     from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
 
     file = tmp_path / name
@@ -197,10 +197,11 @@ def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_brid
     "name", ["layer_sweep.json", "dose_response.json", "experiment.json", "shift.json", "preset.json"]
 )
 def test_an_experiment_replaces_no_result_of_something_else(tiny_bridge, tmp_path, name):
-    from persona_lens.experiments import monitoring
-    from persona_lens.layer_selection import dose_response, select_layer
+    from persona_lens.evaluation.dose_response import dose_response
+    from persona_lens.evaluation.layer_selection import select_layer
+    from persona_lens.finetuning.shift import finetuning_shift
+    from persona_lens.monitoring import experiment as monitoring
     from persona_lens.replication.run import replicate
-    from persona_lens.shift import finetuning_shift
     from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
     from tests.intervention_cases import some_vectors
 

@@ -10,14 +10,14 @@ import pandas
 import pytest
 import torch
 
-from persona_lens.plots import (
+from persona_lens.plots.layers import (
     plot_cosine_matrix,
     plot_dose_response,
     plot_frontier,
     plot_layer_statistics,
     plot_layer_sweep,
 )
-from persona_lens.vectors import cosine_matrix
+from persona_lens.vectors.persona_vectors import cosine_matrix
 from tests.evaluation_cases import make_evaluation, make_sweep
 from tests.plot_cases import CELLS, NASTY, NASTY_AS_TEXT, response, shown, traces
 from tests.vector_cases import N_LAYERS, make_statistics, make_vectors

@@ -22,14 +22,14 @@ def some_rows(draw):
 @pytest.fixture(scope="module")
 def prefix():
     """The module under test, imported late so that the jaxtyping hook instruments it."""
-    import persona_lens.prefix
+    import persona_lens.activations.prefixes
 
-    return persona_lens.prefix
+    return persona_lens.activations.prefixes
 
 
 @pytest.fixture(scope="module")
 def rows(tiny_tokenizer):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
 
     texts = tiny.chat_rows(tiny_tokenizer)
     return [ChatTokens(prompt, response) for prompt, response in [*texts, (texts[0][0], ())]]
@@ -69,7 +69,7 @@ def test_shared_prompts_give_the_naive_log_likelihood(prefix, tiny_model, tiny_h
 @settings(max_examples=20)
 @given(rows=some_rows(), token_budget=st.integers(1, 60), cache_tokens=st.integers(1, 60))
 def test_budgets_change_no_logits(prefix, tiny_model, rows, token_budget, cache_tokens):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
 
     rows = [ChatTokens(*row) for row in rows]
     roomy = response_logits(prefix, tiny_model, rows)
@@ -81,7 +81,7 @@ def test_budgets_change_no_logits(prefix, tiny_model, rows, token_budget, cache_
 
 @given(rows=some_rows(), token_budget=st.integers(1, 60), cache_tokens=st.integers(1, 60))
 def test_batches_stay_within_their_budgets_or_hold_one_row(prefix, rows, token_budget, cache_tokens):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
 
     rows = [ChatTokens(*row) for row in rows]
     for batch, copied in planned(prefix, rows, token_budget, cache_tokens):
@@ -111,7 +111,7 @@ class NoCache:
 
 def planned(prefix, rows, token_budget, cache_tokens):
     """The batches, run by no model: each with how many padded prompt tokens it copies."""
-    from persona_lens.models import Past
+    from persona_lens.models.forward import Past
 
     for batch in prefix.prefix_batches(NoModel(), rows, token_budget=token_budget, cache_tokens=cache_tokens):
         if batch.is_prompt:
@@ -121,7 +121,7 @@ def planned(prefix, rows, token_budget, cache_tokens):
 
 @given(rows=some_rows(), token_budget=st.integers(1, 60))
 def test_every_prompt_and_every_response_runs_once(prefix, rows, token_budget):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
 
     rows = [ChatTokens(*row) for row in rows]
     batches = [batch for batch, _ in planned(prefix, rows, token_budget, 60)]
@@ -134,7 +134,7 @@ def test_every_prompt_and_every_response_runs_once(prefix, rows, token_budget):
 
 
 def test_tokens_are_counted_with_and_without_sharing(prefix):
-    from persona_lens.chat import ChatTokens
+    from persona_lens.chat.batches import ChatTokens
 
     rows = [ChatTokens((1, 2, 3), (4,)), ChatTokens((1, 2, 3), (5, 6)), ChatTokens((1,))]
     assert prefix.count_tokens(rows) == (3 + 1 + 1 + 2, 3 + 1 + 3 + 2 + 1)

@@ -18,13 +18,13 @@ def pair(request, tiny_model, tiny_gpt2, tiny_hf_model, tiny_hf_gpt2):
 
 
 def run(model, **options):
-    from persona_lens.models import forward
+    from persona_lens.models.forward import forward
 
     return forward(model, TOKENS, MASK, **options)
 
 
 def project(model, vectors, **options):
-    from persona_lens.activations import projected_residuals
+    from persona_lens.activations.means import projected_residuals
 
     with projected_residuals(model, vectors) as found:
         run(model, **options)
@@ -45,7 +45,7 @@ def slow(hf_model, vector, ids):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_pass_that_stops_after_a_layer_runs_no_block_above_it_and_unembeds_nothing(tiny_model, layer):
-    from persona_lens.models import residual_points
+    from persona_lens.models.structure import residual_points
 
     ran = []
     watched = {f"point {place}": point for place, point in enumerate(residual_points(tiny_model))}
@@ -67,7 +67,7 @@ def test_a_pass_that_stops_leaves_no_hook_and_the_next_one_runs_whole(tiny_model
 
 
 def test_an_error_within_a_pass_that_stops_is_raised_and_leaves_no_hook(tiny_model):
-    from persona_lens.models import residual_points
+    from persona_lens.models.structure import residual_points
 
     def fail(*_):
         raise RuntimeError("out of memory")
@@ -115,7 +115,7 @@ def test_the_length_of_a_vector_does_not_matter(tiny_model):
 
 
 def test_interventions_that_are_attached_already_are_seen(tiny_model):
-    from persona_lens.interventions import steer
+    from persona_lens.interventions.hooks import steer
 
     vector = some_vectors(tiny_model).at(1)
     plain = project(tiny_model, [vector])
@@ -125,7 +125,7 @@ def test_interventions_that_are_attached_already_are_seen(tiny_model):
 
 
 def test_the_layers_are_those_of_the_vectors_and_no_hook_stays(tiny_model):
-    from persona_lens.activations import projected_residuals
+    from persona_lens.activations.means import projected_residuals
 
     vectors, before = some_vectors(tiny_model), tiny.hook_counts(tiny_model)
     with projected_residuals(tiny_model, [vectors.at(2), vectors.at(0), vectors.at(2)]) as found:
@@ -135,7 +135,7 @@ def test_the_layers_are_those_of_the_vectors_and_no_hook_stays(tiny_model):
 
 
 def test_vectors_that_are_none_or_of_another_width_are_refused(tiny_model, tiny_gpt2):
-    from persona_lens.activations import projected_residuals
+    from persona_lens.activations.means import projected_residuals
 
     with pytest.raises(ValueError, match="pass at least one vector"), projected_residuals(tiny_model, []):
         pass

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from persona_lens.interventions import steer
-from persona_lens.models import bridge_from_transformers, forward
+from persona_lens.interventions.hooks import steer
+from persona_lens.models.forward import forward
+from persona_lens.models.loading import bridge_from_transformers
 from tests import naive, tiny
 from tests.intervention_cases import IDS, TOKENS, some_vectors
 

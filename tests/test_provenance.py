@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from persona_lens.models import identify, resid_post_name
-from persona_lens.vectors import HOOK_POINT, PersonaVectors
+from persona_lens.models.structure import identify, resid_post_name
+from persona_lens.vectors.persona_vectors import PersonaVectors
+from persona_lens.vectors.provenance import HOOK_POINT
 from tests.vector_cases import D_MODEL, N_LAYERS, OtherClassOfToyModel, ToyModel, make_provenance, make_vectors
 
 

@@ -17,10 +17,11 @@ ELSEWHERE = ("make ", "pip ")
 @pytest.mark.slow
 def test_every_block_of_the_readme_runs(embedded_bridge, llama_server, tmp_path, monkeypatch):
     import persona_lens
-    from persona_lens import cli, models
+    from persona_lens import cli
+    from persona_lens.models import loading
 
     monkeypatch.chdir(tmp_path)
-    for home in (persona_lens, models):  # loaded once, not once a block
+    for home in (persona_lens, loading):  # loaded once, not once a block
         monkeypatch.setattr(home, "load_model", lambda *_, **__: embedded_bridge, raising=False)
     blocks = BLOCK.findall(README.read_text().replace("http://localhost:8000/v1", llama_server))
     namespace: dict[str, object] = {}

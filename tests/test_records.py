@@ -10,9 +10,9 @@ import pytest
 @pytest.fixture(scope="module")
 def records():
     """The module under test, imported late so that the jaxtyping hook instruments it."""
-    import persona_lens.records
+    import persona_lens.storage.files
 
-    return persona_lens.records
+    return persona_lens.storage.files
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_a_result_of_something_else_is_left_as_it_was(records, tmp_path, content
 
 @pytest.mark.parametrize("value", [1e39, -1e308, 10**39])
 def test_a_number_that_no_measurement_has_is_refused(value):
-    from persona_lens.records import checked
+    from persona_lens.storage.files import checked
 
     with pytest.raises(ValueError, match="expected a number that float32 has"):
         checked(value, float)

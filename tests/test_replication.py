@@ -219,7 +219,7 @@ def test_the_best_steered_cell_is_a_coherent_one_that_has_a_score():
 
 def test_lists_that_may_grow_are_added_to_and_nothing_else_is(tmp_path):
     from persona_lens.experiments.study_folder import refuse_other_settings
-    from persona_lens.models import ModelIdentity
+    from persona_lens.models.structure import ModelIdentity
 
     model = ModelIdentity("tiny", "TransformerBridge", 2, 8, "raw", "0", (0.0,))
     path = tmp_path / "settings.json"

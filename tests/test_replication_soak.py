@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 import pytest, torch
 torch.set_num_threads(1)
-from persona_lens.models import bridge_from_transformers
+from persona_lens.models.loading import bridge_from_transformers
 from persona_lens.replication.preset import Preset
 from persona_lens.replication.run import replicate
 from tests import tiny

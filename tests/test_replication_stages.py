@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from persona_lens.records import JsonLines
+from persona_lens.storage.files import JsonLines
 from tests.replication_cases import (
     Counted,
     bring_the_rest,
@@ -190,9 +190,9 @@ def test_a_model_of_another_depth_is_refused(tiny_bridge, tmp_path):
 @pytest.mark.parametrize("kind", ["on_moods", pytest.param("on_sets", marks=pytest.mark.soak)])
 def test_the_page_and_the_markdown_have_the_numbers_of_the_report(kind, request):
     pytest.importorskip("plotly")
-    from persona_lens.plots.page import escaped
+    from persona_lens.pages.page import escaped
     from persona_lens.replication import wording
-    from persona_lens.report import write_replication_report
+    from persona_lens.replication.page import write_replication_report
 
     _, folder, _ = request.getfixturevalue(kind)
     page = write_replication_report(folder).read_text(encoding="utf-8")

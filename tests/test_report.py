@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
-from persona_lens.layer_selection import LayerSweep
-from persona_lens.report import findings, read_run, report_html, write_report
+from persona_lens.evaluation.layer_selection import LayerSweep
+from persona_lens.pages.run_findings import findings
+from persona_lens.pages.run_folder import read_run
+from persona_lens.pages.run_report import report_html, write_report
 from tests.evaluation_cases import cut
 from tests.page_cases import Page
 from tests.report_cases import SCORES, keep_confirmation, make_run, tiles

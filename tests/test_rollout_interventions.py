@@ -3,7 +3,8 @@
 import json
 from dataclasses import replace
 
-from persona_lens.rollouts import Rollout, collect_rollouts, plan_rollouts, read_rollouts
+from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts
+from persona_lens.rollouts.rows import Rollout, read_rollouts
 from tests.evaluation_cases import TRAIT
 
 PLAN = plan_rollouts(TRAIT, polarities=["neutral"], per_question=2)

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.records import JsonLines
-from persona_lens.rollouts import ModelEngine, Rollout, collect_rollouts, plan_rollouts, read_rollouts, sample_rollouts
-from persona_lens.traits import InstructionPair, Trait, load_trait
+from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts, sample_rollouts
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.rollouts.rows import Rollout, read_rollouts
+from persona_lens.storage.files import JsonLines
+from persona_lens.traits.trait import InstructionPair, Trait, load_trait
 from tests.chat_cases import CLOCKED, set_clock
 
 TRAIT = Trait(
@@ -95,7 +97,7 @@ def test_the_response_is_the_text_of_its_tokens(tiny_model):
 
 def test_an_empty_response_is_kept_as_a_row(tiny_model, tmp_path, monkeypatch):
     everything = frozenset(range(len(tiny_model.tokenizer)))
-    monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _tokenizer: everything)
+    monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: everything)
     rows = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
     assert [(row.response, row.response_tokens, row.finish_reason) for row in rows] == [("", (), "stop")] * 8
     assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
@@ -184,10 +186,10 @@ KILLED = """
     import os, signal, sys, torch
     from transformers import AutoTokenizer
 
-    from persona_lens.models import bridge_from_transformers
-    from persona_lens.records import JsonLines
-    from persona_lens.rollouts import sample_rollouts
-    from persona_lens.traits import load_trait
+    from persona_lens.models.loading import bridge_from_transformers
+    from persona_lens.storage.files import JsonLines
+    from persona_lens.rollouts.collection import sample_rollouts
+    from persona_lens.traits.trait import load_trait
     from tests import tiny
 
     torch.set_num_threads(1)
@@ -376,7 +378,7 @@ def test_a_run_whose_rows_are_of_two_days_does_not_go_on(clocked, tmp_path, monk
 
 
 def test_all_files_of_a_run_are_of_the_day_of_its_first_one(clocked, tmp_path, monkeypatch):
-    from persona_lens.evaluation import evaluate
+    from persona_lens.evaluation.evaluate import evaluate
     from tests.evaluation_cases import LetterJudge
 
     settings = {"max_new_tokens": 4, "progress": False}
@@ -389,7 +391,7 @@ def test_all_files_of_a_run_are_of_the_day_of_its_first_one(clocked, tmp_path, m
 
 
 def test_vectors_say_which_day_their_prompts_were_told(clocked, monkeypatch):
-    from persona_lens.extraction import extract_from_responses
+    from persona_lens.extraction.extract import extract_from_responses
 
     rows = [row.conversation() for row in sample_rollouts(clocked, TRAIT, **SHORT)]
     set_clock(monkeypatch, "2026-12-01")

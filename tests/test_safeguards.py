@@ -7,10 +7,13 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
-from persona_lens.generation import generate
-from persona_lens.interventions import Ablate, Cap, Steer, When, steer
-from persona_lens.live import Alert, Safeguard, generate_watched, stream_watched
-from persona_lens.vectors import PersonaVectors
+from persona_lens.generation.decoding import generate
+from persona_lens.interventions.hooks import steer
+from persona_lens.interventions.intervention import When
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.monitoring.live import generate_watched, stream_watched
+from persona_lens.monitoring.watch import Alert, Safeguard
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import naive, tiny
 from tests.intervention_cases import hooks, some_vectors
 from tests.vector_cases import random_tensor

@@ -14,12 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from persona_lens.activations import attached_projections, mean_activations
-from persona_lens.adapters import adapted
-from persona_lens.chat import ChatTokens, collate
-from persona_lens.interventions import attachments, steer
-from persona_lens.live import stream_watched
-from persona_lens.models import Hook, forward, hooked, suspended
+from persona_lens.activations.means import attached_projections, mean_activations
+from persona_lens.chat.batches import ChatTokens, collate
+from persona_lens.interventions.hooks import attachments, steer
+from persona_lens.models.adapters import adapted
+from persona_lens.models.forward import forward
+from persona_lens.models.scopes import Hook, hooked
+from persona_lens.models.structure import suspended
+from persona_lens.monitoring.live import stream_watched
 from tests import tiny
 from tests.finetuning_cases import random_adapter
 from tests.intervention_cases import TOKENS, logits, some_vectors
@@ -135,7 +137,7 @@ class Interleaved(list):
 
 
 def test_an_intervention_that_another_thread_attaches_meanwhile_is_not_lost(tiny_model, monkeypatch):
-    from persona_lens.interventions import attachment
+    from persona_lens.interventions import hooks as attachment
 
     other = SimpleNamespace(scope=SimpleNamespace(is_open=True))
     listed = Interleaved([other])

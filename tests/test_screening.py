@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from persona_lens.interventions import steer
-from persona_lens.screening import ModelScorer, Scorer, ShardsMissing, finish, screen
+from persona_lens.interventions.hooks import steer
 from persona_lens.screening.plan import read_plan
+from persona_lens.screening.run import ShardsMissing, finish, screen
+from persona_lens.screening.scoring import ModelScorer, Scorer
 from tests.chat_cases import CLOCKED, set_clock
 from tests.fault_cases import another_process
 from tests.intervention_cases import some_vectors
@@ -73,7 +74,7 @@ def test_a_given_base_response_takes_the_place_of_the_models_own(
 def test_a_prompt_that_the_server_of_base_responses_will_not_take_is_a_row_without_a_difference(
     tiny_model, vectors, tmp_path
 ):
-    from persona_lens.clients import OpenAIClient
+    from persona_lens.clients.client import OpenAIClient
     from tests.fault_server import FaultServer, bad_request
 
     data = rows(4)
@@ -151,7 +152,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(tiny_model, vector
     data = rows(60)
     whole = screen(tiny_model, data, vectors, output=tmp_path / "whole", base="proxy", **QUIET)
     assert read_plan(whole.folder).n_units == 1
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 7)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 7)
     whole = screen(tiny_model, data, vectors, output=tmp_path / "units", base="proxy", **QUIET)
     real, calls = ModelScorer.score, []
 
@@ -173,7 +174,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(tiny_model, vector
 
 
 def test_a_screening_goes_on_only_with_the_number_of_threads_it_began_with(tiny_bridge, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
     vector = some_vectors(tiny_bridge, "evil", seed=1).at(2)
     shards = [{"output": tmp_path, "base": "proxy", "shard": (number, 2), **QUIET} for number in (0, 1)]
     with pytest.raises(ShardsMissing):
@@ -192,7 +193,7 @@ def test_a_screening_goes_on_only_with_the_number_of_threads_it_began_with(tiny_
 
 
 def test_a_screening_that_goes_on_the_next_day_records_the_day_of_its_prompts(tiny_bridge, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
     monkeypatch.setattr(tiny_bridge.tokenizer, "chat_template", CLOCKED)
     set_clock(monkeypatch, "2026-11-30")
     vector = some_vectors(tiny_bridge, "evil", seed=1).at(2)
@@ -206,7 +207,7 @@ def test_a_screening_that_goes_on_the_next_day_records_the_day_of_its_prompts(ti
 
 
 def test_a_screening_of_a_version_that_recorded_no_threads_goes_on(tiny_bridge, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
     vector = some_vectors(tiny_bridge, "evil", seed=1).at(2)
     with pytest.raises(ShardsMissing):
         screen(tiny_bridge, rows(12), vector, output=tmp_path, base="proxy", shard=(0, 2), **QUIET)
@@ -218,7 +219,7 @@ def test_a_screening_of_a_version_that_recorded_no_threads_goes_on(tiny_bridge, 
 
 
 def test_shards_together_are_the_whole_and_the_last_one_writes_it(tiny_model, vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
     data = rows(33)
     whole = screen(tiny_model, data, vectors, output=tmp_path / "whole", base="proxy", **QUIET)
     for number in (2, 0):
@@ -231,7 +232,7 @@ def test_shards_together_are_the_whole_and_the_last_one_writes_it(tiny_model, ve
 
 
 def test_shards_that_were_cut_another_way_are_taken_as_they_are(tiny_model, vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
     data = rows(33)
     with pytest.raises(ShardsMissing):
         screen(tiny_model, data, vectors, output=tmp_path / "sh", base="proxy", shard=(1, 3), **QUIET)

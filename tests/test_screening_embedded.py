@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from persona_lens.clients import OpenAIClient
-from persona_lens.screening import screen
-from persona_lens.vectors import PersonaVectors
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.screening.run import screen
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import naive
 from tests.screening_cases import QUIET, mood_rows, projection, slow_difference, tokens
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from persona_lens.plots import screening_html
+from persona_lens.pages.screening import screening_html
 from tests.page_cases import Page
 from tests.screening_cases import SYSTEM, chat
 
@@ -162,7 +162,7 @@ def test_what_became_of_every_row_is_counted(planted):
 
 def test_long_texts_are_cut_with_the_number_of_characters_left_out(planted, monkeypatch):
     # The tiny model's context is shorter than a text that is cut.
-    monkeypatch.setattr("persona_lens.plots.page_parts.LONGEST", 30)
+    monkeypatch.setattr("persona_lens.pages.page.LONGEST", 30)
     answer = "Listen first, and then say what you think."
     page = screening_html(planted([row(0, answer)], [(1, 0, 0)]))
     assert f"{answer[:30]} <span class=cut>… 12 more characters</span>" in page

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from persona_lens.screening import ShardsMissing, screen
-from persona_lens.screening.families import Seen
+from persona_lens.screening.batches import PlannedRow, cut_units, length_bucket, read_unit, unit_size, write_units
+from persona_lens.screening.near_duplicates import Seen
 from persona_lens.screening.plan import read_plan
-from persona_lens.screening.units import PlannedRow, cut_units, length_bucket, read_unit, unit_size, write_units
+from persona_lens.screening.run import ShardsMissing, screen
 from tests.screening_cases import QUIET, chat, pair_of_vectors, rows
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 import pytest
 
-from persona_lens.plots import plot_screening
+from persona_lens.plots.screening import plot_screening
 from tests.plot_cases import NASTY, NASTY_AS_TEXT, shown, traces
 from tests.screening_cases import ANSWERS, chat
 

@@ -5,17 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from persona_lens.judges import ClassifierJudge, TextClassifier
-from persona_lens.screening import (
-    count_flagged,
-    finish,
-    flag_samples,
-    judge_samples,
-    read_screening,
-    write_split,
-)
+from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
+from persona_lens.screening.filtering import count_flagged, flag_samples, judge_samples, write_split
+from persona_lens.screening.result import read_screening
+from persona_lens.screening.run import finish
 from persona_lens.statistics import mean_estimate
-from persona_lens.traits import load_trait
+from persona_lens.traits.trait import load_trait
 from tests.screening_cases import QUIET, chat, pair_of_vectors, rows
 
 

@@ -5,8 +5,9 @@ import json
 import pandas
 import pytest
 
-from persona_lens.screening import Rejection, Sample, Turns, named_datasets, screen, stream_samples
-from persona_lens.transcripts import Transcript
+from persona_lens.monitoring.transcripts import Transcript
+from persona_lens.screening.run import screen
+from persona_lens.screening.samples import Rejection, Sample, Turns, named_datasets, stream_samples
 from tests.screening_cases import QUIET, chat, pair_of_vectors, rows, write_rows
 
 LONG = [

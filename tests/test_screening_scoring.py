@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from persona_lens.chat import tokenize_chat
-from persona_lens.clients import OpenAIClient
-from persona_lens.interventions import steer
+from persona_lens.chat.batches import tokenize_chat
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.interventions.hooks import steer
+from persona_lens.screening.batches import PlannedRow
 from persona_lens.screening.scoring import ModelScorer, Scoring
-from persona_lens.screening.units import PlannedRow
 from tests.fault_server import FaultServer
 from tests.intervention_cases import some_vectors
 from tests.judge_servers import only_reasons

@@ -15,13 +15,12 @@ import psutil
 import pyarrow.parquet
 import pytest
 
-from persona_lens.records import JsonLines
-from persona_lens.screening import finish, screen
 from persona_lens.screening.plan import make_plan, read_plan
 from persona_lens.screening.planning import Choices, Room
-from persona_lens.screening.run import score_here, score_units
+from persona_lens.screening.run import finish, score_here, score_units, screen
 from persona_lens.screening.scores import scored_units, write_table
-from persona_lens.vectors import PersonaVectors
+from persona_lens.storage.files import JsonLines
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.processes import child_process
 from tests.screening_cases import QUIET, StubScorer, mood_rows
 
@@ -115,7 +114,8 @@ PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)
 from persona_lens import load_model
-from persona_lens.screening import screen, units
+from persona_lens.screening.run import screen
+from persona_lens.screening import batches as units
 from tests.test_screening_soak import UNIT_ROWS, arguments
 units.UNIT_ROWS = UNIT_ROWS
 if __name__ == "__main__":
@@ -140,7 +140,7 @@ def arguments(model: Any, base: str) -> tuple[Any, Any, dict[str, Any]]:
 def test_real_rows_under_actors_whose_processes_are_killed_are_those_of_the_plain_loop(
     embedded_bridge, tmp_path, base, monkeypatch
 ):
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", UNIT_ROWS)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", UNIT_ROWS)
     data, vectors, choices = arguments(embedded_bridge, base)
     plain = screen(embedded_bridge, data, vectors, output=tmp_path / "plain", **choices, **QUIET)
     folder = tmp_path / "ray"

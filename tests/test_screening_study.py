@@ -134,7 +134,7 @@ def test_a_folder_without_a_study_says_so(tmp_path):
 
 def test_pictures_are_drawn_from_a_study(study):
     pytest.importorskip("plotly")
-    from persona_lens.experiments import plot_screening_pairs, plot_screening_runs, plot_screening_scores
+    from persona_lens.experiments.pictures import plot_screening_pairs, plot_screening_runs, plot_screening_scores
 
     shown = str(plot_screening_scores(study, "proxy").to_json())
     assert "dataset score: proxy" in shown
@@ -150,7 +150,7 @@ def test_pictures_are_drawn_from_a_study(study):
 
 @pytest.fixture(scope="module")
 def committed():
-    from persona_lens.experiments import read_screening_study
+    from persona_lens.experiments.screening_study_result import read_screening_study
 
     return read_screening_study(Path(__file__).parents[1] / "docs" / "results" / "screening")
 

@@ -6,11 +6,10 @@ from functools import partial
 
 import pytest
 
-from persona_lens.clients import OpenAIClient
-from persona_lens.interventions import steer
-from persona_lens.screening import ShardsMissing, finish, screen
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.interventions.hooks import steer
 from persona_lens.screening.plan import read_plan
-from persona_lens.screening.run import score_here, score_units
+from persona_lens.screening.run import ShardsMissing, finish, score_here, score_units, screen
 from persona_lens.screening.scores import scored_units
 from persona_lens.screening.workers import score_with_ray
 from tests.screening_cases import QUIET, SlowStub, StubScorer, pair_of_vectors, rows
@@ -19,7 +18,7 @@ from tests.screening_cases import QUIET, SlowStub, StubScorer, pair_of_vectors, 
 @pytest.fixture
 def unscored(tiny_bridge, tmp_path, monkeypatch):
     """A folder with a plan of 40 units that nobody has scored."""
-    monkeypatch.setattr("persona_lens.screening.units.UNIT_ROWS", 5)
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
 
     def make(name):
         vectors = pair_of_vectors(tiny_bridge)[:1]

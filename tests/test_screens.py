@@ -7,12 +7,20 @@ import pytest
 import torch
 from scipy import stats
 
-from persona_lens.chat import chat_messages, tokenize_chat
-from persona_lens.interventions import Steer, intervene
-from persona_lens.judges import Judge, Score, intervened_log_likelihoods, mean_log_likelihoods, score_rollouts
-from persona_lens.layer_selection import SCREENS, fixed_texts
-from persona_lens.layer_selection.screens import FixedTexts, likelihood_ratio_changes, screen_layers
-from persona_lens.rollouts import Rollout, collect_rollouts, plan_rollouts
+from persona_lens.chat.batches import chat_messages, tokenize_chat
+from persona_lens.evaluation.layer_proxies import (
+    SCREENS,
+    FixedTexts,
+    fixed_texts,
+    likelihood_ratio_changes,
+    screen_layers,
+)
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.values import Steer
+from persona_lens.judges.likelihood_ratio import intervened_log_likelihoods, mean_log_likelihoods
+from persona_lens.judges.scores import Judge, Score, score_rollouts
+from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts
+from persona_lens.rollouts.rows import Rollout
 from tests.evaluation_cases import TRAIT, LetterJudge, make_sweep, naive_resamples, planted_vectors
 from tests.intervention_cases import some_vectors
 from tests.vector_cases import make_statistics

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from persona_lens.direction_statistics import direction_metrics
-from persona_lens.experiments.conditions import many_shot
+from persona_lens.evaluation.dose_response import random_directions
 from persona_lens.experiments.dataset_scores import subset_loss
 from persona_lens.experiments.dialz_pairs import draw_pairs
 from persona_lens.experiments.hidden_rows import find_hidden
@@ -16,15 +15,16 @@ from persona_lens.experiments.method_ablations import _split_half
 from persona_lens.experiments.method_variants import JudgedPair, Variant
 from persona_lens.finetuning.dataset import prompted
 from persona_lens.finetuning.training import _seed_global_generators
-from persona_lens.interop.decomposition import _random_cosine
-from persona_lens.judges import ScoredRollout
+from persona_lens.interop.sparse_autoencoders import _random_cosine
 from persona_lens.judges.coherence import shuffle_words
-from persona_lens.layer_selection.doses import random_directions
-from persona_lens.models import global_randomness_kept
+from persona_lens.judges.scores import ScoredRollout
+from persona_lens.models.scopes import global_randomness_kept
+from persona_lens.monitoring.experiment import many_shot
+from persona_lens.monitoring.transcripts import Transcript
 from persona_lens.statistics import mean_estimate, question_resamples
-from persona_lens.traits import load_trait
-from persona_lens.transcripts import Transcript
-from persona_lens.vectors import PersonaVectors
+from persona_lens.traits.trait import load_trait
+from persona_lens.vectors.direction_statistics import direction_metrics
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.test_dialz_pairs import made_up
 from tests.test_direction_statistics import balanced_design, planted_rows
 from tests.test_likelihood_ratio import answer

@@ -6,11 +6,11 @@ import pandas
 import pytest
 import torch
 
-from persona_lens.evaluation import evaluate
-from persona_lens.interventions import Steer
-from persona_lens.layer_selection import LayerSweep, select_layer
-from persona_lens.rollouts import ModelEngine
-from persona_lens.traits import load_trait
+from persona_lens.evaluation.evaluate import evaluate
+from persona_lens.evaluation.layer_selection import LayerSweep, select_layer
+from persona_lens.interventions.values import Steer
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.traits.trait import load_trait
 from tests import naive
 from tests.evaluation_cases import (
     SHORT,

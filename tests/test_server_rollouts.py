@@ -9,9 +9,9 @@ from textwrap import dedent
 
 import pytest
 
-from persona_lens.clients import ServerError
-from persona_lens.records import JsonLines
-from persona_lens.rollouts import read_rollouts
+from persona_lens.clients.requests import ServerError
+from persona_lens.rollouts.rows import read_rollouts
+from persona_lens.storage.files import JsonLines
 from tests.fault_server import Fault, FaultServer, bad_request, completion, hang, random_faults, unauthorized
 from tests.judge_servers import only_reasons
 from tests.processes import child_process
@@ -228,9 +228,10 @@ def test_the_bar_begins_at_what_is_done_and_moves_row_by_row(server, tmp_path, m
 KILLED = """
     import json, sys
 
-    from persona_lens.clients import OpenAIClient
-    from persona_lens.rollouts import ServerEngine, collect_rollouts, plan_rollouts
-    from persona_lens.traits import load_trait
+    from persona_lens.clients.client import OpenAIClient
+    from persona_lens.rollouts.server import ServerEngine
+    from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts
+    from persona_lens.traits.trait import load_trait
 
     url, trait, output = sys.argv[1:]
     engine = ServerEngine(OpenAIClient("studied", base_url=url, concurrency=3), max_new_tokens=20)
@@ -290,7 +291,7 @@ def test_rows_of_another_engine_are_refused_and_nothing_is_asked(server, tmp_pat
 
 
 def test_a_servers_rows_are_not_gone_on_with_by_a_model(server, tiny_model, tmp_path):
-    from persona_lens.rollouts import sample_rollouts
+    from persona_lens.rollouts.collection import sample_rollouts
 
     collect(engine_at(server), tmp_path / "rollouts.jsonl")
     with pytest.raises(ValueError, match=r"another engine \('studied on the server http://127\.0\.0\.1:\d+/v1, temp"):

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from persona_lens.records import JsonLines
-from persona_lens.rollouts import ServerEngine, plan_rollouts, read_rollouts, unanswered
+from persona_lens.rollouts.collection import plan_rollouts, unanswered
+from persona_lens.rollouts.rows import read_rollouts
+from persona_lens.rollouts.server import ServerEngine
+from persona_lens.storage.files import JsonLines
 from tests.fault_server import FaultServer
 from tests.server_cases import GRUMPY, PROMPTS, PolarityJudge, collect, engine_at, says
 
@@ -19,12 +21,11 @@ def server():
 
 @pytest.fixture(autouse=True)
 def no_model_is_loaded(monkeypatch):
-    from persona_lens import models
 
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(models, "load_model", refuse)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", refuse)
 
 
 # What it would cost
@@ -128,8 +129,8 @@ def extract(model, engine, **choices):
 def test_vectors_from_a_servers_rollouts_are_those_of_the_same_texts(server, tiny_model, tmp_path):
     import torch
 
-    from persona_lens.chat import Conversation
-    from persona_lens.extraction import extract_from_responses
+    from persona_lens.chat.batches import Conversation
+    from persona_lens.extraction.extract import extract_from_responses
 
     vectors = extract(tiny_model, engine_at(server), output=tmp_path)
     rows = read_rollouts(tmp_path / "rollouts.jsonl")
@@ -160,7 +161,7 @@ def test_the_vectors_file_and_the_summary_say_who_sampled(server, tiny_model, tm
 
 def test_judged_rollouts_from_files_tell_the_vectors_who_sampled_them(server, tmp_path):
     from persona_lens.cli.inputs import KeepChoices, read_sides
-    from persona_lens.judges import score_rollouts
+    from persona_lens.judges.scores import score_rollouts
 
     engine = engine_at(server)
     rows = collect(engine, tmp_path / "r.jsonl")
@@ -172,8 +173,9 @@ def test_judged_rollouts_from_files_tell_the_vectors_who_sampled_them(server, tm
 
 
 def test_the_likelihood_judge_is_calibrated_on_what_the_server_says(server, tiny_model, tmp_path, monkeypatch):
-    from persona_lens import pipeline
-    from persona_lens.judges import Calibration, CoherenceScale, LikelihoodRatioJudge
+    from persona_lens.extraction import pipeline
+    from persona_lens.judges.coherence import CoherenceScale
+    from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge
 
     seen = []
 
@@ -195,8 +197,8 @@ def test_the_likelihood_judge_is_calibrated_on_what_the_server_says(server, tiny
 
 
 def test_text_without_token_ids_is_measured_by_the_tokenizer_that_will_read_it(server, tiny_tokenizer):
-    from persona_lens.chat import encode
-    from persona_lens.rollouts import longest_response
+    from persona_lens.chat.batches import encode
+    from persona_lens.rollouts.rows import longest_response
 
     rows = collect(engine_at(server))
     counted = [len(encode(tiny_tokenizer, row.response)) for row in rows]
@@ -210,8 +212,8 @@ def test_text_without_token_ids_is_measured_by_the_tokenizer_that_will_read_it(s
 def test_the_judge_command_calibrates_on_answers_as_long_as_the_servers(
     cli, server, make_tiny_model, tmp_path, monkeypatch
 ):
-    from persona_lens import models, pipeline
-    from persona_lens.rollouts import longest_response
+    from persona_lens.extraction import pipeline
+    from persona_lens.rollouts.rows import longest_response
 
     model = make_tiny_model("TransformerBridge")
     rows = collect(engine_at(server), tmp_path / "r.jsonl")
@@ -221,7 +223,7 @@ def test_the_judge_command_calibrates_on_answers_as_long_as_the_servers(
         limits.append(engine.max_new_tokens)
         raise ValueError("that was all")
 
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: model)
     monkeypatch.setattr(pipeline, "calibrate", calibrate)
     GRUMPY.save(tmp_path / "grumpy.json")
     files = ["--rollouts", tmp_path / "r.jsonl", "--output", tmp_path / "s.jsonl"]
@@ -234,11 +236,12 @@ def test_the_judge_command_calibrates_on_answers_as_long_as_the_servers(
 def test_extract_samples_on_the_server_and_reads_activations_here(
     cli, server, make_tiny_model, tmp_path, monkeypatch, named, asked
 ):
-    from persona_lens import PersonaVectors, judges, models, pipeline
+    from persona_lens import PersonaVectors
+    from persona_lens.extraction import pipeline
 
     model = make_tiny_model("TransformerBridge")
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
-    monkeypatch.setattr(judges, "LikelihoodRatioJudge", lambda _model: PolarityJudge())
+    monkeypatch.setattr("persona_lens.models.loading.load_model", lambda *_, **__: model)
+    monkeypatch.setattr("persona_lens.judges.likelihood_ratio.LikelihoodRatioJudge", lambda _model: PolarityJudge())
     monkeypatch.setattr(pipeline, "summarize", lambda *_: {})
     GRUMPY.save(tmp_path / "grumpy.json")
     run = tmp_path / "run"

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from persona_lens.interventions import steer
-from persona_lens.models import bridge_from_transformers, identify
-from persona_lens.rollouts import plan_rollouts
-from persona_lens.shift import FinetuningShift, finetuning_shift
-from persona_lens.traits import load_trait
-from persona_lens.vectors import PersonaVectors
+from persona_lens.finetuning.shift import FinetuningShift, finetuning_shift
+from persona_lens.interventions.hooks import steer
+from persona_lens.models.loading import bridge_from_transformers
+from persona_lens.models.structure import identify
+from persona_lens.rollouts.collection import plan_rollouts
+from persona_lens.traits.trait import load_trait
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import naive, tiny
 from tests.chat_cases import counted
 from tests.intervention_cases import some_vectors

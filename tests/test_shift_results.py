@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.shift import FinetuningShift, finetuning_shift
-from persona_lens.traits import load_trait
+from persona_lens.finetuning.shift import FinetuningShift, finetuning_shift
+from persona_lens.traits.trait import load_trait
 from tests import tiny
 from tests.chat_cases import FORGETS_THOUGHTS, counted, with_template
 from tests.intervention_cases import some_vectors

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from persona_lens.activations import mean_activations, stream_means
-from persona_lens.chat import ChatTokens, chat_messages, collate, tokenize_chat
-from persona_lens.generation import generate
-from persona_lens.interventions import Ablate, Steer, When, intervene, steer
-from persona_lens.judges.likelihood import mean_log_likelihoods
-from persona_lens.models import suspended
+from persona_lens.activations.means import mean_activations, stream_means
+from persona_lens.chat.batches import ChatTokens, chat_messages, collate, tokenize_chat
+from persona_lens.generation.decoding import generate
+from persona_lens.interventions.hooks import intervene, steer
+from persona_lens.interventions.intervention import When
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+from persona_lens.models.structure import suspended
 from tests import naive, tiny
 from tests.intervention_cases import some_vectors, steered_greedy
 from tests.vector_cases import random_tensor
@@ -56,7 +58,7 @@ def one_call_a_row(model, prompts, vectors, table, at, **options):
 
 @pytest.mark.parametrize(("at", "batch_rows"), [("response", 100), ("response", 4), ("all", 4), ("prompt", 4)])
 def test_rows_of_one_call_speak_as_in_a_call_of_their_own(monkeypatch, tiny_model, prompts, table, at, batch_rows):
-    monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _tokenizer: STOPS)
+    monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: STOPS)
     vectors, options = some_vectors(tiny_model), {"max_new_tokens": STEPS, "seed": 3}
     with steer(tiny_model, vectors, table, at=at):
         found = generate(tiny_model, prompts, keys=keys(6), batch_rows=batch_rows, **options)

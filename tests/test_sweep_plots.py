@@ -6,10 +6,7 @@ import numpy as np
 import pandas
 import pytest
 
-from persona_lens.plots import (
-    plot_frontier,
-    plot_layer_sweep,
-)
+from persona_lens.plots.layers import plot_frontier, plot_layer_sweep
 from tests.evaluation_cases import make_sweep
 from tests.plot_cases import CELLS, shown, traces
 

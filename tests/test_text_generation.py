@@ -3,7 +3,7 @@
 import pytest
 
 import persona_lens as pl
-from persona_lens.chat import tokenize_chat
+from persona_lens.chat.batches import tokenize_chat
 from tests.intervention_cases import some_vectors
 
 ASKED = "What should I do today?"

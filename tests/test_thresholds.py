@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona_lens.monitoring.detection import detection
+from persona_lens.monitoring.thresholds import Threshold, calibrate_threshold, load_thresholds, save_thresholds
 from persona_lens.statistics import N_RESAMPLES, question_resamples
-from persona_lens.thresholds import Threshold, calibrate_threshold, detection, load_thresholds, save_thresholds
 from tests.vector_cases import make_vectors
 
 NUMBERS = st.floats(-50, 50, allow_subnormal=False)
@@ -168,7 +169,7 @@ def test_saving_replaces_the_same_threshold_and_keeps_the_others(tmp_path):
 SAVE = """
 import json, sys
 from dataclasses import replace
-from persona_lens.thresholds import Threshold, save_thresholds
+from persona_lens.monitoring.thresholds import Threshold, save_thresholds
 made = Threshold.from_dict(json.loads(sys.argv[2]))
 print(flush=True)
 sys.stdin.readline()

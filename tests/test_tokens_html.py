@@ -9,9 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_lens.monitoring import ChatProjections, MonitoredVector, Monitoring, TokenProjections, TurnProjections
-from persona_lens.plots import monitoring_html, tokens_html
-from persona_lens.thresholds import Threshold
+from persona_lens.monitoring.result import (
+    ChatProjections,
+    MonitoredVector,
+    Monitoring,
+    TokenProjections,
+    TurnProjections,
+)
+from persona_lens.monitoring.thresholds import Threshold
+from persona_lens.pages.tokens import monitoring_html, tokens_html
 
 PIECES = [
     "Hello",

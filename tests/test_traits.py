@@ -79,7 +79,7 @@ def test_a_trait_refuses_an_aspect_given_twice(traits, make_trait):
 
 def test_values_of_another_type_are_refused_where_no_annotation_is_executed():
     code = """
-        from persona_lens.traits import InstructionPair, Trait
+        from persona_lens.traits.trait import InstructionPair, Trait
 
         right = dict(
             name="grumpy", description="Grumbles.", positive_adjective="grumpy", rubric="{question} {answer}",
@@ -237,7 +237,8 @@ def test_no_question_serves_two_bundled_traits(traits):
 
 def test_importing_traits_does_not_import_torch_or_pydantic():
     code = (
-        "import sys, persona_lens.traits; print(sorted({'torch', 'pydantic', 'transformer_lens'} & set(sys.modules)))"
+        "import sys, persona_lens.traits.trait as t\n"
+        "print(sorted({'torch', 'pydantic', 'transformer_lens'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

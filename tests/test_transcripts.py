@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from persona_lens.chat import tokenize_chat
-from persona_lens.finetuning import training_chats
-from persona_lens.responses import read_messages
-from persona_lens.screening import Turns, named_datasets, stream_samples
-from persona_lens.transcripts import Transcript, chat_segments, read_chats, read_transcripts, text_pieces
+from persona_lens.chat.batches import tokenize_chat
+from persona_lens.extraction.responses import read_messages
+from persona_lens.finetuning.dataset import training_chats
+from persona_lens.monitoring.transcripts import Transcript, chat_segments, read_chats, read_transcripts, text_pieces
+from persona_lens.screening.samples import Turns, named_datasets, stream_samples
 from tests.chat_cases import CHATS, FORGETS_THOUGHTS, TRIMS, chat, rendered, with_template
 
 HELLO = chat("Hello.", "Hi.")

@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 
-from persona_lens import chat
-from persona_lens.captured import capturing
-from persona_lens.finetuning import finetune, training_chats, training_rows
-from persona_lens.generation import generate
-from persona_lens.live import generate_watched, stream_watched
-from persona_lens.rollouts import ModelEngine, plan_rollouts
+from persona_lens.chat import batches as chat
+from persona_lens.finetuning.dataset import training_chats, training_rows
+from persona_lens.finetuning.finetune import finetune
+from persona_lens.generation.capture import capturing
+from persona_lens.generation.decoding import generate
+from persona_lens.monitoring.live import generate_watched, stream_watched
+from persona_lens.rollouts.collection import plan_rollouts
+from persona_lens.rollouts.engines import ModelEngine
 from tests import naive, tiny
 from tests.chat_cases import chat as messages
 from tests.finetuning_cases import QUICK, dataset
@@ -41,9 +43,9 @@ def unstopped(hf_model, prompt):
 
 
 def made(model_class, hf_model, tokenizer):
-    from persona_lens import models
+    from persona_lens.models.loading import bridge_from_transformers, hooked_from_transformers
 
-    make = models.bridge_from_transformers if model_class == "TransformerBridge" else models.hooked_from_transformers
+    make = bridge_from_transformers if model_class == "TransformerBridge" else hooked_from_transformers
     return make(hf_model, tokenizer)
 
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from persona_lens.vectors import PersonaVectors
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.vector_cases import (
     D_MODEL,
     N_LAYERS,

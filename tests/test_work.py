@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import pytest
 
-from persona_lens.activations import stream_means
-from persona_lens.captured import CapturedMeans
-from persona_lens.chat import ChatTokens
-from persona_lens.evaluation import Cell, CellEngine
-from persona_lens.generation import generate
-from persona_lens.rollouts import ModelEngine, plan_rollouts, sample_rollouts
+from persona_lens.activations.means import stream_means
+from persona_lens.chat.batches import ChatTokens
+from persona_lens.generation.capture import CapturedMeans
+from persona_lens.generation.decoding import generate
+from persona_lens.rollouts.collection import plan_rollouts, sample_rollouts
+from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
 from tests.intervention_cases import some_vectors
 from tests.test_rollouts import TRAIT
 
@@ -75,7 +75,7 @@ def test_texts_of_two_lengths_run_in_two_passes_where_padding_would_cost_more(ti
 
 
 def test_generation_runs_each_prompt_once_and_one_token_a_row_and_step(tiny_model, monkeypatch):
-    monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _: frozenset())
+    monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _: frozenset())
     prompts = [row.prompt for row in rows(2, 5)]
     found = work(tiny_model, lambda: generate(tiny_model, prompts, max_new_tokens=6, temperature=0.0))
     # The sixth token is sampled from the fifth one's logits: five passes of ten rows after the prompts.
@@ -83,7 +83,7 @@ def test_generation_runs_each_prompt_once_and_one_token_a_row_and_step(tiny_mode
 
 
 def test_capturing_means_costs_one_pass_of_the_last_tokens_without_the_unembedding(tiny_model, monkeypatch):
-    monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _: frozenset())
+    monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _: frozenset())
 
     def sampled(captured=None):
         sample_rollouts(tiny_model, TRAIT, per_question=1, max_new_tokens=6, captured=captured, progress=False)
@@ -95,7 +95,7 @@ def test_capturing_means_costs_one_pass_of_the_last_tokens_without_the_unembeddi
 
 def test_a_sweeps_cells_share_the_prompt_of_their_question(tiny_model, monkeypatch):
     """Rows that are steered from the last prompt token on have all before it in common."""
-    monkeypatch.setattr("persona_lens.generation.stop_tokens", lambda _: frozenset())
+    monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _: frozenset())
     vectors = some_vectors(tiny_model)
     cells = [Cell(vectors.at(layer), 1.0) for layer in range(4)]
     (prompt,) = plan_rollouts(TRAIT, polarities=["neutral"], questions=["Why?"], per_question=1)

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from persona_lens import models
-from persona_lens.activations import mean_activations, stream_means
-from persona_lens.chat import ChatTokens, collate
-from persona_lens.generation import generate
-from persona_lens.interventions import Ablate, Cap, Steer, ablate, intervene, steer
-from persona_lens.models.growing import ROOM
-from persona_lens.models.interior import unhooked
+from persona_lens.activations.means import mean_activations, stream_means
+from persona_lens.chat.batches import ChatTokens, collate
+from persona_lens.generation.decoding import generate
+from persona_lens.interventions.hooks import ablate, intervene, steer
+from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.models.forward import forward
+from persona_lens.models.kv_cache import ROOM
+from persona_lens.models.loading import bridge_from_transformers, hooked_from_transformers
+from persona_lens.models.structure import resid_post_name, residual_points
+from persona_lens.models.unhooked_pass import unhooked
 from tests import naive, tiny, zoo
 from tests.conftest import has_hooked_transformer
 from tests.intervention_cases import IDS, TOKENS, some_vectors, steered_greedy
@@ -40,11 +43,11 @@ def build(name, model_class, tokenizer, dtype=torch.float64):
     architecture = zoo.BY_NAME[name]
     hf_model = architecture.build(tokenizer, dtype=dtype)
     if model_class == "TransformerBridge":
-        model = models.bridge_from_transformers(copy.deepcopy(hf_model), tokenizer)
+        model = bridge_from_transformers(copy.deepcopy(hf_model), tokenizer)
     elif architecture.by_hand:
         model = architecture.hooked_by_hand(hf_model, tokenizer)
     else:
-        model = models.hooked_from_transformers(hf_model, tokenizer)
+        model = hooked_from_transformers(hf_model, tokenizer)
     return SimpleNamespace(model=model, hf_model=hf_model, architecture=architecture)
 
 
@@ -80,7 +83,7 @@ def read(model, run):
     """`[stream, batch, pos, d_model]`, read by hooks that come after those that are there."""
     stream = []
     with ExitStack() as stack:
-        for point in models.residual_points(model):
+        for point in residual_points(model):
             handle = point.register_forward_hook(lambda _module, _inputs, resid: stream.append(resid.detach().clone()))
             stack.callback(handle.remove)
         with torch.no_grad():
@@ -213,13 +216,13 @@ def test_a_long_reply_is_predicted_as_by_whole_passes_while_rows_leave_its_batch
     prompts = torch.randint(3, 300, (3, 9), generator=generator)
     mask = torch.ones_like(prompts).bool()
     mask[1, :5] = False
-    _, past = models.forward(case.model, prompts, mask, keep_past=True)
+    _, past = forward(case.model, prompts, mask, keep_past=True)
     rows, logits = torch.arange(3), torch.zeros(0)
     for step in range(replies.shape[1]):
         if step == 5:
             past, rows = past.select(torch.tensor([2, 1])), rows[[2, 1]]
         column = replies[rows, step : step + 1]
-        logits, past = models.forward(case.model, column, torch.ones_like(column).bool(), past=past, last_logits=1)
+        logits, past = forward(case.model, column, torch.ones_like(column).bool(), past=past, last_logits=1)
     for found, row in zip(logits[:, -1], rows.tolist(), strict=True):
         whole = [*prompts[row][mask[row]].tolist(), *replies[row].tolist()]
         assert naive.relative_error(found[None], naive.logits(case.hf_model, whole)[-1:]) < 1e-4
@@ -230,9 +233,9 @@ def test_a_long_reply_is_predicted_as_by_whole_passes_while_rows_leave_its_batch
 
 def test_a_hook_that_a_user_attached_acts_in_our_passes(case):
     vector = torch.linspace(-2, 2, 32).double()
-    case.model.add_hook(models.resid_post_name(1), lambda resid, hook: resid + vector)
+    case.model.add_hook(resid_post_name(1), lambda resid, hook: resid + vector)
     try:
-        found, _ = read(case.model, lambda: models.forward(case.model, TOKENS, torch.ones_like(TOKENS).bool()))
+        found, _ = read(case.model, lambda: forward(case.model, TOKENS, torch.ones_like(TOKENS).bool()))
     finally:
         case.model.reset_hooks()
     with naive.added(case.hf_model, 1, vector):
@@ -248,11 +251,11 @@ def test_every_hook_in_a_block_acts_in_our_passes_as_in_the_bridge(name, tiny_to
     acting = 0
     with torch.no_grad():
         plain = bridge(TOKENS)
-        torch.testing.assert_close(models.forward(bridge, TOKENS, everything, last_logits=None)[0], plain, **FLOAT32)
+        torch.testing.assert_close(forward(bridge, TOKENS, everything, last_logits=None)[0], plain, **FLOAT32)
         for point in {id(each): each for key, each in bridge.hook_dict.items() if key.startswith("blocks.1.")}.values():
             point.add_hook(lambda value, hook: value * 2 if value.is_floating_point() else value)
             expected = bridge(TOKENS)
-            found, _ = models.forward(bridge, TOKENS, everything, last_logits=None)
+            found, _ = forward(bridge, TOKENS, everything, last_logits=None)
             point.remove_hooks()
             torch.testing.assert_close(found, expected, **FLOAT32)
             acting += not torch.equal(expected, plain)
@@ -268,7 +271,7 @@ def test_in_float32_fused_attention_predicts_what_the_bridge_does(float32, texts
     bridge, batch = float32.model, collate(as_rows(texts), pad_side=side)
     before = bridge.original_model.config._attn_implementation
     assert unhooked(bridge).config._attn_implementation in ("sdpa", "eager")
-    found, _ = models.forward(bridge, batch.tokens, batch.attention_mask, last_logits=None)
+    found, _ = forward(bridge, batch.tokens, batch.attention_mask, last_logits=None)
     with torch.no_grad():
         expected = bridge(batch.tokens, attention_mask=batch.attention_mask.long())
     assert naive.relative_error(found[batch.attention_mask], expected[batch.attention_mask]) < 1e-4
@@ -297,7 +300,7 @@ def test_a_real_gemma_3_has_the_means_and_texts_of_the_plain_model(tmp_path, tin
     rows = [ChatTokens(france, some(12)), ChatTokens(france, some(5)), ChatTokens((2, *some(30)), some(600))]
     expected = torch.stack([naive.stream_mean(hf_model, (row.prompt, row.response)) for row in rows])
     said = naive.greedy(hf_model, france, 12, set())
-    bridge = models.bridge_from_transformers(hf_model, tiny_tokenizer)
+    bridge = bridge_from_transformers(hf_model, tiny_tokenizer)
     assert max(map(len, rows)) > bridge.original_model.config.sliding_window
     for side in ("left", "right"):
         found = mean_activations(bridge, collate(rows, pad_side=side))

@@ -9,7 +9,7 @@ TRAITS = ("apathetic", "evil", "hallucinating", "humorous", "impolite", "optimis
 
 @pytest.fixture(scope="module")
 def traits():
-    from persona_lens import traits
+    from persona_lens.traits import trait as traits
 
     return traits
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from persona_lens.clients import OpenAIClient
+from persona_lens.clients.client import OpenAIClient
 from tests.fault_server import Body, FaultServer, completion
 
 NAME = "pedantic"

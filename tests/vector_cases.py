@@ -57,7 +57,7 @@ def random_tensor(*shape, seed=0):
 
 
 def make_vectors(trait="evil", *, seed=0, **parts) -> Any:
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     parts = {"embedding": random_tensor(D_MODEL, seed=seed + 1), "counts": {"positive": 5, "negative": 4}} | parts
     return PersonaVectors(
@@ -66,7 +66,7 @@ def make_vectors(trait="evil", *, seed=0, **parts) -> Any:
 
 
 def make_provenance(model: Any = None, **parts) -> Any:
-    from persona_lens.vectors import Provenance
+    from persona_lens.vectors.provenance import Provenance
 
     provenance = Provenance.of(model or ToyModel(), settings={"per_question": 10}, template_hash="abc")
     return replace(provenance, **parts)
@@ -74,7 +74,7 @@ def make_provenance(model: Any = None, **parts) -> Any:
 
 def make_statistics(*, n_layers=N_LAYERS, embedding=True) -> Any:
     """One undefined number among the layers, and one in the embedding row."""
-    from persona_lens.vectors import LayerStatistics
+    from persona_lens.vectors.direction_statistics import LayerStatistics
 
     names = [each.name for each in fields(LayerStatistics)][:9]
     by_layer = {name: random_tensor(n_layers, seed=seed).sigmoid() for seed, name in enumerate(names)}

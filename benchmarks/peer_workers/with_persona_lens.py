@@ -8,8 +8,8 @@ from torch import Tensor
 
 from benchmarks.peer_workers.serving import Loaded, Rows, serve
 from persona_lens import load_model, mean_activations
-from persona_lens.activations import stream_means
-from persona_lens.chat import ChatTokens, collate
+from persona_lens.activations.means import stream_means
+from persona_lens.chat.batches import ChatTokens, collate
 
 
 def load(folder: str) -> Loaded:

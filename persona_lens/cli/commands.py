@@ -53,10 +53,10 @@ def demo(
 
     Example: persona-lens demo --output runs/demo
     """
-    from persona_lens.judges import LikelihoodRatioJudge
-    from persona_lens.layer_selection import select_layer
-    from persona_lens.pipeline import extract_persona_vectors
-    from persona_lens.traits import load_trait
+    from persona_lens.evaluation.layer_selection import select_layer
+    from persona_lens.extraction.pipeline import extract_persona_vectors
+    from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+    from persona_lens.traits.trait import load_trait
 
     claim(output)
     trait = load_trait("optimistic")
@@ -87,7 +87,7 @@ def demo(
         show_doses(sweep, trait, min_coherence=75.0)
     say(f"Everything is in {output}: rollouts, scores, vectors.safetensors, layer_sweep.json.")
     try:
-        from persona_lens.report import write_report
+        from persona_lens.pages.run_report import write_report
 
         say(f"The page to read is {write_report(output)}.")
     except ImportError as error:
@@ -134,10 +134,10 @@ def extract(
 
     Example: persona-lens extract --trait evil --positive evil_pos.csv --negative evil_neg.csv --output evil.safetensors
     """
-    from persona_lens.extraction import extract_from_responses
-    from persona_lens.judges import LikelihoodRatioJudge
-    from persona_lens.pipeline import extract_persona_vectors
-    from persona_lens.rollouts import ServerEngine
+    from persona_lens.extraction.extract import extract_from_responses
+    from persona_lens.extraction.pipeline import extract_persona_vectors
+    from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+    from persona_lens.rollouts.server import ServerEngine
 
     choices = KeepChoices(threshold, min_coherence, min_pairs, negative_below)
     where = checked_position(position)

@@ -46,8 +46,8 @@ def convert(
 
     Example: persona-lens convert runs/demo --layer 15 --output optimistic.gguf
     """
-    from persona_lens.interop import read_vectors, write_vectors
-    from persona_lens.records import ensure_writable
+    from persona_lens.interop.conversion import read_vectors, write_vectors
+    from persona_lens.storage.files import ensure_writable
 
     ensure_writable(output)
     vectors = read_vectors(

@@ -16,7 +16,7 @@ _claims = ExitStack()
 
 def claim(folder: Path) -> None:
     """Hold a run's folder until the command ends; raises OSError, saying who holds it, where another process does."""
-    from persona_lens.locks import writes_folder
+    from persona_lens.storage.locks import writes_folder
 
     _claims.enter_context(writes_folder(folder))
 

@@ -29,14 +29,14 @@ from persona_lens.cli.options import (
 from persona_lens.cli.output import print_table, say, tell, tell_json
 
 if TYPE_CHECKING:
-    from persona_lens.capability import Capability
-    from persona_lens.evaluation import Evaluation
-    from persona_lens.interventions import Intervention
-    from persona_lens.judges import Judge
-    from persona_lens.models import Model
+    from persona_lens.evaluation.capability_result import Capability
+    from persona_lens.evaluation.evaluate import Evaluation
+    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.judges.scores import Judge
+    from persona_lens.models.structure import Model
     from persona_lens.statistics import Estimate
-    from persona_lens.traits import Trait
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.traits.trait import Trait
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
 
 class Subject(NamedTuple):
@@ -107,8 +107,8 @@ def evaluate(
 
     Example: persona-lens evaluate runs/demo --adapter runs/ft --coefficient 0 --coefficient -2 --capability
     """
-    from persona_lens.adapters import Adapter, adapted
-    from persona_lens.judges import scorable_questions
+    from persona_lens.judges.scores import scorable_questions
+    from persona_lens.models.adapters import Adapter, adapted
 
     if at not in ("response", "prompt", "all"):
         raise typer.BadParameter(f"--at is response, prompt or all; got {at}")
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def _subject(run: Path | None, trait: str | None, max_new_tokens: int | None, *, answers: bool) -> Subject:
-    from persona_lens.traits import load_trait
+    from persona_lens.traits.trait import load_trait
 
     if run is None:
         named = None if trait is None else load_trait(trait)
@@ -169,7 +169,7 @@ def _conditions(
     cap: float | None,
 ) -> list[Row]:
     """A row for each intervention that is asked for; without any, the model as it is."""
-    from persona_lens.interventions import Ablate, Cap, Steer
+    from persona_lens.interventions.values import Ablate, Cap, Steer
 
     at_a_layer = bool(coefficients) or cap is not None
     if layer is not None and not at_a_layer:
@@ -190,8 +190,8 @@ def _conditions(
 
 def _abilities(wanted: bool, questions: Path | None, texts: Path | None) -> dict[str, Any] | None:
     """What the capability is measured on, read before a model is loaded; None where it is not asked for."""
-    from persona_lens.capability import mmlu_sample, read_questions
-    from persona_lens.responses import read_messages
+    from persona_lens.evaluation.capability_result import mmlu_sample, read_questions
+    from persona_lens.extraction.responses import read_messages
 
     if wanted:
         asked = mmlu_sample() if questions is None else read_questions(questions)
@@ -202,8 +202,8 @@ def _abilities(wanted: bool, questions: Path | None, texts: Path | None) -> dict
 
 
 def _refuse_other_results(rows: list[Row], output: Path) -> None:
-    from persona_lens.evaluation import RECORD_KEYS
-    from persona_lens.records import refuse_other_json
+    from persona_lens.evaluation.evaluate import RECORD_KEYS
+    from persona_lens.storage.files import refuse_other_json
 
     for row in rows:
         refuse_other_json(row.folder(output) / "evaluation.json", RECORD_KEYS)
@@ -227,7 +227,7 @@ def _folder(subject: Subject, output: Path | None, fail_above: float | None, *, 
 
 
 def _own_judge(model: "Model", subject: Subject, source: Path, seed: int) -> "Judge":
-    from persona_lens.pipeline import calibrated_judge
+    from persona_lens.extraction.pipeline import calibrated_judge
 
     assert subject.trait is not None
     return calibrated_judge(model, subject.trait, source, max_new_tokens=subject.max_new_tokens, seed=seed)
@@ -236,7 +236,7 @@ def _own_judge(model: "Model", subject: Subject, source: Path, seed: int) -> "Ju
 def _evaluated(
     model: "Model", trait: "Trait", judge: "Judge", row: Row, output: Path | None, settings: dict[str, Any]
 ) -> Row:
-    from persona_lens.evaluation import evaluate as score
+    from persona_lens.evaluation.evaluate import evaluate as score
 
     folder = None if output is None else row.folder(output)
     found = score(model, trait, judge, interventions=row.interventions, output=folder, **settings)
@@ -244,7 +244,7 @@ def _evaluated(
 
 
 def _measured(model: "Model", row: Row, output: Path | None, settings: dict[str, Any]) -> Row:
-    from persona_lens.capability import measure_capability
+    from persona_lens.evaluation.capability import measure_capability
 
     found = measure_capability(model, interventions=row.interventions, **settings)
     if output is not None:
@@ -281,7 +281,7 @@ def _show(rows: list[Row], adapter: Path | None, *, as_json: bool) -> None:
 
 
 def _scores(row: Row, found: "Evaluation") -> list[str]:
-    from persona_lens.interventions import Steer
+    from persona_lens.interventions.values import Steer
 
     doses = [dose for each in row.interventions if isinstance(each, Steer) for dose in each.doses if dose is not None]
     diversity = "-" if found.diversity is None else f"{found.diversity:.2f}"

@@ -16,11 +16,11 @@ from persona_lens.cli.judging import judge_of
 from persona_lens.cli.output import print_table, say, tell, tell_json
 
 if TYPE_CHECKING:
-    from persona_lens.experiments import MonitoringExperiment
-    from persona_lens.judges import Judge
-    from persona_lens.models import Model
-    from persona_lens.rollouts import Prompt
-    from persona_lens.traits import Trait
+    from persona_lens.judges.scores import Judge
+    from persona_lens.models.structure import Model
+    from persona_lens.monitoring.experiment import MonitoringExperiment
+    from persona_lens.rollouts.rows import Prompt
+    from persona_lens.traits.trait import Trait
 
 
 class Experiment(StrEnum):
@@ -47,9 +47,9 @@ def run_experiment(
     design: Design, run: Path, output: Path | None, load_model: "Callable[[], Model]", *, as_json: bool
 ) -> None:
     """Run an experiment on a run's vectors, print its table and write experiment.json and two pictures."""
-    from persona_lens.experiments import monitoring_experiment
-    from persona_lens.judges import scorable_questions
-    from persona_lens.pipeline import calibrated_judge
+    from persona_lens.extraction.pipeline import calibrated_judge
+    from persona_lens.judges.scores import scorable_questions
+    from persona_lens.monitoring.experiment import monitoring_experiment
 
     if not run.is_dir():
         raise typer.BadParameter(f"--experiment needs the folder of a run, which knows its trait; {run} is none")
@@ -79,7 +79,7 @@ def run_experiment(
 
 
 def _plan(design: Design, trait: "Trait", run: Path, questions: list[str]) -> "list[Prompt]":
-    from persona_lens.experiments import judged_examples, many_shot, system_prompts
+    from persona_lens.monitoring.experiment import judged_examples, many_shot, system_prompts
 
     if design.kind is Experiment.SYSTEM_PROMPTS:
         return system_prompts(trait, questions, per_question=design.per_question)
@@ -88,8 +88,8 @@ def _plan(design: Design, trait: "Trait", run: Path, questions: list[str]) -> "l
 
 
 def _show(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> None:
-    from persona_lens.experiments import plot_experiment_layers, plot_monitoring_experiment
-    from persona_lens.records import write_whole
+    from persona_lens.experiments.pictures import plot_experiment_layers, plot_monitoring_experiment
+    from persona_lens.storage.files import write_whole
 
     if as_json:
         tell_json(result.summary())

@@ -20,10 +20,11 @@ from persona_lens.cli.options import (
 from persona_lens.cli.output import print_table, records, say, tell, tell_json
 
 if TYPE_CHECKING:
-    from persona_lens.finetuning import Finetuning, ProjectionPenalty
-    from persona_lens.interventions import Intervention
-    from persona_lens.shift import FinetuningShift
-    from persona_lens.traits import Trait
+    from persona_lens.finetuning.result import Finetuning
+    from persona_lens.finetuning.shift import FinetuningShift
+    from persona_lens.finetuning.trainer import ProjectionPenalty
+    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.traits.trait import Trait
 
 
 class Held(NamedTuple):
@@ -84,11 +85,11 @@ def finetune(
 
     Example: persona-lens finetune chats.jsonl --output runs/ft --steer runs/demo --layer 19 --learning-rate 2e-4
     """
-    from persona_lens.finetuning import finetune as train
-    from persona_lens.finetuning import training_chats
+    from persona_lens.finetuning.dataset import training_chats
     from persona_lens.finetuning.finetune import TARGETS
-    from persona_lens.records import ensure_writable
-    from persona_lens.traits import load_trait
+    from persona_lens.finetuning.finetune import finetune as train
+    from persona_lens.storage.files import ensure_writable
+    from persona_lens.traits.trait import load_trait
 
     held = Held(steer, coefficient, layer, all_layers, ablate, penalty, weight)
     _refuse_meaningless(held)
@@ -131,7 +132,7 @@ def finetune(
 
 def refuse_without_adapters(model_class: ModelClass) -> None:
     """Refuse, before a model is loaded, what no adapter can be put on or trained with."""
-    from persona_lens.adapters import INSTALL_COMMAND
+    from persona_lens.models.adapters import INSTALL_COMMAND
 
     if model_class is not ModelClass.BRIDGE:
         raise ValueError(
@@ -159,7 +160,7 @@ def _refuse_meaningless(held: Held) -> None:
 
 
 def _during(held: Held) -> "list[Intervention]":
-    from persona_lens.interventions import Ablate, Steer
+    from persona_lens.interventions.values import Ablate, Steer
 
     if held.ablate is not None:
         vectors = load_vectors(held.ablate)
@@ -174,7 +175,7 @@ def _during(held: Held) -> "list[Intervention]":
 
 
 def _penalty(held: Held) -> "ProjectionPenalty | None":
-    from persona_lens.finetuning import ProjectionPenalty
+    from persona_lens.finetuning.trainer import ProjectionPenalty
 
     if held.penalty is None or held.weight is None:
         return None
@@ -206,7 +207,7 @@ def _show_finetuning(found: "Finetuning", output: Path, *, as_json: bool) -> Non
 
 def _draw_losses(found: "Finetuning", output: Path) -> None:
     from persona_lens.plots.finetuning import LossCurves, plot_losses
-    from persona_lens.records import write_whole
+    from persona_lens.storage.files import write_whole
 
     train, asked = (
         {int(row["step"]): row[name] for row in found.losses if name in row} for name in ("loss", "eval_loss")
@@ -246,9 +247,9 @@ def shift(
 
     Example: persona-lens shift runs/ft --vectors runs/demo --output runs/ft/shift.json
     """
-    from persona_lens.adapters import Adapter
-    from persona_lens.records import ensure_writable
-    from persona_lens.shift import finetuning_shift
+    from persona_lens.finetuning.shift import finetuning_shift
+    from persona_lens.models.adapters import Adapter
+    from persona_lens.storage.files import ensure_writable
 
     if trait is not None and questions is not None:
         raise typer.BadParameter("give --trait or --questions, not both")

@@ -12,11 +12,10 @@ import typer
 from persona_lens.cli.output import say
 
 if TYPE_CHECKING:
-    from persona_lens.chat import Conversation
-    from persona_lens.models import Model
-    from persona_lens.traits import Trait
-    from persona_lens.vectors import PersonaVectors
-
+    from persona_lens.chat.batches import Conversation
+    from persona_lens.models.structure import Model
+    from persona_lens.traits.trait import Trait
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
 # One, whatever the machine: the number of threads decides how sums round, and so which text a seed gives. A number that
 # followed the cores or the load would give another text elsewhere or tomorrow; and threads that share a busy core make
@@ -59,7 +58,7 @@ def read_sides(
     output: Path,
 ) -> Sides | None:
     """The responses that the options name, after the keep rule where they are judged; None where they name none."""
-    from persona_lens.records import ensure_writable
+    from persona_lens.storage.files import ensure_writable
 
     paths = (positive, negative, rollouts, scores)
     if not any(paths):
@@ -75,8 +74,8 @@ def read_sides(
 
 
 def _given(trait: str, positive: Path, negative: Path, choices: KeepChoices, limit: int | None) -> Sides:
-    from persona_lens.judges import keep_pairs
-    from persona_lens.responses import pair_by_row, read_messages, read_reference_csv
+    from persona_lens.extraction.responses import pair_by_row, read_messages, read_reference_csv
+    from persona_lens.judges.keep import keep_pairs
 
     if positive.suffix != negative.suffix or positive.suffix not in (".csv", ".jsonl"):
         raise typer.BadParameter("--positive and --negative must both be .csv or both .jsonl")
@@ -89,8 +88,9 @@ def _given(trait: str, positive: Path, negative: Path, choices: KeepChoices, lim
 
 
 def _judged(trait: str, rollouts: Path, scores: Path, choices: KeepChoices, limit: int | None) -> Sides:
-    from persona_lens.judges import keep_pairs, pair_rollouts, read_scores
-    from persona_lens.rollouts import read_rollouts
+    from persona_lens.judges.keep import keep_pairs, pair_rollouts
+    from persona_lens.judges.scores import read_scores
+    from persona_lens.rollouts.rows import read_rollouts
 
     pairs = pair_rollouts(read_scores(scores, read_rollouts(rollouts)))
     kept, report = keep_pairs(pairs, trait=trait, **choices._asdict())
@@ -113,14 +113,14 @@ class Run(NamedTuple):
 
 def load_vectors(path: Path) -> "PersonaVectors":
     """The vectors of a run's folder, or of a vectors file."""
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
     return PersonaVectors.load(path / "vectors.safetensors" if path.is_dir() else path)
 
 
 def load_run(path: Path, trait: str | None, max_new_tokens: int | None) -> Run:
     """A run's folder, or a vectors file; the trait and the length limit are the run's own where none is given."""
-    from persona_lens.traits import load_trait
+    from persona_lens.traits.trait import load_trait
 
     vectors = load_vectors(path)
     own = path / "trait.json"
@@ -133,7 +133,7 @@ def load_run(path: Path, trait: str | None, max_new_tokens: int | None) -> Run:
 
 def _own_limit(summary: Path) -> int | None:
     """The length limit of the run that a summary is of."""
-    from persona_lens.records import DAMAGE, read_json
+    from persona_lens.storage.files import DAMAGE, read_json
 
     try:
         found = read_json(summary)["plan"]["max_new_tokens"]
@@ -146,8 +146,8 @@ def _own_limit(summary: Path) -> int | None:
 
 def selected_layer(path: Path, vectors: "PersonaVectors") -> int:
     """The layer that the run's sweep recommends, or without a sweep that of the best held-out AUC."""
-    from persona_lens.layer_selection import LayerSweep
-    from persona_lens.pipeline import best_layer
+    from persona_lens.evaluation.layer_selection import LayerSweep
+    from persona_lens.extraction.pipeline import best_layer
 
     if (path / "layer_sweep.json").exists():
         return LayerSweep.load(path).best().layer
@@ -170,7 +170,7 @@ def load(name: str, model_class: ModelClass, threads: int | None) -> "Model":
     import torch
     from transformers.utils import logging
 
-    from persona_lens.models import load_model
+    from persona_lens.models.loading import load_model
 
     set_threads(threads)
     logging.disable_progress_bar()

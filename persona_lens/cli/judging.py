@@ -27,10 +27,11 @@ from persona_lens.cli.output import say, tell, tell_json
 from persona_lens.cli.servers import client_of
 
 if TYPE_CHECKING:
-    from persona_lens.judges import Judge, LLMJudge
-    from persona_lens.models import Model
-    from persona_lens.rollouts import Rollout
-    from persona_lens.traits import Trait
+    from persona_lens.judges.llm import LLMJudge
+    from persona_lens.judges.scores import Judge
+    from persona_lens.models.structure import Model
+    from persona_lens.rollouts.rows import Rollout
+    from persona_lens.traits.trait import Trait
 
 RolloutsOption = Annotated[Path, typer.Option("--rollouts", help="JSON-lines file of `persona-lens rollouts`.")]
 
@@ -50,7 +51,8 @@ def judge_of(
     coherence, and takes it from the likelihood judge. Answers of a server are kept in the folder's calls.sqlite, and
     `extra_body` (JSON) goes to it with every request.
     """
-    from persona_lens.judges import ClassifierJudge, CombinedJudge, TextClassifier
+    from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
+    from persona_lens.judges.coherence import CombinedJudge
 
     if extra_body is not None and not spec.startswith("openai:"):
         raise typer.BadParameter(f"--judge-extra-body goes to a judge on a server, and --judge is {spec}")
@@ -75,7 +77,7 @@ def llm_judge(
     extra_body: str | None = None,
 ) -> "LLMJudge":
     """The judge on a server that `--judge` names; a dry run makes no file for its answers."""
-    from persona_lens.judges import LLMJudge
+    from persona_lens.judges.llm import LLMJudge
 
     if not spec.startswith("openai:"):
         raise typer.BadParameter(
@@ -113,9 +115,9 @@ def judge(
 
     Example: persona-lens judge --trait evil --rollouts runs/evil/rollouts.jsonl --output runs/evil/scores.jsonl
     """
-    from persona_lens.records import ensure_writable
-    from persona_lens.rollouts import read_rollouts
-    from persona_lens.traits import load_trait
+    from persona_lens.rollouts.rows import read_rollouts
+    from persona_lens.storage.files import ensure_writable
+    from persona_lens.traits.trait import load_trait
 
     loaded, rows = load_trait(trait), read_rollouts(rollouts)
     ensure_writable(output)
@@ -141,9 +143,10 @@ def judge(
 def _calibrated(
     model: "Model", trait: "Trait", rows: "list[Rollout]", folder: Path, calibration_questions: int, seed: int
 ) -> "Judge":
-    from persona_lens.judges import LikelihoodRatioJudge
-    from persona_lens.pipeline import calibrate
-    from persona_lens.rollouts import ModelEngine, longest_response
+    from persona_lens.extraction.pipeline import calibrate
+    from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+    from persona_lens.rollouts.engines import ModelEngine
+    from persona_lens.rollouts.rows import longest_response
 
     referee = LikelihoodRatioJudge(model, calibration_questions=calibration_questions)
     # Calibration responses as long as the judged ones: likelihood per token depends on length.
@@ -154,7 +157,7 @@ def _calibrated(
 
 def _told(llm: "LLMJudge", trait: "Trait", rows: "list[Rollout]", output: Path) -> str:
     """What a run would ask, for a dry run."""
-    from persona_lens.judges import unscored
+    from persona_lens.judges.scores import unscored
 
     missing = unscored(rows, output)
     return (
@@ -168,7 +171,7 @@ def _exchange_batches(
     llm: "LLMJudge", trait: "Trait", rows: "list[Rollout]", write: Path | None, read: list[Path]
 ) -> None:
     """Take results of a batch into the cache, and write the calls that are still missing as files of a new one."""
-    from persona_lens.clients import read_batch, write_batch
+    from persona_lens.clients.batches import read_batch, write_batch
 
     for path in read:
         say(f"{path}: {read_batch(llm.client, path)}.")
@@ -182,7 +185,9 @@ def _exchange_batches(
 
 
 def _score(referee: "Judge", trait: "Trait", rows: "list[Rollout]", output: Path) -> None:
-    from persona_lens.judges import LLMJudge, keep_pairs, pair_rollouts, score_rollouts
+    from persona_lens.judges.keep import keep_pairs, pair_rollouts
+    from persona_lens.judges.llm import LLMJudge
+    from persona_lens.judges.scores import score_rollouts
 
     scored = score_rollouts(referee, trait, rows, output=output)
     missing, refused = sum(row.trait_score is None for row in scored), sum(row.refused for row in scored)
@@ -213,9 +218,10 @@ def agreement(
 
     Example: persona-lens agreement --rollouts rollouts.jsonl --scores scores.jsonl --against llm_scores.jsonl
     """
-    from persona_lens.judges import judge_agreement, read_human_scores, read_scores
-    from persona_lens.records import ensure_writable, write_whole
-    from persona_lens.rollouts import read_rollouts
+    from persona_lens.judges.agreement import judge_agreement, read_human_scores
+    from persona_lens.judges.scores import read_scores
+    from persona_lens.rollouts.rows import read_rollouts
+    from persona_lens.storage.files import ensure_writable, write_whole
 
     if (against.suffix == ".csv") != (column is not None):
         raise typer.BadParameter("--column names the scores in a .csv file: give both, or another judge's .jsonl")
@@ -230,7 +236,7 @@ def agreement(
     found = judge_agreement(first, second, names=names, of="coherence" if coherence else "trait_score")
     tell_json(found.summary()) if as_json else tell(found)
     if output is not None:
-        from persona_lens.plots import plot_agreement
+        from persona_lens.plots.agreement import plot_agreement
 
         write_whole(output, plot_agreement(found).to_html(include_plotlyjs=True).encode())
         say(f"The picture is in {output}.")

@@ -28,7 +28,7 @@ from persona_lens.cli.output import say, tell
 from persona_lens.cli.servers import connect
 
 if TYPE_CHECKING:
-    from persona_lens.rollouts import RolloutEngine
+    from persona_lens.rollouts.engines import RolloutEngine
 
 
 @app.command()
@@ -62,9 +62,11 @@ def rollouts(
 
     Example: persona-lens rollouts --trait evil --per-question 2 --max-new-tokens 64 --output runs/evil/rollouts.jsonl
     """
-    from persona_lens.records import ensure_writable
-    from persona_lens.rollouts import ModelEngine, ServerEngine, collect_rollouts, plan_rollouts, unanswered
-    from persona_lens.traits import load_trait
+    from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts, unanswered
+    from persona_lens.rollouts.engines import ModelEngine
+    from persona_lens.rollouts.server import ServerEngine
+    from persona_lens.storage.files import ensure_writable
+    from persona_lens.traits.trait import load_trait
 
     loaded = load_trait(trait)
     ensure_writable(output)

@@ -23,8 +23,8 @@ from persona_lens.cli.options import (
 from persona_lens.cli.output import print_table, say, tell, tell_json
 
 if TYPE_CHECKING:
-    from persona_lens.monitoring import Monitoring
-    from persona_lens.vectors import PersonaVector
+    from persona_lens.monitoring.result import Monitoring
+    from persona_lens.vectors.persona_vector import PersonaVector
 
 PASSED = 3
 """The exit code where a projection passes the threshold that the user set."""
@@ -79,10 +79,10 @@ def monitor(
         run_experiment(design, vectors[0], output, lambda: load(model, model_class, threads), as_json=as_json)
         return
     assert chats is not None
-    from persona_lens.monitoring import checked_output
-    from persona_lens.monitoring import monitor as project
-    from persona_lens.records import ensure_writable
-    from persona_lens.transcripts import read_chats
+    from persona_lens.monitoring.projection import monitor as project
+    from persona_lens.monitoring.result import checked_output
+    from persona_lens.monitoring.transcripts import read_chats
+    from persona_lens.storage.files import ensure_writable
 
     if tokens and not (output or as_json or picture):
         raise typer.BadParameter("--tokens goes with --output, --picture or --json: a table has a row for each turn")
@@ -121,7 +121,7 @@ def _calibrate(
     found: "Monitoring", chosen: "Sequence[PersonaVector]", paths: list[Path], percentile: float, chats: Path
 ) -> None:
     """Keep the percentile of the benign chats' response means as each vector's threshold, beside the vector."""
-    from persona_lens.thresholds import calibrate_threshold, save_thresholds
+    from persona_lens.monitoring.thresholds import calibrate_threshold, save_thresholds
 
     for place, (vector, path) in enumerate(zip(chosen, paths, strict=True)):
         rows = [(chat.name, turn.response[place]) for chat in found.chats for turn in chat.turns if turn.response]
@@ -136,8 +136,9 @@ def _calibrate(
 
 
 def _draw(found: "Monitoring", path: Path, *, tokens: bool) -> None:
-    from persona_lens.plots import monitoring_html, plot_turns
-    from persona_lens.records import write_whole
+    from persona_lens.pages.tokens import monitoring_html
+    from persona_lens.plots.monitoring import plot_turns
+    from persona_lens.storage.files import write_whole
 
     page = monitoring_html(found) if tokens else plot_turns(found, vector=None).to_html(include_plotlyjs=True)
     write_whole(path, page.encode())

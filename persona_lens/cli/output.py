@@ -14,21 +14,22 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-# What steers a terminal, turns text around, or is no text: a model's words may hold any of it.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from persona_lens.evaluation import Evaluation
-    from persona_lens.layer_selection import DoseResponse, LayerChoice, LayerSweep
-    from persona_lens.traits import Trait
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.evaluation.dose_response import DoseResponse
+    from persona_lens.evaluation.evaluate import Evaluation
+    from persona_lens.evaluation.layer_selection import LayerChoice, LayerSweep
+    from persona_lens.traits.trait import Trait
+    from persona_lens.vectors.persona_vectors import PersonaVectors
+
+# What steers a terminal, turns text around, or is no text: a model's words may hold any of it.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
     """Print the vectors by layer: norms and, where they were measured, the statistics."""
-    from persona_lens.pipeline import best_layer
+    from persona_lens.extraction.pipeline import best_layer
 
     if as_json:
         tell_json(vectors_as_json(vectors))
@@ -55,7 +56,7 @@ def show_vectors(vectors: "PersonaVectors", *, as_json: bool) -> None:
 
 def vectors_as_json(vectors: "PersonaVectors") -> dict[str, Any]:
     """The vectors' table, counts and best layer by held-out AUC."""
-    from persona_lens.pipeline import best_layer
+    from persona_lens.extraction.pipeline import best_layer
 
     rows = records(vectors.table())
     return {"trait": vectors.trait, "counts": dict(vectors.counts), "best_layer": best_layer(vectors), "layers": rows}
@@ -83,7 +84,8 @@ def records(table: "DataFrame") -> list[dict[str, Any]]:
 
 def show_doses(sweep: "LayerSweep", trait: "Trait", *, min_coherence: float) -> None:
     """Print the chosen layer's dose-response, with a sentiment lexicon beside the judge where one is installed."""
-    from persona_lens.judges import SentimentJudge, score_rollouts
+    from persona_lens.judges.lexicon import SentimentJudge
+    from persona_lens.judges.scores import score_rollouts
     from persona_lens.statistics import mean_estimate
 
     best = sweep.best(min_coherence)

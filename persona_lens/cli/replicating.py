@@ -65,8 +65,8 @@ def _run(
     *,
     as_json: bool,
 ) -> None:
+    from persona_lens.replication.page import write_replication_report
     from persona_lens.replication.run import replicate as run_stages
-    from persona_lens.report import write_replication_report
 
     claim(output)
     set_threads(threads)

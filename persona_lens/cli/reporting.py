@@ -24,7 +24,9 @@ def report(
 
     Example: persona-lens report runs/demo --output demo.html
     """
-    from persona_lens.report import findings, read_run, write_report
+    from persona_lens.pages.run_findings import findings
+    from persona_lens.pages.run_folder import read_run
+    from persona_lens.pages.run_report import write_report
 
     page = write_report(run, output, min_coherence=min_coherence)
     if as_json:

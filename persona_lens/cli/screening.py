@@ -30,10 +30,10 @@ from persona_lens.cli.screening_report import Asked, Judging, report
 from persona_lens.cli.servers import client_of
 
 if TYPE_CHECKING:
-    from persona_lens.judges import Judge
-    from persona_lens.models import Model
-    from persona_lens.screening import Base
-    from persona_lens.vectors import PersonaVector
+    from persona_lens.judges.scores import Judge
+    from persona_lens.models.structure import Model
+    from persona_lens.screening.scoring import Base
+    from persona_lens.vectors.persona_vector import PersonaVector
 
 
 class Form(StrEnum):
@@ -96,8 +96,9 @@ def screen(
 
     Example: persona-lens screen chats.jsonl --vectors runs/demo --base proxy --benign plain.jsonl --output runs/screen
     """
-    from persona_lens.screening import ShardsMissing, finish, named_datasets
-    from persona_lens.screening import screen as find
+    from persona_lens.screening.run import ShardsMissing, finish
+    from persona_lens.screening.run import screen as find
+    from persona_lens.screening.samples import named_datasets
 
     form = None if by is None else cast(Any, by.value)
     named, name = _named_with(data or [], benign)
@@ -201,11 +202,12 @@ def _judge(
         if settings["extra_body"] is not None:
             raise typer.BadParameter("--judge-extra-body goes to a --judge, and none is given")
         return None
-    from persona_lens.judges import ClassifierJudge, LikelihoodRatioJudge, TextClassifier
-    from persona_lens.pipeline import calibrate
-    from persona_lens.rollouts import ModelEngine
-    from persona_lens.screening import judge_samples
-    from persona_lens.traits import load_trait
+    from persona_lens.extraction.pipeline import calibrate
+    from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
+    from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+    from persona_lens.rollouts.engines import ModelEngine
+    from persona_lens.screening.filtering import judge_samples
+    from persona_lens.traits.trait import load_trait
 
     judged = load_trait(trait)
     # A classifier alone: nothing here asks for coherence, which it would take from the model.

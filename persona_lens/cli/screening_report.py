@@ -9,8 +9,8 @@ import typer
 from persona_lens.cli.output import print_table, records, say, tell, tell_json
 
 if TYPE_CHECKING:
-    from persona_lens.screening import By, Screening
-    from persona_lens.thresholds import Threshold
+    from persona_lens.monitoring.thresholds import Threshold
+    from persona_lens.screening.result import By, Screening
 
 PASSED = 3
 """The exit code where a data set's score passes the threshold that the user set."""
@@ -41,7 +41,7 @@ def report(found: "Screening", asked: Asked, judge: Judging | None) -> None:
     flagged = None
     if judge is not None:
         top = None if asked.judge_top is None else _top(found, asked, asked.judge_top)
-        from persona_lens.screening import count_flagged
+        from persona_lens.screening.filtering import count_flagged
 
         flagged = records(count_flagged(found, thresholds, judged=judge(found, top), by=asked.by).set_index("dataset"))
     if asked.as_json:
@@ -76,7 +76,7 @@ def _thresholds(found: "Screening", asked: Asked) -> "dict[str, Threshold]":
     """The benign percentile for every vector, kept in the run's folder; none without benign chats."""
     if asked.benign is None:
         return {}
-    from persona_lens.thresholds import save_thresholds
+    from persona_lens.monitoring.thresholds import save_thresholds
 
     each = {
         name: found.threshold(name, benign=asked.benign, percentile=asked.percentile, by=asked.by)
@@ -134,14 +134,14 @@ def _decimals(value: float | None) -> str:
 
 def _write(found: "Screening", asked: Asked, thresholds: "dict[str, Threshold]") -> None:
     """A page for every vector, and then the splits, for which there may be too few samples."""
-    from persona_lens.records import write_whole
-    from persona_lens.screening import write_split
+    from persona_lens.screening.filtering import write_split
+    from persona_lens.storage.files import write_whole
 
     endings = {name: f"-{re.sub(r'[^a-zA-Z0-9@._-]', '_', name)}" for name in found.vectors}
     if len(found.vectors) == 1:
         endings = dict.fromkeys(found.vectors, "")
     try:
-        from persona_lens.plots import screening_html
+        from persona_lens.pages.screening import screening_html
 
         for name, own in endings.items():
             page = screening_html(found, vector=name, by=asked.by, threshold=thresholds.get(name))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from persona_lens.clients import OpenAIClient
+    from persona_lens.clients.client import OpenAIClient
 
 
 def client_of(
@@ -66,7 +66,7 @@ def connect(
     `aliases` are MODEL=NAME, for this model and others; `extra_body` is JSON. Raises typer.BadParameter where one is of
     another form.
     """
-    from persona_lens.clients import OpenAIClient
+    from persona_lens.clients.client import OpenAIClient
 
     kept = folder / "calls.sqlite"
     cache = kept if kept.exists() or not dry_run else None

@@ -33,9 +33,9 @@ from persona_lens.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from persona_lens.interventions import Intervention
-    from persona_lens.judges import Judge
-    from persona_lens.vectors import PersonaVectors
+    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.judges.scores import Judge
+    from persona_lens.vectors.persona_vectors import PersonaVectors
 
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder (of `extract` or `demo`), or a vectors file.")]
 TraitName = Annotated[str | None, typer.Option("--trait", help="Bundled trait or JSON; by default the run's own.")]
@@ -72,9 +72,10 @@ def select_layer(
 
     Example: persona-lens select-layer runs/demo --coefficient 2 --coefficient 4 --n-questions 4
     """
-    from persona_lens.layer_selection import dose_response, fixed_texts
-    from persona_lens.layer_selection import select_layer as sweep_layers
-    from persona_lens.pipeline import calibrated_judge
+    from persona_lens.evaluation.dose_response import dose_response
+    from persona_lens.evaluation.layer_proxies import fixed_texts
+    from persona_lens.evaluation.layer_selection import select_layer as sweep_layers
+    from persona_lens.extraction.pipeline import calibrated_judge
 
     found = load_run(run, trait, max_new_tokens)
     folder = found.folder if output is None else output
@@ -147,9 +148,9 @@ def steer(
 
     Example: persona-lens steer "How will my exam go?" --vectors runs/demo --coefficient -4 --coefficient 4 --ablate
     """
-    from persona_lens.chat import chat_messages, tokenize_chat
-    from persona_lens.generation import generate
-    from persona_lens.interventions import intervene
+    from persona_lens.chat.batches import chat_messages, tokenize_chat
+    from persona_lens.generation.decoding import generate
+    from persona_lens.interventions.hooks import intervene
 
     if at not in ("response", "prompt", "all"):
         raise typer.BadParameter(f"--at is response, prompt or all; got {at}")
@@ -176,7 +177,7 @@ def steer(
 def _variants(
     vectors: "PersonaVectors", layer: int, coefficients: list[float] | None, ablate: bool, cap: float | None
 ) -> "list[Intervention]":
-    from persona_lens.interventions import Ablate, Cap, Steer
+    from persona_lens.interventions.values import Ablate, Cap, Steer
 
     vector = vectors.at(layer)
     # Alone, --ablate and --cap are compared with nothing; without any of them, the vector itself is what one asks for.

@@ -10,7 +10,7 @@ from persona_lens.cli.output import print_table, say, tell, tell_json
 from persona_lens.cli.servers import client_of
 
 if TYPE_CHECKING:
-    from persona_lens.traits import Trait
+    from persona_lens.traits.trait import Trait
 
 
 @app.command()
@@ -22,7 +22,7 @@ def traits(
 
     Example: persona-lens traits evil
     """
-    from persona_lens.traits import bundled_traits, load_trait
+    from persona_lens.traits.trait import bundled_traits, load_trait
 
     if name is not None:
         tell(load_trait(name).to_json())
@@ -63,13 +63,14 @@ def generate_trait(
     Example: persona-lens generate-trait pedantic --description "Puts exactness in small things above what the user
     wants." --writer openai:gpt-4.1 --output pedantic.json
     """
-    from persona_lens import trait_generation
-    from persona_lens.records import ensure_writable, write_whole
+    from persona_lens.storage.files import ensure_writable, write_whole
+    from persona_lens.traits import generation as trait_generation
+    from persona_lens.traits.requests import template_rubric
 
     if output.suffix != ".json":
         raise typer.BadParameter(f"--output must end in .json, got {output}")
     ensure_writable(output)
-    rubric = trait_generation.template_rubric(name, description) if use_template else None
+    rubric = template_rubric(name, description) if use_template else None
     arguments = {"n_pairs": n_pairs, "n_questions": n_questions, "monitoring_prompts": monitoring_prompts}
     arguments |= {"rubric": rubric, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     request = trait_generation.trait_request(name, description, **arguments)
@@ -107,6 +108,6 @@ def _other_trait(output: Path) -> FileExistsError:
 
 
 def _show(trait: "Trait", *, as_json: bool) -> None:
-    from persona_lens.trait_generation import preview_trait
+    from persona_lens.traits.generation import preview_trait
 
     tell((trait.to_json() if as_json else preview_trait(trait)).removesuffix("\n"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_lens.clients.cache import CallCache
 from persona_lens.clients.requests import ChatCompletion, UnusableAnswer, read_completion
-from persona_lens.records import JsonLines, ensure_writable, write_whole
+from persona_lens.storage.files import JsonLines, ensure_writable, write_whole
 
 if TYPE_CHECKING:
     from persona_lens.clients.client import OpenAIClient

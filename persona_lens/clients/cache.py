@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_lens.clients.requests import ChatCompletion
-from persona_lens.records import DAMAGE, ensure_writable, refuse_link_to_nothing
+from persona_lens.storage.files import DAMAGE, ensure_writable, refuse_link_to_nothing
 
 FORMAT_VERSION = 1
 TIMEOUT = 60.0

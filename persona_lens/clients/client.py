@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.clients.cache import CallCache
-from persona_lens.clients.controls import CONTROL_TEXT, Ask, Controls, Result, Results
 from persona_lens.clients.endpoint import NO_KEY, OPENAI_URL, PASSING, Endpoint
+from persona_lens.clients.refusals import CONTROL_TEXT, Ask, Controls, Result, Results
 from persona_lens.clients.requests import (
     ChatCompletion,
     ChatRequest,
@@ -176,7 +176,7 @@ class OpenAIClient:
         import anyio
         import openai
 
-        from persona_lens.clients.connection import MAX_ANSWER_BYTES, BoundedHttpClient
+        from persona_lens.clients.endpoint import MAX_ANSWER_BYTES, BoundedHttpClient
 
         limiter, failures, waiting = anyio.Semaphore(self.concurrency), [], iter(enumerate(jobs))
         equals: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)

@@ -1,4 +1,10 @@
-"""One model on one server: its address, its key, what it calls itself, and what its errors mean.
+"""The HTTP connection to a chat server: it follows no redirect, and reads no more of an answer than `MAX_ANSWER_BYTES`.
+
+The openai SDK's own connection would take a request to whatever host a redirect names, and read an answer of any size.
+Proxies that the environment names (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`) are used, as by the SDK.
+Imports openai, which is optional: import this module where a server is asked.
+
+One model on one server: its address, its key, what it calls itself, and what its errors mean.
 
 The key comes from the environment, goes to the server that it is for, and stands in no error, name or file.
 Knows nothing about requests.
@@ -10,12 +16,96 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
+
+import anyio
+import httpx2
+import openai
 
 from persona_lens.clients.requests import RejectedRequest, ServerError
 
 if TYPE_CHECKING:
     import openai
+
+MAX_ANSWER_BYTES = 16 * 2**20
+"""The longest answer that is read: 1,000 tokens with 20 log-probabilities each take about 2 MB."""
+
+
+class UnacceptableResponse(openai.OpenAIError):
+    """A response that is not read, and what to do; the SDK does not repeat a request for it."""
+
+
+class BoundedHttpClient(openai.DefaultAsyncHttpxClient):
+    """The SDK's HTTP client without redirects and with a limit on the size of a response, errors included.
+
+    Args:
+        max_bytes: The largest body that is read.
+        timeout: Seconds that reading a body may take in all, however slowly it comes.
+    """
+
+    def __init__(self, *, max_bytes: int, timeout: float):
+        # Uncompressed, so that the limit holds for what is in memory too: a few kilobytes can unpack to gigabytes.
+        super().__init__(follow_redirects=False, headers={"Accept-Encoding": "identity"})
+        self.max_bytes, self.max_seconds = max_bytes, timeout
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """Send a request and read its whole response.
+
+        Raises:
+            UnacceptableResponse: The response is a redirect, is compressed, or is larger than `max_bytes`.
+        """
+        response = await super().send(request, **{**options, "stream": True, "follow_redirects": False})
+        try:
+            self._check_head(response)
+            with anyio.fail_after(self.max_seconds):
+                content = await self._read(response)
+        except TimeoutError:
+            raise httpx2.ReadTimeout("the answer went on for too long", request=request) from None
+        finally:
+            await response.aclose()
+        return httpx2.Response(
+            response.status_code,
+            headers=response.headers,
+            content=content,
+            request=request,
+            extensions=response.extensions,
+        )
+
+    def _check_head(self, response: httpx2.Response) -> None:
+        if 300 <= response.status_code < 400:
+            raise UnacceptableResponse(
+                f"answered {response.status_code}, a redirect to {_target(response)}: "
+                "no redirect is followed, so pass that URL yourself if you trust it."
+            )
+        encoding = response.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            raise UnacceptableResponse(
+                f"sent an answer compressed as {encoding[:40]!r}, which was not asked for: "
+                "switch compression off at the server or at the proxy before it."
+            )
+
+    async def _read(self, response: httpx2.Response) -> bytes:
+        content = bytearray()
+        async for chunk in response.aiter_raw():
+            content += chunk
+            if len(content) > self.max_bytes:
+                raise UnacceptableResponse(
+                    f"sent an answer of more than {self.max_bytes / 2**20:g} MiB, and the rest was not read: "
+                    "lower the length limit, or check that it serves chat completions."
+                )
+        return bytes(content)
+
+
+def _target(response: httpx2.Response) -> str:
+    """Where a redirect leads, as a base URL and without its query, which may hold anything."""
+    location = response.headers.get("location", "")
+    try:
+        parts = urlsplit(urljoin(str(response.request.url), location))
+        host = parts.hostname if parts.port is None else f"{parts.hostname}:{parts.port}"
+    except ValueError:
+        return "an unreadable URL"
+    return f"{parts.scheme}://{host}{parts.path.removesuffix('/chat/completions')}" if location else "no URL"
+
 
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"  # what a server that wants no key is sent
@@ -101,7 +191,7 @@ class Endpoint:
         """One sentence on what failed and what to do, without the key even where the server repeated it."""
         import openai
 
-        from persona_lens.clients.connection import UnacceptableResponse
+        pass
 
         if isinstance(error, openai.APIStatusError):
             return self.explain_status(error.status_code, error.body or error, tries=tries)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from persona_lens.chat import Message
+from persona_lens.chat.batches import Message
 
 
 @dataclass(frozen=True)

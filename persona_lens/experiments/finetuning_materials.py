@@ -15,22 +15,24 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from persona_lens.activations import stream_means
-from persona_lens.chat import ChatTokens, chat_messages, tokenize_chat
-from persona_lens.encoding import encode_content
-from persona_lens.evaluation import Cell, CellEngine
-from persona_lens.experiments.conditions import NEUTRAL
+from persona_lens.activations.means import stream_means
+from persona_lens.chat.batches import ChatTokens, chat_messages, tokenize_chat
+from persona_lens.chat.encoding import encode_content
 from persona_lens.experiments.finetuning_plan import StudySettings
 from persona_lens.experiments.mood_texts import Contrast, contrast_with_moods, contrast_with_neutral, mood_judge
 from persona_lens.experiments.moods import MOODS, MoodSplit, load_moods, mood_trait, split_prompts
-from persona_lens.judges import ClassifierJudge, TextClassifier
+from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
 from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, shuffle_words
-from persona_lens.judges.likelihood import mean_log_likelihoods
-from persona_lens.models import Model
-from persona_lens.records import write_json
-from persona_lens.rollouts import ModelEngine, Prompt, Rollout, collect_rollouts
-from persona_lens.traits import Trait
-from persona_lens.vectors import PersonaVectors, difference_in_means
+from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+from persona_lens.models.structure import Model
+from persona_lens.monitoring.experiment import NEUTRAL
+from persona_lens.rollouts.collection import collect_rollouts
+from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
+from persona_lens.rollouts.rows import Prompt, Rollout
+from persona_lens.storage.files import write_json
+from persona_lens.traits.trait import Trait
+from persona_lens.vectors.directions import difference_in_means
+from persona_lens.vectors.persona_vectors import PersonaVectors
 
 AGAINST_NEUTRAL = "{} against neutral"
 MIN_COHERENCE = 75.0

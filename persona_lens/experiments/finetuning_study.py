@@ -14,25 +14,33 @@ from typing import Any
 
 import numpy as np
 
-from persona_lens.adapters import Adapter, adapted
-from persona_lens.capability import measure_capability, mmlu_sample
-from persona_lens.experiments.conditions import NEUTRAL
+from persona_lens.evaluation.capability import measure_capability
+from persona_lens.evaluation.capability_result import mmlu_sample
 from persona_lens.experiments.finetuning_materials import Materials, coherence_scores, make_materials, mood_ratios
 from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings, study_runs
 from persona_lens.experiments.mood_texts import ngram_overlap, training_rows
 from persona_lens.experiments.moods import MOODS
 from persona_lens.experiments.study_folder import refuse_other_settings, rounded
-from persona_lens.finetuning import Dataset, Finetuning, ProjectionPenalty, finetune
-from persona_lens.interventions import Ablate, Intervention, Steer, intervene
-from persona_lens.judges import ClassifierJudge
-from persona_lens.locks import alone, taken
-from persona_lens.models import Model, identify
-from persona_lens.records import write_json
-from persona_lens.rollouts import ModelEngine, Prompt, Rollout, collect_rollouts
-from persona_lens.shift import finetuning_shift
+from persona_lens.finetuning.dataset import Dataset
+from persona_lens.finetuning.finetune import finetune
+from persona_lens.finetuning.result import Finetuning
+from persona_lens.finetuning.shift import finetuning_shift
+from persona_lens.finetuning.trainer import ProjectionPenalty
+from persona_lens.interventions.hooks import intervene
+from persona_lens.interventions.intervention import Intervention
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.judges.classifier import ClassifierJudge
+from persona_lens.models.adapters import Adapter, adapted
+from persona_lens.models.structure import Model, identify
+from persona_lens.monitoring.experiment import NEUTRAL
+from persona_lens.rollouts.collection import collect_rollouts
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.statistics import mean_estimate
-from persona_lens.traits import Trait
-from persona_lens.vectors import PersonaVector
+from persona_lens.storage.files import write_json
+from persona_lens.storage.locks import alone, taken
+from persona_lens.traits.trait import Trait
+from persona_lens.vectors.persona_vector import PersonaVector
 
 FORMAT_VERSION = 1
 

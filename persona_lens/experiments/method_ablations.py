@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from persona_lens.activations import stream_means
-from persona_lens.evaluation import Cell, Evaluation, evaluate_cells
+from persona_lens.activations.means import stream_means
+from persona_lens.evaluation.evaluate import Evaluation, evaluate_cells
 from persona_lens.experiments.method_variants import (
     BASELINE,
     JudgedPair,
@@ -26,13 +26,15 @@ from persona_lens.experiments.method_variants import (
     judged_pairs,
     method_variants,
 )
-from persona_lens.judges import Judge, ScoredRollout, scorable_questions
-from persona_lens.locks import writes_output
-from persona_lens.models import Model
-from persona_lens.records import refuse_other_json, write_json
+from persona_lens.judges.scores import Judge, ScoredRollout, scorable_questions
+from persona_lens.models.structure import Model
+from persona_lens.rollouts.engines import Cell
 from persona_lens.statistics import Estimate, auc, question_resamples, resampled_auc
-from persona_lens.traits import Trait
-from persona_lens.vectors import PersonaVector, PersonaVectors, Position
+from persona_lens.storage.files import refuse_other_json, write_json
+from persona_lens.storage.locks import writes_output
+from persona_lens.traits.trait import Trait
+from persona_lens.vectors.persona_vector import PersonaVector, Position
+from persona_lens.vectors.persona_vectors import PersonaVectors
 
 if TYPE_CHECKING:
     import pandas

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
-from persona_lens.judges import ScoredRollout, keep_pairs, pair_rollouts, read_scores
-from persona_lens.rollouts import read_rollouts
-from persona_lens.traits import Trait
-from persona_lens.vectors import Position
+from persona_lens.judges.keep import keep_pairs, pair_rollouts
+from persona_lens.judges.scores import ScoredRollout, read_scores
+from persona_lens.rollouts.rows import read_rollouts
+from persona_lens.traits.trait import Trait
+from persona_lens.vectors.persona_vector import Position
 
 Direction = Literal["difference in means", "logistic regression", "linear discriminant"]
 

@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
-from persona_lens.records import JsonLines
-from persona_lens.trait_generation import template_rubric
-from persona_lens.traits import InstructionPair, Trait
+from persona_lens.storage.files import JsonLines
+from persona_lens.traits.requests import template_rubric
+from persona_lens.traits.trait import InstructionPair, Trait
 
 Part = Literal["vectors", "finetuning", "judge", "evaluation"]
 

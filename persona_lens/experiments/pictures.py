@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING
 
 from persona_lens.experiments.chosen_sets import CHOICES
 from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun
-from persona_lens.experiments.monitoring_result import MonitoringExperiment
 from persona_lens.experiments.screening_plan import Form
 from persona_lens.experiments.screening_study_result import ScreeningStudy
+from persona_lens.monitoring.experiment import MonitoringExperiment
 from persona_lens.statistics import Estimate
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
-    from persona_lens.plots import MitigationPoint
+    from persona_lens.plots.mitigation import MitigationPoint
 
 # What multiple choice is to a large model: at 135M its margin is noise around 0.
 LIKELIHOOD = "log-likelihood of neutral text (nats a token)"
@@ -20,7 +20,7 @@ LIKELIHOOD = "log-likelihood of neutral text (nats a token)"
 
 def plot_monitoring_experiment(experiment: MonitoringExperiment) -> "plotly.graph_objects.Figure":
     """Mean trait score against the last prompt token's projection, a point for each condition and question."""
-    from persona_lens.plots import plot_projection_scores
+    from persona_lens.plots.monitoring import plot_projection_scores
 
     points = experiment.points
     return plot_projection_scores(
@@ -37,7 +37,7 @@ def plot_monitoring_experiment(experiment: MonitoringExperiment) -> "plotly.grap
 
 def plot_experiment_layers(experiment: MonitoringExperiment) -> "plotly.graph_objects.Figure":
     """Both correlations at every layer."""
-    from persona_lens.plots import plot_layer_correlations
+    from persona_lens.plots.monitoring import plot_layer_correlations
 
     layers = range(experiment.n_layers)
     return plot_layer_correlations(
@@ -50,14 +50,14 @@ def plot_experiment_layers(experiment: MonitoringExperiment) -> "plotly.graph_ob
 
 def plot_study_scores(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
     """Every mood's score after finetuning on every set; the shape of arXiv:2507.21509, figure 5."""
-    from persona_lens.plots import plot_trait_scores
+    from persona_lens.plots.finetuning import plot_trait_scores
 
     return plot_trait_scores(study.trait_table(), base="base")
 
 
 def plot_study_shifts(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
     """Each mood's score against the shift along its vector, a point for each set; the shape of figure 6."""
-    from persona_lens.plots import TraitShifts, plot_shift_scores
+    from persona_lens.plots.finetuning import TraitShifts, plot_shift_scores
 
     sets = study.sets
     panels = [
@@ -76,7 +76,7 @@ def plot_study_shifts(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
 
 def plot_study_mitigation(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
     """Score, coherence and capability by method and dose, for each mitigated mood; the shape of figure 7."""
-    from persona_lens.plots import plot_mitigation
+    from persona_lens.plots.mitigation import plot_mitigation
 
     points = {mood: _points(study, mood) for mood in study.mitigated}
     return plot_mitigation(points, capability=LIKELIHOOD)
@@ -84,14 +84,14 @@ def plot_study_mitigation(study: FinetuningStudy) -> "plotly.graph_objects.Figur
 
 def plot_study_trade_off(study: FinetuningStudy, mood: str) -> "plotly.graph_objects.Figure":
     """One mood's score against what the model still can, a line for each method."""
-    from persona_lens.plots import plot_trade_off
+    from persona_lens.plots.mitigation import plot_trade_off
 
     return plot_trade_off(_points(study, mood), trait=mood, axis=LIKELIHOOD)
 
 
 def plot_screening_scores(study: ScreeningStudy, form: Form = "difference") -> "plotly.graph_objects.Figure":
     """Each mood's score after training against its dataset score before, a point for each set."""
-    from persona_lens.plots import TraitShifts, plot_shift_scores
+    from persona_lens.plots.finetuning import TraitShifts, plot_shift_scores
 
     panels = [
         TraitShifts(
@@ -111,7 +111,7 @@ def plot_screening_scores(study: ScreeningStudy, form: Form = "difference") -> "
 
 def plot_screening_runs(study: ScreeningStudy) -> "plotly.graph_objects.Figure":
     """Each target mood's score after training on the rows that were chosen for it, before the filter and after it."""
-    from persona_lens.plots import plot_grouped_estimates
+    from persona_lens.plots.estimates import plot_grouped_estimates
 
     groups: dict[str, dict[str, Estimate]] = {}
     for mood in dict.fromkeys(each.chosen.mood for each in study.runs.values()):
@@ -126,7 +126,7 @@ def plot_screening_runs(study: ScreeningStudy) -> "plotly.graph_objects.Figure":
 
 def plot_screening_pairs(study: ScreeningStudy) -> "plotly.graph_objects.Figure":
     """The share of held-out A/B pairs whose answer with the trait projects higher, at every layer."""
-    from persona_lens.plots import plot_layer_estimates
+    from persona_lens.plots.estimates import plot_layer_estimates
 
     series = {
         f"{found['trait']}, {found['reading']}": [Estimate(**layer["ordered"]) for layer in found["layers"]]
@@ -142,7 +142,7 @@ def _negative(found: Estimate) -> Estimate:
 
 
 def _points(study: FinetuningStudy, mood: str) -> "list[MitigationPoint]":
-    from persona_lens.plots import MitigationPoint
+    from persona_lens.plots.mitigation import MitigationPoint
 
     def point(each: MeasuredRun) -> MitigationPoint:
         dose = abs(each.run.coefficient) or None

@@ -27,10 +27,10 @@ from persona_lens.experiments.hidden_rows import find_hidden, mean_record
 from persona_lens.experiments.screening_plan import Form, ScreeningSettings
 from persona_lens.experiments.screening_pool import OWN, Pool, screened_pool
 from persona_lens.experiments.study_folder import refuse_other_settings, rounded
-from persona_lens.locks import alone, taken
-from persona_lens.models import Model, identify
-from persona_lens.records import JsonLines, write_json
-from persona_lens.screening import write_split
+from persona_lens.models.structure import Model, identify
+from persona_lens.screening.filtering import write_split
+from persona_lens.storage.files import JsonLines, write_json
+from persona_lens.storage.locks import alone, taken
 
 FORMAT_VERSION = 1
 LENGTH = "length"

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from persona_lens.models import ModelIdentity
-from persona_lens.records import read_json, write_json
+from persona_lens.models.structure import ModelIdentity
+from persona_lens.storage.files import read_json, write_json
 
 
 def refuse_other_settings(

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from persona_lens.chat import Message, end_of_turn, turn_ends
-from persona_lens.chat_rows import Table, chat_rows, messages_of
-from persona_lens.traits import Trait
-from persona_lens.transcripts import Segment, Transcript, Turn, chat_segments, read_transcripts
+from persona_lens.chat.batches import Message, end_of_turn, turn_ends
+from persona_lens.chat.rows import Table, chat_rows, messages_of
+from persona_lens.monitoring.transcripts import Segment, Transcript, Turn, chat_segments, read_transcripts
+from persona_lens.traits.trait import Trait
 
 IGNORED = -100
 """The label of a token that the loss leaves out, as Hugging Face's losses have it."""

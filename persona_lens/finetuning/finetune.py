@@ -9,17 +9,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from persona_lens.adapters import require_bridge
-from persona_lens.chat import stop_tokens
+from persona_lens.chat.batches import stop_tokens
+from persona_lens.chat.templates import fixed_date
 from persona_lens.finetuning.dataset import Dataset, prompted, stated, training_chats, training_rows
-from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import Finetuning
+from persona_lens.finetuning.trainer import ProjectionPenalty
 from persona_lens.finetuning.training import Plan, recorded_date, run_plan
-from persona_lens.foreign_text import shown_name
-from persona_lens.interventions import Intervention
-from persona_lens.models import Model
-from persona_lens.template_date import fixed_date
-from persona_lens.traits import Trait
+from persona_lens.interventions.intervention import Intervention
+from persona_lens.models.adapters import require_bridge
+from persona_lens.models.structure import Model
+from persona_lens.storage.text import shown_name
+from persona_lens.traits.trait import Trait
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear modules that the paper trains, as Llama, Qwen and their kin name them."""

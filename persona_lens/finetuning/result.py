@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.adapters import Adapter
-from persona_lens.records import DAMAGE, checked, write_json
+from persona_lens.models.adapters import Adapter
+from persona_lens.storage.files import DAMAGE, checked, write_json
 
 if TYPE_CHECKING:
     import pandas

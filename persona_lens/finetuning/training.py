@@ -20,17 +20,25 @@ import numpy as np
 import torch
 import transformers
 
-from persona_lens.activations import Projections, projected_residuals
-from persona_lens.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, lora, read_weights
+from persona_lens.activations.means import Projections, projected_residuals
+from persona_lens.chat.templates import date_told
 from persona_lens.finetuning.dataset import TrainingRows
-from persona_lens.finetuning.penalty import ProjectionPenalty
 from persona_lens.finetuning.result import RECORD_FILE, Finetuning
-from persona_lens.finetuning.trainer import Trainer, Watch, checked_checkpoint, collate_rows, last_checkpoint
-from persona_lens.interventions import Attachment, Intervention, intervene
-from persona_lens.locks import writes_folder
-from persona_lens.models import Model, cpu_threads, global_randomness_kept, identify, model_device, refuse_other_threads
-from persona_lens.records import DAMAGE, ensure_writable, read_json, write_json
-from persona_lens.template_date import date_told
+from persona_lens.finetuning.trainer import (
+    ProjectionPenalty,
+    Trainer,
+    Watch,
+    checked_checkpoint,
+    collate_rows,
+    last_checkpoint,
+)
+from persona_lens.interventions.hooks import Attachment, intervene
+from persona_lens.interventions.intervention import Intervention
+from persona_lens.models.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, lora, read_weights
+from persona_lens.models.scopes import global_randomness_kept
+from persona_lens.models.structure import Model, cpu_threads, identify, model_device, refuse_other_threads
+from persona_lens.storage.files import DAMAGE, ensure_writable, read_json, write_json
+from persona_lens.storage.locks import writes_folder
 
 SETTINGS_FILE, CHECKPOINTS = "settings.json", "checkpoints"
 

@@ -5,15 +5,20 @@ layers, which row is which) is asked for and checked, never guessed, and nothing
 Knows nothing about how vectors are made or used.
 """
 
-from persona_lens.interop.block_rows import LastRow, read_block_rows, read_vector_folder
 from persona_lens.interop.control_vectors import read_control_vector, write_control_vector
 from persona_lens.interop.conversion import Format, read_vectors, write_vectors
-from persona_lens.interop.decomposition import Decomposition, decompose
 from persona_lens.interop.hub import pull_vectors, push_vectors
 from persona_lens.interop.inspect_scorer import persona_scorer
-from persona_lens.interop.layer_dicts import read_layer_dict, write_layer_dict
-from persona_lens.interop.reference_rows import read_reference_vectors, write_reference_vectors
-from persona_lens.interop.sparse_autoencoders import SparseAutoencoder, read_sae
+from persona_lens.interop.sparse_autoencoders import Decomposition, SparseAutoencoder, decompose, read_sae
+from persona_lens.interop.tensor_files import (
+    LastRow,
+    read_block_rows,
+    read_layer_dict,
+    read_reference_vectors,
+    read_vector_folder,
+    write_layer_dict,
+    write_reference_vectors,
+)
 
 __all__ = [
     "Decomposition",

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_lens.foreign_text import shown_name
 from persona_lens.interop.tensor_files import PathLike, checked_layers, made_vectors, rows_by_layer
-from persona_lens.models import Model
-from persona_lens.records import write_whole
-from persona_lens.vectors import PersonaVectors, Position
+from persona_lens.models.structure import Model
+from persona_lens.storage.files import write_whole
+from persona_lens.storage.text import shown_name
+from persona_lens.vectors.persona_vector import Position
+from persona_lens.vectors.persona_vectors import PersonaVectors
 
 ARCHITECTURE = "controlvector"
 INSTALL_COMMAND = 'pip install "persona-lens[interop]"'

@@ -10,13 +10,23 @@ from typing import Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from persona_lens.interop.block_rows import MANIFEST, LastRow, read_block_rows, read_vector_folder
 from persona_lens.interop.control_vectors import read_control_vector, write_control_vector
-from persona_lens.interop.layer_dicts import read_layer_dict, write_layer_dict
-from persona_lens.interop.reference_rows import read_reference_vectors, write_reference_vectors
-from persona_lens.interop.tensor_files import PathLike, checked_layers, read_torch_file
-from persona_lens.models import Model
-from persona_lens.vectors import PersonaVectors, Position
+from persona_lens.interop.tensor_files import (
+    MANIFEST,
+    LastRow,
+    PathLike,
+    checked_layers,
+    read_block_rows,
+    read_layer_dict,
+    read_reference_vectors,
+    read_torch_file,
+    read_vector_folder,
+    write_layer_dict,
+    write_reference_vectors,
+)
+from persona_lens.models.structure import Model
+from persona_lens.vectors.persona_vector import Position
+from persona_lens.vectors.persona_vectors import PersonaVectors
 
 Format = Literal["persona_lens", "reference", "layers", "gguf"]
 _BY_ENDING: dict[str, Format] = {

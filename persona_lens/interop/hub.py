@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from persona_lens.foreign_text import one_line, shown_name
-from persona_lens.vectors import PersonaVectors
+from persona_lens.storage.text import one_line, shown_name
+from persona_lens.vectors.persona_vectors import PersonaVectors
 
 FILE, CARD = "vectors.safetensors", "README.md"
 _ADDRESS = re.compile(r"[\w.-]+/[\w.-]+", flags=re.ASCII)

@@ -9,10 +9,9 @@ from importlib import import_module
 from math import nan
 from typing import Any
 
-from persona_lens.judges import Judge, Score
-from persona_lens.judges.scores import CalibratedJudge, DetectingJudge
-from persona_lens.rollouts import Rollout
-from persona_lens.traits import Trait, load_trait
+from persona_lens.judges.scores import CalibratedJudge, DetectingJudge, Judge, Score
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.traits.trait import Trait, load_trait
 
 INSTALL_COMMAND = 'pip install "persona-lens[eval]"'
 

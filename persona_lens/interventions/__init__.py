@@ -4,26 +4,3 @@
 `ablate` and `cap`, attach them at the outputs of blocks and remove them again (arXiv:2507.21509, sections 3.2 and J).
 Knows nothing about traits' texts, sampling or judging.
 """
-
-from persona_lens.interventions.attachment import Attachment, ablate, attachments, cap, intervene, steer
-from persona_lens.interventions.directions import Vectors
-from persona_lens.interventions.intervention import Intervention, When
-from persona_lens.interventions.positions import At, NamedPositions
-from persona_lens.interventions.values import Ablate, Cap, Steer
-
-__all__ = [
-    "Ablate",
-    "At",
-    "Attachment",
-    "Cap",
-    "Intervention",
-    "NamedPositions",
-    "Steer",
-    "Vectors",
-    "When",
-    "ablate",
-    "attachments",
-    "cap",
-    "intervene",
-    "steer",
-]

@@ -10,7 +10,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.vectors import PersonaVector, PersonaVectors
+from persona_lens.vectors.persona_vector import PersonaVector
+from persona_lens.vectors.persona_vectors import PersonaVectors
 
 Vectors = PersonaVector | PersonaVectors | Sequence[PersonaVector | PersonaVectors]
 # The cosine below which directions count as orthogonal: what float32 leaves of orthogonalised ones.

@@ -24,9 +24,12 @@ from persona_lens.interventions.records import (
     encode_value,
     encode_vectors,
 )
-from persona_lens.models import CurrentPass, KnownPass, Model, ModelIdentity, announced, identify, resid_post_name
-from persona_lens.records import DAMAGE
-from persona_lens.vectors import PersonaVector, PersonaVectors, Relation, check_model, refuse_absent_layer, units_of
+from persona_lens.models.pass_context import CurrentPass, KnownPass, announced
+from persona_lens.models.structure import Model, ModelIdentity, identify, resid_post_name
+from persona_lens.storage.files import DAMAGE
+from persona_lens.vectors.persona_vector import PersonaVector, refuse_absent_layer, units_of
+from persona_lens.vectors.persona_vectors import PersonaVectors
+from persona_lens.vectors.provenance import Relation, check_model
 
 Residual = Float[Tensor, "batch pos d_model"]
 

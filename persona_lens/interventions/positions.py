@@ -19,7 +19,7 @@ from einops import rearrange, reduce
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from persona_lens.models import CurrentPass, KnownPass
+from persona_lens.models.pass_context import CurrentPass, KnownPass
 
 NamedPositions = Literal["all", "response", "prompt"]
 At = NamedPositions | Bool[Tensor, "batch pos"]

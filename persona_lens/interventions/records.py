@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from persona_lens.vectors import PersonaVector, Provenance
+from persona_lens.vectors.persona_vector import PersonaVector
+from persona_lens.vectors.provenance import Provenance
 
 RECORD_VERSION = 1
 

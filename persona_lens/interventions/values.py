@@ -18,8 +18,11 @@ from torch import Tensor
 
 from persona_lens.interventions.directions import ORTHOGONAL, as_given, layers_text, overlap
 from persona_lens.interventions.intervention import Intervention, Residual
-from persona_lens.models import ModelIdentity
-from persona_lens.vectors import PersonaVectors, Relation, orthonormal_basis, units_of
+from persona_lens.models.structure import ModelIdentity
+from persona_lens.vectors.directions import orthonormal_basis
+from persona_lens.vectors.persona_vector import units_of
+from persona_lens.vectors.persona_vectors import PersonaVectors
+from persona_lens.vectors.provenance import Relation
 
 
 @dataclass(frozen=True, eq=False)

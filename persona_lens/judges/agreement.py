@@ -1,26 +1,229 @@
-"""How far two judges agree on the same answers, or a judge and people: what a cheap judge is worth.
+"""How far two columns of scores agree: correlations, and Cohen's kappa at a threshold, with intervals over questions.
+
+A resample counts every row as often as it drew the row's question; the weighted formulas here give what scipy and
+scikit-learn give for the rows written out that often.
+Knows nothing about judges or rollouts: numbers come in, numbers go out.
+
+Scores that people gave to rollouts, from a CSV file such as a spreadsheet writes.
+
+Rows are joined to rollouts by `key`, or by `question` and `response`; an empty cell, or no row, is a missing score.
+Knows nothing about judges: numbers come out, in the rollouts' order.
+How far two judges agree on the same answers, or a judge and people: what a cheap judge is worth.
 
 Pearson's and Spearman's correlation of the scores, and Cohen's kappa of which answers show the trait, those that score
 the threshold or more; with 95 % intervals over questions. A row that lacks a score is counted, never compared.
 Knows nothing about how scores were made.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
+from sklearn.metrics import cohen_kappa_score
 
-from persona_lens.judges.agreement_statistics import agreement_statistics
 from persona_lens.judges.scores import ScoredRollout
-from persona_lens.rollouts import Rollout
-from persona_lens.statistics import Estimate, on_scale
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.statistics import (
+    MIN_ROWS,
+    N_RESAMPLES,
+    SAME,
+    Estimate,
+    has_correlation,
+    on_scale,
+    pearson,
+    question_resamples,
+    resampled_means,
+    resampled_pearson,
+    spearman,
+    weighted_correlations,
+)
 
 if TYPE_CHECKING:
     import pandas
+
+# How many numbers of a resamples-by-rows table are held at once.
+TABLE_SIZE = 1_000_000
+
+Scores = Float[np.ndarray, " row"]
+Marks = Bool[np.ndarray, " row"]
+Weights = Int[np.ndarray, "resample row"]
+Resamples = Float[np.ndarray, " resample"]
+
+
+class AgreementStatistics(NamedTuple):
+    """Each is None where it is undefined; `agreeing` is the share of rows on one side of the threshold for both."""
+
+    pearson: Estimate
+    spearman: Estimate
+    kappa: Estimate
+    agreeing: Estimate
+
+
+def agreement_statistics(
+    first: Scores, second: Scores, questions: Int[np.ndarray, " row"], *, threshold: float, seed: int
+) -> AgreementStatistics:
+    """The statistics of two columns without a gap; `questions` are indices from 0, none left out.
+
+    Undefined are all of them below three rows (the share: without any), a correlation where a side is constant, and
+    kappa where both put all rows on the same side of the threshold. An interval needs two questions.
+    """
+    one, other, n = first >= threshold, second >= threshold, len(first)
+    same = (one == other).astype(float)
+    values = [pearson(first, second), _spearman(first, second), _kappa(one, other), float(same.mean()) if n else None]
+    n_questions = int(questions.max(initial=-1)) + 1
+    parts: list[list[np.ndarray]] = [[] for _ in values]
+    if n_questions > 1:
+        drawn = question_resamples(n_questions, N_RESAMPLES, seed)
+        for weights in np.array_split(drawn, 1 + drawn.shape[0] * n // TABLE_SIZE):
+            rows = weights[:, questions]
+            found = (
+                resampled_pearson(first, second, rows),
+                resampled_spearman(first, second, rows),
+                resampled_kappa(one, other, rows),
+                resampled_means(same, questions, weights),
+            )
+            for part, each in zip(parts, found, strict=True):
+                part.append(each)
+    resamples = [np.concatenate([np.empty(0), *part]) for part in parts]
+    pairs = zip(values, resamples, strict=True)
+    return AgreementStatistics(
+        *(Estimate.of(float("nan") if value is None else value, each, n) for value, each in pairs)
+    )
+
+
+def _spearman(first: Scores, second: Scores) -> float | None:
+    if len(first) < MIN_ROWS or min(np.ptp(first), np.ptp(second)) < SAME:
+        return None
+    return spearman(first, second)
+
+
+def _kappa(one: Marks, other: Marks) -> float | None:
+    if len(one) < MIN_ROWS or len({*one.tolist(), *other.tolist()}) < 2:
+        return None
+    return float(cohen_kappa_score(one, other))
+
+
+def resampled_spearman(first: Scores, second: Scores, weights: Weights) -> Resamples:
+    """Spearman's in every resample: Pearson's of the ranks that its rows have in it; NaN where it is undefined."""
+    found = weighted_correlations(resampled_ranks(first, weights), resampled_ranks(second, weights), weights)
+    return np.where(has_correlation(first, second, weights), found, np.nan)
+
+
+def resampled_ranks(values: Scores, weights: Weights) -> Float[np.ndarray, "resample row"]:
+    """The rank, from 1, of every row that a resample drew, ties sharing the mean of theirs."""
+    order = np.argsort(values, kind="stable")
+    _, starts, place = np.unique(values[order], return_index=True, return_inverse=True)
+    counts = np.add.reduceat(weights[:, order], starts, axis=1)
+    below = counts.cumsum(axis=1) - counts
+    ranks = np.empty(weights.shape)
+    ranks[:, order] = (below + (counts + 1) / 2)[:, place]
+    return ranks
+
+
+def resampled_kappa(one: Marks, other: Marks, weights: Weights) -> Resamples:
+    """Cohen's kappa in every resample, of whole counts, so that 0 is 0; NaN where it is undefined.
+
+    With shares, kappa = (observed - expected) / (1 - expected) agreement. Source: Cohen, "A Coefficient of Agreement
+    for Nominal Scales", 1960.
+    """
+    n, first, second = weights.sum(axis=1), weights @ one, weights @ other
+    observed = n * (weights @ (one == other))
+    expected = first * second + (n - first) * (n - second)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (observed - expected) / (n * n - expected)
+    return np.where((n >= MIN_ROWS) & (expected < n * n), found, np.nan)
+
+
+def read_human_scores(path: str | Path, rollouts: Sequence[Rollout], column: str) -> list[float | None]:
+    """The scores, 0 to 100, in `column` of a CSV file, in the rollouts' order; None where a rollout has none.
+
+    The file has a column `key` (`Rollout.key`), or else `question` and `response`, where line ends and outer space do
+    not matter and a row scores every rollout with its text. Rows are counted as spreadsheets do: the names of the
+    columns are row 1.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no CSV file, a column is absent, a row matches no rollout, two rows score the same text
+            differently, or a score is not a number from 0 to 100.
+    """
+    table = _read(Path(path), column)
+    by_key = "key" in table.columns
+    wanted = [_name(rollout.key) if by_key else _name(rollout.question, rollout.response) for rollout in rollouts]
+    scores: dict[tuple[str, ...], tuple[float | None, int]] = {}
+    strangers: list[int] = []
+    known = set(wanted)
+    for row, cells in enumerate(table.to_dict("records"), start=2):
+        if not any(cells.values()):
+            continue
+        name = _name(cells["key"]) if by_key else _name(cells["question"], cells["response"])
+        score = _score(cells[column], f"{path}, row {row}, column {column!r}")
+        if name not in known:
+            strangers.append(row)
+        elif name in scores and scores[name][0] != score:
+            remedy = (
+                "keep one of them"
+                if by_key
+                else "keep one of them, or tell rollouts of one text apart by a column 'key'"
+            )
+            raise ValueError(f"{path}, row {row}, scores what row {scores[name][1]} scores, and differently: {remedy}.")
+        scores.setdefault(name, (score, row))
+    if strangers:
+        joined = "key" if by_key else "question and response"
+        raise ValueError(
+            f"{path}: {len(strangers)} rows match none of the {len(rollouts)} rollouts by {joined}, "
+            f"the first of them row {strangers[0]}."
+        )
+    return [scores[name][0] if name in scores else None for name in wanted]
+
+
+def _read(path: Path, column: str) -> Any:
+    """The file as a table of text, with the columns that joining needs."""
+    import pandas
+    from pandas import errors
+
+    if not path.exists():
+        raise FileNotFoundError(f"No file {path}.")
+    try:
+        with warnings.catch_warnings():
+            # Cells beyond the last column, which pandas would drop.
+            warnings.simplefilter("error", errors.ParserWarning)
+            # With the empty lines, so that rows keep their numbers; spreadsheets begin a file with a byte order mark.
+            table = pandas.read_csv(
+                path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False, encoding="utf-8-sig"
+            )
+    except (errors.ParserError, errors.ParserWarning, errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file that can be read: {error}.") from error
+    there = list(table.columns)
+    if column not in there:
+        raise ValueError(f"{path} has no column {column!r}, only {there}.")
+    if "key" not in there and not {"question", "response"} <= set(there):
+        raise ValueError(f"{path} has neither a column 'key' nor both 'question' and 'response', only {there}.")
+    return table
+
+
+def _name(*texts: str) -> tuple[str, ...]:
+    """Text as it is compared: spreadsheets change line ends and trim cells."""
+    return tuple("\n".join(text.splitlines()).strip() for text in texts)
+
+
+def _score(text: str, place: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        value = on_scale(float(text))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise ValueError(f"{place}: expected a number from 0 to 100, or nothing for a missing one, got {text!r}.")
+    return value
+
 
 ScoreName = Literal["trait_score", "coherence"]
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from persona_lens.judges.scores import Score
-from persona_lens.rollouts import Rollout
-from persona_lens.traits import Trait
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.traits.trait import Trait
 
 INSTALL_COMMAND = 'pip install "persona-lens[embedded]"'
 

@@ -11,13 +11,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from persona_lens.generation import plan_batches
-from persona_lens.locks import writes_file
-from persona_lens.records import DAMAGE, JsonLines, ensure_writable
-from persona_lens.rollouts import Rollout
+from persona_lens.chat.templates import fixed_date
+from persona_lens.generation.decoding import plan_batches
+from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import on_scale
-from persona_lens.template_date import fixed_date
-from persona_lens.traits import Trait
+from persona_lens.storage.files import DAMAGE, JsonLines, ensure_writable
+from persona_lens.storage.locks import writes_file
+from persona_lens.traits.trait import Trait
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_lens.models.interior import unhooked
-from persona_lens.models.passes import KnownPass, announce
+from persona_lens.models.pass_context import KnownPass, announce
 from persona_lens.models.scopes import Hook, hooked, model_lock, repair
 from persona_lens.models.structure import Model, is_bridge, model_device, residual_points
+from persona_lens.models.unhooked_pass import unhooked
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _forward_bridge(
 ) -> tuple[Tensor | None, Any]:
     hf_model = unhooked(model)
     if cache is None and keep:
-        from persona_lens.models.growing import growing_cache
+        from persona_lens.models.kv_cache import growing_cache
 
         cache = growing_cache(hf_model.config)
     target = hf_model.get_decoder() if last == 0 else hf_model

@@ -4,25 +4,3 @@ The last prompt token's projection predicts the trait of the response to come; t
 came.
 Knows nothing about who said it: chats come in, numbers go out.
 """
-
-from persona_lens.monitoring.passes import Chats, monitor, token_projections
-from persona_lens.monitoring.result import (
-    ChatProjections,
-    MonitoredVector,
-    Monitoring,
-    TokenProjections,
-    TurnProjections,
-    checked_output,
-)
-
-__all__ = [
-    "ChatProjections",
-    "Chats",
-    "MonitoredVector",
-    "Monitoring",
-    "TokenProjections",
-    "TurnProjections",
-    "checked_output",
-    "monitor",
-    "token_projections",
-]

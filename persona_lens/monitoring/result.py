@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.records import DAMAGE, JsonLines, checked, ensure_writable, write_whole
-from persona_lens.transcripts import RejectedChat
+from persona_lens.monitoring.transcripts import RejectedChat
+from persona_lens.storage.files import DAMAGE, JsonLines, checked, ensure_writable, write_whole
 
 if TYPE_CHECKING:
     import pandas

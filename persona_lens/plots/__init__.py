@@ -6,24 +6,23 @@ Knows nothing about models or files, and imports plotly, an extra, on first use.
 """
 
 from persona_lens.plots.agreement import plot_agreement
-from persona_lens.plots.cosines import plot_cosine_matrix
-from persona_lens.plots.curves import plot_dose_response, plot_layer_statistics
 from persona_lens.plots.estimates import plot_grouped_estimates, plot_layer_estimates
 from persona_lens.plots.finetuning import LossCurves, TraitShifts, plot_losses, plot_shift_scores, plot_trait_scores
+from persona_lens.plots.layers import (
+    plot_cosine_matrix,
+    plot_dose_response,
+    plot_frontier,
+    plot_layer_statistics,
+    plot_layer_sweep,
+)
 from persona_lens.plots.mitigation import MitigationPoint, plot_mitigation, plot_trade_off
-from persona_lens.plots.monitoring import plot_turns
-from persona_lens.plots.prediction import plot_layer_correlations, plot_projection_scores
-from persona_lens.plots.roc import plot_roc
+from persona_lens.plots.monitoring import plot_layer_correlations, plot_projection_scores, plot_roc, plot_turns
 from persona_lens.plots.screening import plot_screening
-from persona_lens.plots.screening_page import screening_html
-from persona_lens.plots.sweeps import plot_frontier, plot_layer_sweep
-from persona_lens.plots.tokens import monitoring_html, tokens_html
 
 __all__ = [
     "LossCurves",
     "MitigationPoint",
     "TraitShifts",
-    "monitoring_html",
     "plot_agreement",
     "plot_cosine_matrix",
     "plot_dose_response",
@@ -42,6 +41,4 @@ __all__ = [
     "plot_trade_off",
     "plot_trait_scores",
     "plot_turns",
-    "screening_html",
-    "tokens_html",
 ]

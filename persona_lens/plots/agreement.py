@@ -6,7 +6,7 @@ Knows nothing about how the scores were made or compared.
 
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.judges import Agreement, ScorePair
+from persona_lens.judges.agreement import Agreement, ScorePair
 from persona_lens.plots.style import (
     BLUE,
     DASHED,
@@ -19,7 +19,7 @@ from persona_lens.plots.style import (
     small,
     styled_figure,
 )
-from persona_lens.traits import Polarity
+from persona_lens.traits.trait import Polarity
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -7,8 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_lens.plots.monitoring import CHATS
-from persona_lens.plots.panels import WHISKERS, in_words, whiskers
-from persona_lens.plots.style import GREY, INK, SEQUENTIAL, band, graph_objects, safe, styled_figure
+from persona_lens.plots.style import (
+    GREY,
+    INK,
+    SEQUENTIAL,
+    WHISKERS,
+    band,
+    graph_objects,
+    in_words,
+    safe,
+    styled_figure,
+    whiskers,
+)
 from persona_lens.statistics import Estimate
 
 if TYPE_CHECKING:

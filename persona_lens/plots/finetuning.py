@@ -12,27 +12,32 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from persona_lens.plots.monitoring import CHATS
-from persona_lens.plots.panels import SCORES, WHISKERS, add_trace, in_words, size_panels, subplots, whiskers
 from persona_lens.plots.style import (
     BLUE,
     DIVERGING,
     GREY,
     INK,
+    SCORES,
     SEQUENTIAL,
     VERMILION,
+    WHISKERS,
     add_grid,
+    add_trace,
+    in_words,
     index_axis,
     known,
     number,
     safe,
+    size_panels,
     styled_figure,
+    subplots,
+    whiskers,
 )
 from persona_lens.statistics import Estimate, on_scale, slopes
 
 if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects
-
 
 DASHES = ("solid", "dot", "dashdot", "longdash")
 PANELS_ACROSS = 3

@@ -9,13 +9,25 @@ from math import ceil, floor
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from persona_lens.plots.monitoring import CHATS
-from persona_lens.plots.panels import SCORES, WHISKERS, add_trace, in_words, size_panels, subplots, whiskers
-from persona_lens.plots.style import DASHED, GREY, INK, band, safe, styled_figure
+from persona_lens.plots.style import (
+    DASHED,
+    GREY,
+    INK,
+    SCORES,
+    WHISKERS,
+    add_trace,
+    band,
+    in_words,
+    safe,
+    size_panels,
+    styled_figure,
+    subplots,
+    whiskers,
+)
 from persona_lens.statistics import SAME, Estimate
 
 if TYPE_CHECKING:
     import plotly.graph_objects
-
 
 NOTHING = Estimate(None, None, None, 0)
 FAINT = {"color": GREY, "width": 1, "dash": "dot"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from persona_lens.plots.panels import in_words, whiskers
+from persona_lens.monitoring.thresholds import Threshold
 from persona_lens.plots.style import (
     BLUE,
     DASHED,
@@ -18,13 +18,14 @@ from persona_lens.plots.style import (
     INK,
     PALE_BLUE,
     VERMILION,
+    in_words,
     number,
     safe,
     styled_figure,
+    whiskers,
 )
-from persona_lens.screening import Screening
+from persona_lens.screening.result import Screening
 from persona_lens.statistics import Estimate
-from persona_lens.thresholds import Threshold
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -10,11 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from persona_lens.capability import measure_capability, read_questions
-from persona_lens.interventions import Intervention, Steer
+from persona_lens.evaluation.capability import measure_capability
+from persona_lens.evaluation.capability_result import read_questions
+from persona_lens.interventions.intervention import Intervention
+from persona_lens.interventions.values import Steer
 from persona_lens.replication.context import Context
 from persona_lens.replication.grid_stages import answer, made_once, train, train_rows
-from persona_lens.screening import screen, write_split
+from persona_lens.screening.filtering import write_split
+from persona_lens.screening.run import screen
 
 CHOICES = ("high", "random", "low")
 

@@ -8,16 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from persona_lens.clients import OpenAIClient
-from persona_lens.judges import Judge, LikelihoodRatioJudge, LLMJudge
-from persona_lens.layer_selection import LayerSweep
-from persona_lens.models import Model
-from persona_lens.pipeline import calibrate
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.evaluation.layer_selection import LayerSweep
+from persona_lens.extraction.pipeline import calibrate
+from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+from persona_lens.judges.llm import LLMJudge
+from persona_lens.judges.scores import Judge
+from persona_lens.models.structure import Model
 from persona_lens.replication.brought import Brought
 from persona_lens.replication.preset import Preset
-from persona_lens.rollouts import ModelEngine
-from persona_lens.traits import Trait
-from persona_lens.vectors import PersonaVector, PersonaVectors
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.traits.trait import Trait
+from persona_lens.vectors.persona_vector import PersonaVector
+from persona_lens.vectors.persona_vectors import PersonaVectors
 
 
 class NotYet(ValueError):

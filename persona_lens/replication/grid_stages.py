@@ -11,19 +11,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from persona_lens.adapters import Adapter, adapted
-from persona_lens.capability import measure_capability, mmlu_sample
-from persona_lens.evaluation import Evaluation, evaluate
+from persona_lens.evaluation.capability import measure_capability
+from persona_lens.evaluation.capability_result import mmlu_sample
+from persona_lens.evaluation.evaluate import Evaluation, evaluate
 from persona_lens.experiments.study_folder import rounded
-from persona_lens.finetuning import Dataset, Finetuning, finetune
-from persona_lens.interventions import Ablate, Intervention, Steer
-from persona_lens.judges import scorable_questions
-from persona_lens.records import JsonLines, write_json
+from persona_lens.finetuning.dataset import Dataset
+from persona_lens.finetuning.finetune import finetune
+from persona_lens.finetuning.result import Finetuning
+from persona_lens.finetuning.shift import finetuning_shift
+from persona_lens.interventions.intervention import Intervention
+from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.judges.scores import scorable_questions
+from persona_lens.models.adapters import Adapter, adapted
 from persona_lens.replication.context import Context
 from persona_lens.replication.preset import Preset
-from persona_lens.screening import screen
-from persona_lens.shift import finetuning_shift
+from persona_lens.screening.run import screen
 from persona_lens.statistics import Estimate
+from persona_lens.storage.files import JsonLines, write_json
 
 BASE = "base"
 FORMAT_VERSION = 1

@@ -9,26 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from persona_lens.experiments import MonitoringExperiment, plot_monitoring_experiment
-from persona_lens.layer_selection import DoseResponse, LayerSweep
-from persona_lens.plots import (
-    MitigationPoint,
-    TraitShifts,
-    plot_cosine_matrix,
-    plot_dose_response,
-    plot_grouped_estimates,
-    plot_layer_sweep,
-    plot_mitigation,
-    plot_shift_scores,
-    plot_trait_scores,
-)
+from persona_lens.evaluation.dose_response import DoseResponse
+from persona_lens.evaluation.layer_selection import LayerSweep
+from persona_lens.experiments.pictures import plot_monitoring_experiment
+from persona_lens.monitoring.experiment import MonitoringExperiment
+from persona_lens.plots.estimates import plot_grouped_estimates
+from persona_lens.plots.finetuning import TraitShifts, plot_shift_scores, plot_trait_scores
+from persona_lens.plots.layers import plot_cosine_matrix, plot_dose_response, plot_layer_sweep
+from persona_lens.plots.mitigation import MitigationPoint, plot_mitigation
 from persona_lens.replication.context import trait_folder
 from persona_lens.replication.finding import Finding
 from persona_lens.replication.result import Replication
 from persona_lens.replication.set_findings import BASE, NOT_MEASURED, measured_sets, set_score
 from persona_lens.replication.tables import Stage
 from persona_lens.replication.trait_findings import KINDS
-from persona_lens.vectors import PersonaVectors, cosine_matrix
+from persona_lens.vectors.persona_vectors import PersonaVectors, cosine_matrix
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -33,7 +33,7 @@ from persona_lens.replication.tables import (
     Stage,
     Table,
 )
-from persona_lens.traits import Trait, load_trait
+from persona_lens.traits.trait import Trait, load_trait
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 """In the order in which they run."""

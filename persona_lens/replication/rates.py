@@ -6,10 +6,10 @@ Knows nothing about presets: a model comes in, tokens a second go out.
 from collections.abc import Callable
 from time import perf_counter
 
-from persona_lens.chat import ChatTokens
-from persona_lens.generation import generate
-from persona_lens.judges import mean_log_likelihoods
-from persona_lens.models import Model
+from persona_lens.chat.batches import ChatTokens
+from persona_lens.generation.decoding import generate
+from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+from persona_lens.models.structure import Model
 from persona_lens.replication.cost import Rates
 
 READ_ROWS, READ_TOKENS = 16, 48

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persona_lens.records import JsonLines, read_json, write_json
 from persona_lens.replication.finding import Finding
 from persona_lens.replication.preset import STAGES, Preset
 from persona_lens.replication.set_findings import (
@@ -28,6 +27,7 @@ from persona_lens.replication.trait_findings import (
     layer_findings,
     monitoring_findings,
 )
+from persona_lens.storage.files import JsonLines, read_json, write_json
 
 FORMAT_VERSION = 1
 PRESET, SETTINGS, REPORT, FAILURES = "preset.json", "settings.json", "report.json", "failures.json"

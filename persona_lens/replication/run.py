@@ -18,10 +18,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from persona_lens.experiments.study_folder import refuse_other_settings
-from persona_lens.judges import Judge
-from persona_lens.locks import writes_output
-from persona_lens.models import Model, identify, load_model
-from persona_lens.records import JsonLines, refuse_other_json, write_json, write_whole
+from persona_lens.judges.scores import Judge
+from persona_lens.models.loading import load_model
+from persona_lens.models.structure import Model, identify
 from persona_lens.replication import brought_stages, grid_stages, mood_stages, trait_stages
 from persona_lens.replication.brought import Brought, brought
 from persona_lens.replication.context import Context
@@ -38,7 +37,9 @@ from persona_lens.replication.result import (
     stage_record,
 )
 from persona_lens.replication.tables import Stage
-from persona_lens.rollouts import ModelEngine
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.storage.files import JsonLines, refuse_other_json, write_json, write_whole
+from persona_lens.storage.locks import writes_output
 
 TIMES = "times.jsonl"
 _PACKAGES = ("persona-lens", "torch", "transformers", "transformer-lens", "peft")

@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from persona_lens.experiments import MonitoringExperiment
-from persona_lens.judges import keep_pairs, pair_rollouts, read_scores
-from persona_lens.layer_selection import DoseResponse, LayerChoice, LayerSweep
-from persona_lens.pipeline import best_layer
-from persona_lens.records import read_json
+from persona_lens.evaluation.dose_response import DoseResponse
+from persona_lens.evaluation.layer_selection import LayerChoice, LayerSweep
+from persona_lens.extraction.pipeline import best_layer
+from persona_lens.judges.keep import keep_pairs, pair_rollouts
+from persona_lens.judges.scores import read_scores
+from persona_lens.monitoring.experiment import MonitoringExperiment
 from persona_lens.replication.context import selected_layer, trait_folder
 from persona_lens.replication.finding import Finding, alone
 from persona_lens.replication.preset import Preset
-from persona_lens.rollouts import read_rollouts
+from persona_lens.rollouts.rows import read_rollouts
 from persona_lens.statistics import N_RESAMPLES, Estimate, pearson, question_resamples
-from persona_lens.vectors import PersonaVectors
+from persona_lens.storage.files import read_json
+from persona_lens.vectors.persona_vectors import PersonaVectors
 
 KINDS = ("system-prompts", "many-shot")
 SHUFFLES = 200

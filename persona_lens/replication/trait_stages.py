@@ -7,12 +7,14 @@ Knows nothing about what the numbers say.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from persona_lens.experiments import judged_examples, many_shot, monitoring_experiment, system_prompts
-from persona_lens.judges import scorable_questions
-from persona_lens.layer_selection import dose_response, select_layer
-from persona_lens.pipeline import extract_persona_vectors
+from persona_lens.evaluation.dose_response import dose_response
+from persona_lens.evaluation.layer_selection import select_layer
+from persona_lens.extraction.pipeline import extract_persona_vectors
+from persona_lens.judges.scores import scorable_questions
+from persona_lens.monitoring.experiment import judged_examples, many_shot, monitoring_experiment, system_prompts
 from persona_lens.replication.context import Context
-from persona_lens.rollouts import ModelEngine, Prompt
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.rollouts.rows import Prompt
 
 
 def extract(run: Context, name: str) -> None:

@@ -12,7 +12,7 @@ from persona_lens.replication.mood_work import mood_finetuning, mood_mitigation,
 from persona_lens.replication.preset import Preset
 from persona_lens.replication.tables import FinetuningTable, SamplingTable, Stage
 from persona_lens.replication.units import Work, judging, sampling, total
-from persona_lens.traits import Trait
+from persona_lens.traits.trait import Trait
 
 UNKNOWN_ROWS = 5000
 """Rows of a set that is not there yet; an assumption."""

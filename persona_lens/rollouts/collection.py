@@ -15,11 +15,10 @@ from typing import Any, ParamSpec, TypeVar
 
 from tqdm.auto import tqdm
 
-from persona_lens.captured import CapturedMeans
-from persona_lens.generation import plan_batches
-from persona_lens.locks import writes_file
-from persona_lens.models import Model, refuse_other_threads
-from persona_lens.records import DAMAGE, JsonLines, ensure_writable
+from persona_lens.chat.templates import fixed_date
+from persona_lens.generation.capture import CapturedMeans
+from persona_lens.generation.decoding import plan_batches
+from persona_lens.models.structure import Model, refuse_other_threads
 from persona_lens.rollouts.engines import (
     CapturingEngine,
     ModelEngine,
@@ -29,8 +28,9 @@ from persona_lens.rollouts.engines import (
     without_threads,
 )
 from persona_lens.rollouts.rows import FIELDS, Prompt, Rollout, rollouts_from_rows
-from persona_lens.template_date import fixed_date
-from persona_lens.traits import Polarity, Trait
+from persona_lens.storage.files import DAMAGE, JsonLines, ensure_writable
+from persona_lens.storage.locks import writes_file
+from persona_lens.traits.trait import Polarity, Trait
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -10,11 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from persona_lens.chat import ChatTokens, Conversation, chat_messages, tokenize_chat
-from persona_lens.encoding import encode_content
-from persona_lens.records import DAMAGE, JsonLines
-from persona_lens.template_date import fixed_date
-from persona_lens.traits import Polarity
+from persona_lens.chat.batches import ChatTokens, Conversation, chat_messages, tokenize_chat
+from persona_lens.chat.encoding import encode_content
+from persona_lens.chat.templates import fixed_date
+from persona_lens.storage.files import DAMAGE, JsonLines
+from persona_lens.traits.trait import Polarity
 
 REJECTED = "rejected: "
 """How the `finish_reason` of a prompt begins that a server did not take; the server's message follows."""

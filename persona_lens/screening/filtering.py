@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_lens.judges import Judge, score_rollouts
-from persona_lens.records import ensure_writable, write_whole
-from persona_lens.rollouts import Rollout
+from persona_lens.judges.scores import Judge, score_rollouts
+from persona_lens.monitoring.thresholds import Threshold
+from persona_lens.rollouts.rows import Rollout
 from persona_lens.screening.result import By, Screening
 from persona_lens.screening.samples import Sample
-from persona_lens.thresholds import Threshold
-from persona_lens.traits import Trait
+from persona_lens.storage.files import ensure_writable, write_whole
+from persona_lens.traits.trait import Trait
 
 if TYPE_CHECKING:
     import pandas

@@ -15,15 +15,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from persona_lens.chat import chat_messages, render_prompt
-from persona_lens.locks import alone, sweep_up
-from persona_lens.models import refuse_other_threads
-from persona_lens.records import JsonLines, empty_folder, read_json, room_for, write_json
-from persona_lens.screening.families import Seen
+from persona_lens.chat.batches import chat_messages, render_prompt
+from persona_lens.chat.templates import date_told, fixed_date
+from persona_lens.models.structure import refuse_other_threads
+from persona_lens.screening.batches import PlannedRow, cut_units, read_unit, write_units
+from persona_lens.screening.near_duplicates import Seen
 from persona_lens.screening.planning import Choices, Planner, Room
 from persona_lens.screening.samples import Rejection, Rows, Sample, Turns, fingerprint, stream_samples
-from persona_lens.screening.units import PlannedRow, cut_units, read_unit, write_units
-from persona_lens.template_date import date_told, fixed_date
+from persona_lens.storage.files import JsonLines, empty_folder, read_json, room_for, write_json
+from persona_lens.storage.locks import alone, sweep_up
 
 PLAN, REJECTS, SETTINGS = "plan", "rejects.jsonl", "settings.json"
 _REJECT_FIELDS = [each.name for each in fields(Rejection)]

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from persona_lens.chat import ChatTokens, Message, UnclosedBlock, tokenize_chat
-from persona_lens.encoding import refuse_half_characters
-from persona_lens.records import JsonLines
-from persona_lens.screening.families import Seen
+from persona_lens.chat.batches import ChatTokens, Message, UnclosedBlock, tokenize_chat
+from persona_lens.chat.encoding import refuse_half_characters
+from persona_lens.screening.batches import PlannedRow, spooled
+from persona_lens.screening.near_duplicates import Seen
 from persona_lens.screening.samples import Kind, Rejection, Sample
-from persona_lens.screening.units import PlannedRow, spooled
+from persona_lens.storage.files import JsonLines
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from persona_lens.records import read_json, write_json
+from persona_lens.monitoring.thresholds import Threshold, calibrate_threshold
 from persona_lens.screening.plan import SETTINGS, read_plan
 from persona_lens.screening.samples import Sample
 from persona_lens.screening.scores import TABLE
 from persona_lens.statistics import Estimate, mean_estimate, spearman
-from persona_lens.thresholds import Threshold, calibrate_threshold
+from persona_lens.storage.files import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas

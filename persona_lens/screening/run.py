@@ -12,11 +12,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from persona_lens.chat import template_hash
-from persona_lens.interventions import attachments
-from persona_lens.locks import alone, writes_file
-from persona_lens.models import Model, cpu_threads, identify
-from persona_lens.records import JsonLines, ensure_writable, read_json
+from persona_lens.chat.batches import template_hash
+from persona_lens.interventions.hooks import attachments
+from persona_lens.models.structure import Model, cpu_threads, identify
 from persona_lens.screening.plan import SETTINGS, Plan, make_plan, read_plan
 from persona_lens.screening.planning import Choices, Room
 from persona_lens.screening.result import Screening, read_screening, write_summary
@@ -24,7 +22,9 @@ from persona_lens.screening.samples import Data, named_datasets
 from persona_lens.screening.scores import LOG_FIELDS, TABLE, log_path, log_unit, scored_units, write_table
 from persona_lens.screening.scoring import Base, ModelScorer, RowScore, Scorer, Scoring
 from persona_lens.screening.workers import score_with_actors
-from persona_lens.vectors import PersonaVector
+from persona_lens.storage.files import JsonLines, ensure_writable, read_json
+from persona_lens.storage.locks import alone, writes_file
+from persona_lens.vectors.persona_vector import PersonaVector
 
 FORMAT_VERSION = 1
 

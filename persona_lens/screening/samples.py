@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from persona_lens.chat import Message
-from persona_lens.chat_rows import SUFFIXES, Table, Unreadable, chat_rows, messages_of, name_of
-from persona_lens.transcripts import Transcript
+from persona_lens.chat.batches import Message
+from persona_lens.chat.rows import SUFFIXES, Table, Unreadable, chat_rows, messages_of, name_of
+from persona_lens.monitoring.transcripts import Transcript
 
 ID_KEYS = ("id", "conversation_id")
 BASE_KEY = "base_response"

@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from persona_lens.records import JsonLines, empty_folder, room_for, whole_file
+from persona_lens.screening.batches import PlannedRow
 from persona_lens.screening.plan import Plan
 from persona_lens.screening.scoring import RowScore
-from persona_lens.screening.units import PlannedRow
+from persona_lens.storage.files import JsonLines, empty_folder, room_for, whole_file
 
 TABLE = "scores.parquet"
 ENDS = ("response", "prompt", "base")

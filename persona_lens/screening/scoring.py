@@ -15,15 +15,17 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from persona_lens.activations import check_vectors
-from persona_lens.chat import ChatTokens, UnclosedBlock, averaged_from, tokenize_chat
-from persona_lens.clients import ChatRequest, OpenAIClient
-from persona_lens.clients.reasoning import only_reasoning, stop_if_textless
-from persona_lens.generation import generate
-from persona_lens.models import KnownPass, Model
-from persona_lens.monitoring import token_projections
-from persona_lens.screening.units import UNIT_ROWS, PlannedRow
-from persona_lens.vectors import PersonaVector
+from persona_lens.activations.means import check_vectors
+from persona_lens.chat.batches import ChatTokens, UnclosedBlock, averaged_from, tokenize_chat
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.clients.refusals import only_reasoning, stop_if_textless
+from persona_lens.clients.requests import ChatRequest
+from persona_lens.generation.decoding import generate
+from persona_lens.models.pass_context import KnownPass
+from persona_lens.models.structure import Model
+from persona_lens.monitoring.projection import token_projections
+from persona_lens.screening.batches import UNIT_ROWS, PlannedRow
+from persona_lens.vectors.persona_vector import PersonaVector
 
 BaseName = Literal["generate", "given", "proxy", "none"]
 Base = BaseName | OpenAIClient

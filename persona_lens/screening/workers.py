@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from persona_lens.clients import OpenAIClient
-from persona_lens.interventions import attachments
-from persona_lens.models import Model, identify, load_model
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.interventions.hooks import attachments
+from persona_lens.models.loading import load_model
+from persona_lens.models.structure import Model, identify
 from persona_lens.screening.plan import Plan
 from persona_lens.screening.scoring import ModelScorer, RowScore, Scorer, Scoring
 

@@ -14,8 +14,8 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from persona_lens.records import DAMAGE, ensure_writable, write_whole
-from persona_lens.vectors.layer_statistics import LayerStatistics
+from persona_lens.storage.files import DAMAGE, ensure_writable, write_whole
+from persona_lens.vectors.direction_statistics import LayerStatistics
 from persona_lens.vectors.provenance import Provenance
 
 FORMAT_VERSION = 1

@@ -1,33 +1,56 @@
-"""The direction of one trait at every layer, with what is known about it.
+"""What a forward pass left behind, by hook name: TransformerLens's `ActivationCache`, or any mapping like it.
+
+Knows nothing about vectors.
+
+The direction of one trait at every layer, with what is known about it.
 
 Row l is the output of block l, counted from 0: the paper's layer l + 1 (arXiv:2507.21509, section 2.2).
 Knows nothing about how activations are made or how a vector is applied.
+Several traits beside each other: the cosines between their directions at one layer.
+
+Knows nothing about where the vectors came from.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from math import isnan, nan
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Protocol, get_args, runtime_checkable
 
 import torch
 from einops import einsum, pack
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.foreign_text import refuse_controls
-from persona_lens.models import Model, identify, resid_post_name
-from persona_lens.records import DAMAGE
-from persona_lens.vectors.algebra import VectorAlgebra, joint_provenance, refuse_unlike
-from persona_lens.vectors.cache import Cache
+from persona_lens.models.structure import Model, identify, resid_post_name
+from persona_lens.storage.files import DAMAGE
+from persona_lens.storage.text import refuse_controls
+from persona_lens.vectors.direction_statistics import LayerStatistics
 from persona_lens.vectors.directions import norms, owned, refuse_non_finite, units
 from persona_lens.vectors.files import read_vector_file, write_vector_file
-from persona_lens.vectors.layer_statistics import LayerStatistics
-from persona_lens.vectors.persona_vector import PersonaVector, Position, refuse_absent_layer
+from persona_lens.vectors.persona_vector import (
+    PersonaVector,
+    Position,
+    VectorAlgebra,
+    joint_provenance,
+    refuse_absent_layer,
+    refuse_unlike,
+)
 from persona_lens.vectors.provenance import Provenance, Relation, check_model
 
 if TYPE_CHECKING:
     import pandas
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Activations by hook name: TransformerLens's `ActivationCache`, or a dict."""
+
+    def keys(self) -> Iterable[str]:
+        """The hook names."""
+        ...
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,3 +323,17 @@ class PersonaVectors(VectorAlgebra):
             statistics=None,
             missing={**other.missing, **self.missing},
         )
+
+
+def cosine_matrix(vectors: Sequence[PersonaVectors], layer: int) -> "pandas.DataFrame":
+    """Cosines between traits at one layer, with their names on both axes."""
+    import pandas
+
+    if not vectors:
+        raise ValueError("There are no vectors to compare: pass at least one.")
+    for other in vectors:
+        refuse_unlike(vectors[0], other, "n_layers", "d_model")
+    rows = torch.stack([each.at(layer).unit.direction for each in vectors])
+    cosines = einsum(rows, rows, "row d_model, column d_model -> row column").clamp(-1, 1)
+    names = [each.trait for each in vectors]
+    return pandas.DataFrame(cosines.numpy(), index=names, columns=names)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from persona_lens.foreign_text import refuse_controls, shown_name
-from persona_lens.models import Model, ModelIdentity, identify
+from persona_lens.models.structure import Model, ModelIdentity, identify
+from persona_lens.storage.text import refuse_controls, shown_name
 
 HOOK_POINT = "blocks.{layer}.hook_resid_post"
 Relation = Literal["same", "adapted", "other", "unknown"]

@@ -1,0 +1,212 @@
+"""From contrasting responses to persona vectors: the difference in means at every layer, and how good it is.
+
+v_l = mean over positive responses of a_l - mean over negative responses of a_l, where a_l is the mean residual stream
+over a response's tokens at the output of block l (arXiv:2507.21509, section 2.2).
+Knows nothing about who made or judged the responses.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from persona_lens.activations.means import NotFinite, refuse_not_finite, stream_means
+from persona_lens.chat.batches import ChatTokens, Conversation, UnclosedBlock, fit_context, template_hash
+from persona_lens.chat.templates import date_told, fixed_date
+from persona_lens.generation.capture import CapturedMeans
+from persona_lens.models.structure import Model
+from persona_lens.storage.files import ensure_writable, zeros_on_disk
+from persona_lens.vectors.direction_statistics import METRICS, Design, LayerStatistics, direction_metrics
+from persona_lens.vectors.persona_vector import Position
+from persona_lens.vectors.persona_vectors import PersonaVectors
+from persona_lens.vectors.provenance import Provenance
+
+
+@fixed_date()
+def extract_from_responses(
+    model: Model,
+    positive: Sequence[Conversation],
+    negative: Sequence[Conversation],
+    *,
+    trait: str,
+    position: Position = "response_mean",
+    after: str | None = None,
+    unclosed: Literal["error", "drop"] = "error",
+    too_long: Literal["error", "truncate"] = "error",
+    token_budget: int | None = None,
+    spool: str | Path | None = None,
+    captured: CapturedMeans | None = None,
+    n_resamples: int = 200,
+    n_placebo: int = 100,
+    sampled_by: str = "",
+    seed: int = 0,
+    progress: bool = True,
+) -> PersonaVectors:
+    """Persona vectors from responses that show the trait and responses that do not.
+
+    All positive rows and all negative rows are averaged: the keep rule, where it applies, comes before. Empty responses
+    are left out and counted (`counts["positive_empty"]`), unless `position` reads the prompt: then plain texts may be
+    compared, as `Conversation(text, "")`. With `after="</think>"` only what follows that text
+    is averaged, and a response that never closes its block is an error, or with `unclosed="drop"` left out and counted
+    (`counts["positive_unclosed"]`). Row means [row, stream, d_model] are spooled to `spool` (a `.npy` file), so memory
+    stays flat in the number of rows; without it a temporary file serves. Means in `captured`, kept while the responses
+    were sampled, are taken from there, and only the other rows are run. Statistics resample questions. `sampled_by`
+    says what made the responses, for the vectors' provenance.
+
+    Raises ValueError where a side is left without rows, a row is too long (unless `too_long="truncate"`, which is
+    counted), or activations are not finite. Source: arXiv:2507.21509, section 2.2.
+    """
+    sides = {
+        side: _tokenize(model.tokenizer, side, _with_tokens(given, position), after, unclosed)
+        for side, given in (("positive", positive), ("negative", negative))
+    }
+    counts: dict[str, int] = {}
+    for side, given in (("positive", positive), ("negative", negative)):
+        empty = len(given) - len(_with_tokens(given, position))
+        lost = len(given) - empty - len(sides[side])
+        if not sides[side]:
+            raise ValueError(
+                f"{trait}: no {side} responses to average ({len(given)} given, {empty} empty, {lost} never closed)."
+            )
+        counts |= {side: len(sides[side]), f"{side}_empty": empty, f"{side}_unclosed": lost}
+    conversations, tokens = zip(*sides["positive"], *sides["negative"], strict=True)
+    tokens, counts["truncated"] = fit_context(tokens, int(model.cfg.n_ctx), too_long=too_long)
+    if position == "response_mean" and (idle := sum(row.n_averaged < 1 for row in tokens)):
+        raise ValueError(f"{trait}: {idle} responses have no tokens left to average (after={after!r}): drop them.")
+    design = Design(
+        tuple(row.question or str(row.prompt) for row in conversations),
+        tuple(row.instruction for row in conversations),
+        tuple([True] * len(sides["positive"]) + [False] * len(sides["negative"])),
+    )
+    settings = {"position": position, "after": after, "unclosed": unclosed, "too_long": too_long, "seed": seed}
+    settings |= {"sampled_by": sampled_by} if sampled_by else {}
+    if today := date_told(model.tokenizer):
+        settings["template_date"] = ", ".join(sorted({row.date or today for row in conversations}))
+    with tempfile.TemporaryDirectory(prefix="persona_lens-") as scratch:
+        path = Path(scratch) / "row_means.npy" if spool is None else Path(spool)
+        known = captured if position == "response_mean" else None
+        rows, norms = _spool_means(model, tokens, path, position, token_budget, known, progress)
+        directions = _difference_in_means(rows, np.array(design.positive))
+        statistics = _statistics(rows, design, n_resamples, n_placebo, seed, progress)
+        del rows
+    return PersonaVectors(
+        trait=trait,
+        directions=directions[1:],
+        embedding=directions[0],
+        residual_norm=torch.from_numpy(norms[1:]).float(),
+        position=position,
+        counts=counts,
+        provenance=Provenance.of(model, settings=settings, template_hash=template_hash(model.tokenizer)),
+        statistics=statistics,
+    )
+
+
+def _with_tokens(given: Sequence[Conversation], position: Position) -> list[Conversation]:
+    """The rows that have something at the position: an empty response has no mean, its prompt has."""
+    return [row for row in given if position != "response_mean" or not row.is_empty]
+
+
+def _tokenize(
+    tokenizer: Any, side: str, given: Sequence[Conversation], after: str | None, unclosed: Literal["error", "drop"]
+) -> list[tuple[Conversation, ChatTokens]]:
+    """The rows as token ids, without those that never close a block."""
+    rows: list[tuple[Conversation, ChatTokens]] = []
+    for number, row in enumerate(given, start=1):
+        try:
+            rows.append((row, row.tokenize(tokenizer, after=after)))
+        except UnclosedBlock as error:
+            if unclosed == "error":
+                raise ValueError(f"{error} With unclosed='drop' such rows are left out and counted.") from error
+        except ValueError as error:
+            raise ValueError(f"{side} row {number}: {error}") from error
+    return rows
+
+
+def refuse_other_means(path: Path, model: Model) -> None:
+    """Raise ValueError, having changed nothing, where a file is there, is not empty and is no row means of the model.
+
+    Raises OSError in one sentence where it could not be written.
+    """
+    ensure_writable(path)
+    if not path.exists() or not path.stat().st_size:
+        return
+    each = (int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+        is_ours = found.dtype == np.float32 and found.shape[1:] == each
+    except (ValueError, EOFError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(
+            f"{path} holds something else: expected an array of float32 [row, {each[0]}, {each[1]}], the row means of "
+            "an earlier extraction, which would be replaced. Choose another output, or move that file away."
+        )
+
+
+def _spool_means(
+    model: Model,
+    tokens: Sequence[ChatTokens],
+    path: Path,
+    position: Position,
+    token_budget: int | None,
+    captured: CapturedMeans | None,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row means [row stream d_model] in a memory-mapped file, and the mean residual norm [stream]."""
+    refuse_other_means(path, model)
+    shape = (len(tokens), int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
+    rows = zeros_on_disk(path, np.float32, shape)
+    norms = np.zeros(shape[1])
+    left: list[int] = []
+    for index, place in enumerate([None] * len(tokens) if captured is None else captured.places(tokens)):
+        if captured is None or place is None:
+            left.append(index)
+        else:
+            found = captured.read(place)
+            refuse_not_finite(found.mean[None], [index])
+            rows[index] = found.mean.numpy()
+            norms += found.norm.double().numpy() / len(tokens)
+    with tqdm(
+        total=len(tokens), initial=len(tokens) - len(left), desc="extract", unit="row", disable=not progress
+    ) as bar:
+        chosen = [tokens[index] for index in left]
+        try:
+            for batch in stream_means(model, chosen, position=position, token_budget=token_budget):
+                rows[[left[place] for place in batch.rows]] = batch.means.numpy()
+                norms += batch.norms.double().sum(dim=0).numpy() / len(tokens)
+                bar.update(len(batch.rows))
+        except NotFinite as error:
+            raise NotFinite(left[error.row], error.layer) from error
+    rows.flush()
+    return rows, norms
+
+
+def _difference_in_means(rows: np.ndarray, positive: np.ndarray) -> torch.Tensor:
+    """[stream d_model]; layer by layer in float64, since float32 sums of many rows lose what the sides differ by."""
+    difference = np.stack(
+        [
+            rows[positive, stream].mean(axis=0, dtype=np.float64)
+            - rows[~positive, stream].mean(axis=0, dtype=np.float64)
+            for stream in range(rows.shape[1])
+        ]
+    )
+    return torch.from_numpy(difference).float()
+
+
+def _statistics(
+    rows: np.ndarray, design: Design, n_resamples: int, n_placebo: int, seed: int, progress: bool
+) -> LayerStatistics:
+    by_stream = [
+        direction_metrics(rows[:, stream], design, n_resamples=n_resamples, n_placebo=n_placebo, seed=seed)
+        for stream in tqdm(range(rows.shape[1]), desc="statistics", unit="layer", disable=not progress)
+    ]
+    by_layer = {
+        name: torch.tensor([metrics[name] for metrics in by_stream[1:]], dtype=torch.float32) for name in METRICS
+    }
+    return LayerStatistics(
+        **by_layer, n_questions=design.n_questions, n_rows=len(rows), seed=seed, embedding=by_stream[0]
+    )

@@ -1,0 +1,1 @@
+"""The decode loop, its sampling, and the activations captured while it runs."""

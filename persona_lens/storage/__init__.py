@@ -1,0 +1,1 @@
+"""Files that survive crashes and concurrent writers, and the locks on them."""

@@ -1,0 +1,1 @@
+"""Traits: the words that define a persona, bundled or written by an LLM."""
