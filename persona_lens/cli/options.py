@@ -44,22 +44,19 @@ DEFAULT_THREADS = 1
 def command(function: Function) -> Function:
     """Register a command; a parameter that is a dataclass becomes an option for each of its fields."""
     hints = get_type_hints(function, include_extras=True)
-    parameters: list[inspect.Parameter] = []
+    own: list[inspect.Parameter] = []
+    shared: list[inspect.Parameter] = []  # listed after the command's own options
     groups: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if not is_dataclass(hints[name]):
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
             continue
-        group: Any = hints[name]
-        groups[name] = group
-        kinds = get_type_hints(group, include_extras=True)
-        for option in fields(group):
+        groups[name] = hints[name]
+        kinds = get_type_hints(groups[name], include_extras=True)
+        for option in fields(groups[name]):
             default = inspect.Parameter.empty if option.default is MISSING else option.default
-            parameters.append(
-                inspect.Parameter(
-                    option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[option.name]
-                )
-            )
+            kind = inspect.Parameter.KEYWORD_ONLY
+            shared.append(inspect.Parameter(option.name, kind, default=default, annotation=kinds[option.name]))
 
     @wraps(function)
     def run(**values: Any) -> None:
@@ -68,8 +65,8 @@ def command(function: Function) -> Function:
         function(**values)
 
     spread: Any = run  # typer reads both, and would otherwise find those of `function`
-    spread.__signature__ = inspect.Signature(parameters)
-    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    spread.__signature__ = inspect.Signature([*own, *shared])
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
     app.command()(run)
     return function
 
