@@ -25,8 +25,7 @@ def report(
 
     Example: persona-lens report runs/demo --output demo.html
     """
-    from persona_lens.pages.run_findings import findings
-    from persona_lens.pages.run_folder import read_run
+    from persona_lens.pages.run_folder import findings, read_run
     from persona_lens.pages.run_report import write_report
 
     page = write_report(run, output, min_coherence=min_coherence)
@@ -57,13 +56,9 @@ def replicate(
 
     Example: persona-lens replicate --preset embedded --output runs/replication
     """
-    import torch
-
     from persona_lens.replication.brought import brought
     from persona_lens.replication.cost import HEADS, plan_replication
-    from persona_lens.replication.page import write_replication_report
     from persona_lens.replication.preset import STAGES, load_preset
-    from persona_lens.replication.run import replicate as run_stages
 
     loaded = load_preset(preset)
     loaded = loaded.in_full() if full else loaded
@@ -79,6 +74,11 @@ def replicate(
             tell(line)
     if dry_run:
         return
+    import torch
+
+    from persona_lens.replication.page import write_replication_report
+    from persona_lens.replication.run import replicate as run_stages
+
     lock(output)
     torch.set_num_threads(threads or DEFAULT_THREADS)
     replication = run_stages(loaded, output, only=stages, data=data)
