@@ -132,7 +132,7 @@ def bring_the_rest(folder):
 
 def made_up_moods():
     """Rows of all nine moods to prompts that have little in common, each mood with words of its own."""
-    from persona_lens.experiments.moods import MOODS, MoodRow
+    from studies.moods import MOODS, MoodRow
 
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -177,17 +177,17 @@ def make_tiny(patch):
     from persona_lens.evaluation.capability_result import Question
 
     asked = tuple(Question(f"Is {number}?", ("Yes", "No"), 0) for number in range(4))
-    materials = "persona_lens.experiments.finetuning_materials"
+    materials = "studies.finetuning_materials"
     patch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _: frozenset())
     patch.setattr("persona_lens.judges.likelihood_ratio.MIN_COHERENCE", 0.0)
-    patch.setattr("persona_lens.experiments.moods._sounds", dict)
+    patch.setattr("studies.moods._sounds", dict)
     few = partial(extract_from_responses, n_resamples=20, n_placebo=5)
     patch.setattr("persona_lens.extraction.pipeline.extract_from_responses", few)
     patch.setattr(f"{materials}.load_moods", made_up_moods)
     patch.setattr(f"{materials}._whole_sentences", lambda row: row)
     patch.setattr(f"{materials}._judge", lambda split, mood, neutral, folder: LetterClassifier(mood[0]))
     # By import_module, since the package has a function of that name.
-    patch.setattr(import_module("persona_lens.experiments.finetuning_study"), "mmlu_sample", lambda: asked)
+    patch.setattr(import_module("studies.finetuning_study"), "mmlu_sample", lambda: asked)
     patch.setattr("persona_lens.replication.grid_stages.mmlu_sample", lambda: asked)
     patch.setattr("persona_lens.replication.run.require_installed", lambda *_: None)
 

@@ -208,7 +208,7 @@ def test_what_a_stage_needs_is_told_before_anything_is_spent(monkeypatch):
 
 
 def test_the_best_steered_cell_is_a_coherent_one_that_has_a_score():
-    from persona_lens.experiments.finetuning_materials import best_cell
+    from studies.finetuning_materials import best_cell
 
     cells = [{"trait": None, "coherence": 99.0}, {"trait": 9.0, "coherence": 10.0}, {"trait": 5.0, "coherence": 80.0}]
     assert best_cell("happy", cells) == cells[2]
@@ -218,8 +218,8 @@ def test_the_best_steered_cell_is_a_coherent_one_that_has_a_score():
 
 
 def test_lists_that_may_grow_are_added_to_and_nothing_else_is(tmp_path):
-    from persona_lens.experiments.study_folder import refuse_other_settings
     from persona_lens.models.structure import ModelIdentity
+    from persona_lens.replication.context import refuse_other_settings
 
     model = ModelIdentity("tiny", "TransformerBridge", 2, 8, "raw", "0", (0.0,))
     path = tmp_path / "settings.json"

@@ -75,9 +75,9 @@ def on_sets(on_moods, tiny_bridge, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", ON_MOODS)
 def test_a_stage_does_what_its_plan_says(on_moods, stage, monkeypatch):
-    from persona_lens.experiments.mood_texts import contrast_with_moods
-    from persona_lens.experiments.moods import MOODS, split_prompts
     from persona_lens.replication import mood_work, work
+    from studies.mood_texts import contrast_with_moods
+    from studies.moods import MOODS, split_prompts
 
     preset, _, counts = on_moods
     split = split_prompts(made_up_moods(), 0)

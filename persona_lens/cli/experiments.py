@@ -88,7 +88,7 @@ def _plan(design: Design, trait: "Trait", run: Path, questions: list[str]) -> "l
 
 
 def _show(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> None:
-    from persona_lens.experiments.pictures import plot_experiment_layers, plot_monitoring_experiment
+    from persona_lens.plots.monitoring_experiment import plot_experiment_layers, plot_monitoring_experiment
     from persona_lens.storage.files import write_whole
 
     if as_json:

@@ -3,6 +3,8 @@
 Knows nothing about what the stages are.
 """
 
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,11 @@ from persona_lens.extraction.pipeline import calibrate
 from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
 from persona_lens.judges.llm import LLMJudge
 from persona_lens.judges.scores import Judge
-from persona_lens.models.structure import Model
+from persona_lens.models.structure import Model, ModelIdentity
 from persona_lens.replication.brought import Brought
 from persona_lens.replication.preset import Preset
 from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.storage.files import read_json, write_json
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.persona_vector import PersonaVector
 from persona_lens.vectors.persona_vectors import PersonaVectors
@@ -121,3 +124,37 @@ def selected_layer(folder: Path, name: str, preset: Preset) -> int:
         return sweep.best(preset.layers.min_coherence).layer
     except ValueError:
         return sweep.best(None).layer
+
+
+def refuse_other_settings(
+    path: Path, settings: Mapping[str, Any], model: ModelIdentity, *, growing: Collection[str] = ()
+) -> None:
+    """Write the settings down, or raise ValueError where the folder was made with others or by another model.
+
+    Lists that may be `growing` differ without harm: what they hold now is added to what they held.
+    """
+    wanted = json.loads(json.dumps({"model": model.name, "weights_hash": model.weights_hash, **settings}))
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    kept = read_json(path)
+    for name in growing:
+        wanted[name] = [*kept[name], *(each for each in wanted[name] if each not in kept[name])]
+    grown = {name: wanted[name] for name in growing if wanted[name] != kept[name]}
+    for name, value in wanted.items():
+        if name not in growing and kept.get(name) != value:
+            raise ValueError(
+                f"{path.parent} holds a study with another {name} ({kept.get(name)}, now {value}): "
+                "choose another folder."
+            )
+    if grown:
+        write_json(path, kept | grown)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six significant digits, so that records stay small and hold no more than they mean."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -14,7 +14,6 @@ from typing import Any
 from persona_lens.evaluation.capability import measure_capability
 from persona_lens.evaluation.capability_result import mmlu_sample
 from persona_lens.evaluation.evaluate import Evaluation, evaluate
-from persona_lens.experiments.study_folder import rounded
 from persona_lens.finetuning.dataset import Dataset
 from persona_lens.finetuning.finetune import finetune
 from persona_lens.finetuning.result import Finetuning
@@ -23,7 +22,7 @@ from persona_lens.interventions.intervention import Intervention
 from persona_lens.interventions.values import Ablate, Steer
 from persona_lens.judges.scores import scorable_questions
 from persona_lens.models.adapters import Adapter, adapted
-from persona_lens.replication.context import Context
+from persona_lens.replication.context import Context, rounded
 from persona_lens.replication.preset import Preset
 from persona_lens.screening.run import screen
 from persona_lens.statistics import Estimate

@@ -7,14 +7,14 @@ model scores them. Knows nothing about what the numbers say.
 from collections.abc import Sequence
 from pathlib import Path
 
-from persona_lens.experiments.finetuning_materials import Materials, make_materials
-from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
-from persona_lens.experiments.finetuning_study import finetuning_study
-from persona_lens.experiments.mood_texts import Severity, training_rows
 from persona_lens.replication.context import Context, NotYet
 from persona_lens.replication.mood_work import MoodRun, method_runs, plain_runs
 from persona_lens.replication.preset import Preset
 from persona_lens.screening.run import screen
+from studies.finetuning_materials import Materials, make_materials
+from studies.finetuning_plan import StudyRun, StudySettings
+from studies.finetuning_study import finetuning_study
+from studies.mood_texts import Severity, training_rows
 
 
 def study_settings(preset: Preset) -> StudySettings:

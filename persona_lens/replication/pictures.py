@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from persona_lens.evaluation.dose_response import DoseResponse
 from persona_lens.evaluation.layer_selection import LayerSweep
-from persona_lens.experiments.pictures import plot_monitoring_experiment
 from persona_lens.monitoring.experiment import MonitoringExperiment
 from persona_lens.plots.estimates import plot_grouped_estimates
 from persona_lens.plots.finetuning import TraitShifts, plot_shift_scores, plot_trait_scores
 from persona_lens.plots.layers import plot_cosine_matrix, plot_dose_response, plot_layer_sweep
 from persona_lens.plots.mitigation import MitigationPoint, plot_mitigation
+from persona_lens.plots.monitoring_experiment import plot_monitoring_experiment
 from persona_lens.replication.context import trait_folder
 from persona_lens.replication.finding import Finding
 from persona_lens.replication.result import Replication

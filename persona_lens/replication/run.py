@@ -17,13 +17,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from persona_lens.experiments.study_folder import refuse_other_settings
 from persona_lens.judges.scores import Judge
 from persona_lens.models.loading import load_model
 from persona_lens.models.structure import Model, identify
 from persona_lens.replication import brought_stages, grid_stages, mood_stages, trait_stages
 from persona_lens.replication.brought import Brought, brought
-from persona_lens.replication.context import Context
+from persona_lens.replication.context import Context, refuse_other_settings
 from persona_lens.replication.cost import Plan, hours, plan_replication
 from persona_lens.replication.preset import STAGES, Preset, load_preset
 from persona_lens.replication.rates import measure_rates

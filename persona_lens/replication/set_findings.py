@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from persona_lens.experiments.finetuning_result import FinetuningStudy, read_study
 from persona_lens.replication.brought_stages import CHOICES
 from persona_lens.replication.finding import Finding, alone, correlation
 from persona_lens.replication.grid_stages import BASE, grid_folder
@@ -20,6 +19,7 @@ from persona_lens.replication.preset import Preset
 from persona_lens.screening.result import Screening, read_screening
 from persona_lens.statistics import Estimate, auc
 from persona_lens.storage.files import read_json
+from studies.finetuning_result import FinetuningStudy, read_study
 
 Form = Literal["difference", "proxy", "response"]
 FORMS: tuple[Form, ...] = ("difference", "proxy", "response")

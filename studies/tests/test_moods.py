@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from persona_lens.experiments import moods as module
-from persona_lens.experiments.moods import (
+from persona_lens.traits.trait import Trait
+from studies import moods as module
+from studies.moods import (
     MIN_MOODS,
     MOODS,
     MoodRow,
@@ -21,8 +22,7 @@ from persona_lens.experiments.moods import (
     prompt_families,
     split_prompts,
 )
-from persona_lens.traits.trait import Trait
-from tests import mood_cases
+from studies.tests import mood_cases
 
 PARTS = ("vectors", "finetuning", "judge", "evaluation")
 

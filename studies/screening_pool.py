@@ -15,11 +15,6 @@ from typing import Any
 import numpy as np
 
 from persona_lens.chat.batches import chat_messages
-from persona_lens.experiments.finetuning_materials import Materials
-from persona_lens.experiments.finetuning_plan import StudySettings
-from persona_lens.experiments.mood_texts import training_rows
-from persona_lens.experiments.moods import Part
-from persona_lens.experiments.screening_plan import Form, ScreeningSettings
 from persona_lens.judges.classifier import TextClassifier
 from persona_lens.models.structure import Model
 from persona_lens.monitoring.experiment import NEUTRAL
@@ -29,6 +24,11 @@ from persona_lens.rollouts.rows import Prompt
 from persona_lens.screening.result import Screening
 from persona_lens.screening.run import ShardsMissing, screen
 from persona_lens.storage.locks import alone, taken
+from studies.finetuning_materials import Materials
+from studies.finetuning_plan import StudySettings
+from studies.mood_texts import training_rows
+from studies.moods import Part
+from studies.screening_plan import Form, ScreeningSettings
 
 PARTS: tuple[Part, ...] = ("finetuning", "evaluation")
 """Vectors and classifiers were made from the other two."""

@@ -17,15 +17,6 @@ from jaxtyping import Float
 
 from persona_lens.activations.means import stream_means
 from persona_lens.evaluation.evaluate import Evaluation, evaluate_cells
-from persona_lens.experiments.method_variants import (
-    BASELINE,
-    JudgedPair,
-    Variant,
-    chosen_pairs,
-    fitted_direction,
-    judged_pairs,
-    method_variants,
-)
 from persona_lens.judges.scores import Judge, ScoredRollout, scorable_questions
 from persona_lens.models.structure import Model
 from persona_lens.rollouts.engines import Cell
@@ -35,6 +26,15 @@ from persona_lens.storage.locks import writes_output
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.persona_vector import PersonaVector, Position
 from persona_lens.vectors.persona_vectors import PersonaVectors
+from studies.method_variants import (
+    BASELINE,
+    JudgedPair,
+    Variant,
+    chosen_pairs,
+    fitted_direction,
+    judged_pairs,
+    method_variants,
+)
 
 if TYPE_CHECKING:
     import pandas

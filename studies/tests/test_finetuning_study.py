@@ -14,7 +14,7 @@ MOODS = ("calm", "grim", "keen")
 @pytest.fixture
 def study_folder(tmp_path: Path) -> Path:
     """A folder of made-up records: scores follow the shift along the own vector, and methods lower the score."""
-    from persona_lens.experiments.finetuning_plan import StudySettings, study_runs
+    from studies.finetuning_plan import StudySettings, study_runs
 
     (tmp_path / "runs").mkdir()
     settings = StudySettings(mitigated=("grim",), post_hoc=(1.0, 2.0), preventative=(1.0,), all_layers=(1.0,))
@@ -54,23 +54,23 @@ def estimate(value: float) -> dict[str, Any]:
 
 
 def test_runs_have_different_names() -> None:
-    from persona_lens.experiments.finetuning_plan import StudySettings, study_runs
-    from persona_lens.experiments.moods import MOODS
+    from studies.finetuning_plan import StudySettings, study_runs
+    from studies.moods import MOODS
 
     names = [run.name for run in study_runs(StudySettings(), MOODS)]
     assert len(set(names)) == len(names)
 
 
 def test_every_mood_is_trained_at_both_severities() -> None:
-    from persona_lens.experiments.finetuning_plan import StudySettings, study_runs
-    from persona_lens.experiments.moods import MOODS
+    from studies.finetuning_plan import StudySettings, study_runs
+    from studies.moods import MOODS
 
     plain = [(run.mood, run.rows) for run in study_runs(StudySettings(), MOODS) if run.method == "none" and run.mood]
     assert sorted(plain) == sorted((mood, rows) for mood in MOODS for rows in ("full", "half"))
 
 
 def test_what_acts_while_answering_shares_the_plain_runs_adapter() -> None:
-    from persona_lens.experiments.finetuning_plan import StudyRun
+    from studies.finetuning_plan import StudyRun
 
     plain = StudyRun("happy", "full")
     assert StudyRun("happy", "full", "post-hoc", -1.0).trained_as == plain
@@ -80,7 +80,7 @@ def test_what_acts_while_answering_shares_the_plain_runs_adapter() -> None:
 
 
 def test_correlation_is_scipys_over_the_sets_and_the_base(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
     study = read_study(study_folder)
     records = [json.loads(path.read_text()) for path in (study_folder / "runs").glob("*.json")]
@@ -96,7 +96,7 @@ def test_correlation_is_scipys_over_the_sets_and_the_base(study_folder: Path) ->
 
 
 def test_own_trait_stands_on_the_diagonal(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
     study = read_study(study_folder)
     table = study.correlations()
@@ -106,7 +106,7 @@ def test_own_trait_stands_on_the_diagonal(study_folder: Path) -> None:
 
 
 def test_the_trait_table_begins_with_the_base_and_leaves_methods_out(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
     table = read_study(study_folder).trait_table()
     assert list(table.columns) == list(MOODS)
@@ -114,7 +114,7 @@ def test_the_trait_table_begins_with_the_base_and_leaves_methods_out(study_folde
 
 
 def test_a_difference_is_paired_answer_by_answer(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
     study = read_study(study_folder)
     plain, treated = study.runs["grim_full"], study.runs["grim_full_preventative_x1"]
@@ -125,7 +125,7 @@ def test_a_difference_is_paired_answer_by_answer(study_folder: Path) -> None:
 
 
 def test_equal_capability_is_read_between_two_doses_of_post_hoc_steering(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
     study = read_study(study_folder)
     treated = study.runs["grim_full_preventative_x1"]  # margin .9: half way from no post-hoc steering (1) to 1 x (.8)
@@ -137,7 +137,7 @@ def test_equal_capability_is_read_between_two_doses_of_post_hoc_steering(study_f
 
 
 def test_there_is_no_equal_capability_where_post_hoc_steering_never_falls_so_low(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
     study = read_study(study_folder)
     treated = study.runs["grim_full_preventative_x1"]
@@ -146,7 +146,7 @@ def test_there_is_no_equal_capability_where_post_hoc_steering_never_falls_so_low
 
 
 def test_the_table_has_a_row_a_run_and_missing_numbers_stay_missing(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
     study = read_study(study_folder)
     table = study.table()
@@ -157,15 +157,15 @@ def test_the_table_has_a_row_a_run_and_missing_numbers_stay_missing(study_folder
 
 
 def test_a_folder_without_a_study_says_so(tmp_path: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
     with pytest.raises(FileNotFoundError, match="holds no finetuning study"):
         read_study(tmp_path)
 
 
 def test_pictures_are_drawn_from_a_study(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
-    from persona_lens.experiments.pictures import (
+    from studies.finetuning_result import read_study
+    from studies.pictures import (
         plot_study_mitigation,
         plot_study_scores,
         plot_study_shifts,
@@ -181,9 +181,9 @@ def test_pictures_are_drawn_from_a_study(study_folder: Path) -> None:
 
 
 def test_a_folder_of_another_study_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    from persona_lens.experiments.finetuning_plan import StudySettings
-    from persona_lens.experiments.study_folder import refuse_other_settings
     from persona_lens.models.structure import ModelIdentity
+    from persona_lens.replication.context import refuse_other_settings
+    from studies.finetuning_plan import StudySettings
 
     model = ModelIdentity("tiny", "TransformerBridge", 2, 8, "raw", "0", (0.0,))
     refuse_other_settings(tmp_path / "settings.json", asdict(StudySettings(rows=8)), model)
@@ -193,8 +193,8 @@ def test_a_folder_of_another_study_is_refused_before_anything_is_made(tmp_path: 
 
 
 def test_the_price_in_the_picture_is_the_likelihood_of_neutral_text(study_folder: Path) -> None:
-    from persona_lens.experiments.finetuning_result import read_study
-    from persona_lens.experiments.pictures import _points
+    from studies.finetuning_result import read_study
+    from studies.pictures import _points
 
     study = read_study(study_folder)
     plain = next(point for point in _points(study, "grim") if point.method == "none")
@@ -202,9 +202,9 @@ def test_the_price_in_the_picture_is_the_likelihood_of_neutral_text(study_folder
 
 
 def test_the_committed_records_say_what_the_readme_says() -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
-    study = read_study(Path(__file__).parents[1] / "docs" / "results" / "finetuning")
+    study = read_study(Path(__file__).parents[2] / "docs" / "results" / "finetuning")
     own = {mood: study.correlation(mood, mood) for mood in study.moods}
     assert len(own) == 9
     assert {found.n for found in own.values()} == {19}
@@ -217,9 +217,9 @@ def test_the_committed_records_say_what_the_readme_says() -> None:
 
 
 def test_the_committed_records_say_what_the_documentation_says_of_the_predictions() -> None:
-    from persona_lens.experiments.finetuning_result import read_study
+    from studies.finetuning_result import read_study
 
-    study = read_study(Path(__file__).parents[1] / "docs" / "results" / "finetuning")
+    study = read_study(Path(__file__).parents[2] / "docs" / "results" / "finetuning")
     assert len(study.runs) == 54
     assert study.mitigated == ["childish", "depressed", "happy"]
 

@@ -11,13 +11,13 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Float
 
-from persona_lens.experiments.finetuning_materials import Materials
-from persona_lens.experiments.finetuning_plan import StudySettings
-from persona_lens.experiments.finetuning_result import FinetuningStudy
-from persona_lens.experiments.mood_texts import training_rows
-from persona_lens.experiments.screening_plan import Form, ScreeningSettings
-from persona_lens.experiments.screening_pool import Pool
 from persona_lens.statistics import Estimate, pearson
+from studies.finetuning_materials import Materials
+from studies.finetuning_plan import StudySettings
+from studies.finetuning_result import FinetuningStudy
+from studies.mood_texts import training_rows
+from studies.screening_plan import Form, ScreeningSettings
+from studies.screening_pool import Pool
 
 
 def measure_sets(

@@ -8,7 +8,7 @@ import pytest
 
 def require_moods():
     """Skip where the data package is not installed."""
-    from persona_lens.experiments.moods import INSTALL_COMMAND
+    from studies.moods import INSTALL_COMMAND
 
     if importlib.util.find_spec("moodswapper") is None:
         pytest.skip(f"moodswapper, the moods' text, is not installed: {INSTALL_COMMAND}")
@@ -16,7 +16,7 @@ def require_moods():
 
 @functools.cache
 def moods():
-    from persona_lens.experiments.moods import load_moods
+    from studies.moods import load_moods
 
     require_moods()
     return load_moods()
@@ -24,7 +24,7 @@ def moods():
 
 @functools.cache
 def split():
-    from persona_lens.experiments.moods import split_prompts
+    from studies.moods import split_prompts
 
     return split_prompts(moods(), seed=0)
 

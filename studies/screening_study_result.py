@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from persona_lens.experiments.chosen_sets import CHOICES, Choice, ChosenSet, MeasuredSet, Prediction
-from persona_lens.experiments.screening_plan import Form
 from persona_lens.statistics import (
     N_RESAMPLES,
     SAME,
@@ -27,6 +25,8 @@ from persona_lens.statistics import (
     question_resamples,
     resampled_pearson,
 )
+from studies.chosen_sets import CHOICES, Choice, ChosenSet, MeasuredSet, Prediction
+from studies.screening_plan import Form
 
 if TYPE_CHECKING:
     import pandas

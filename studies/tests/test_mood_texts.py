@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.experiments.mood_texts import (
+from persona_lens.monitoring.experiment import NEUTRAL
+from studies.mood_texts import (
     contrast_with_moods,
     contrast_with_neutral,
     mood_judge,
     ngram_overlap,
     training_rows,
 )
-from persona_lens.experiments.moods import MOODS, MoodRow, MoodSplit
-from persona_lens.monitoring.experiment import NEUTRAL
-from tests import mood_cases
-from tests.mood_cases import neutral
+from studies.moods import MOODS, MoodRow, MoodSplit
+from studies.tests import mood_cases
+from studies.tests.mood_cases import neutral
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from persona_lens.experiments.chosen_sets import CHOICES
-from persona_lens.experiments.finetuning_result import FinetuningStudy, MeasuredRun
-from persona_lens.experiments.screening_plan import Form
-from persona_lens.experiments.screening_study_result import ScreeningStudy
-from persona_lens.monitoring.experiment import MonitoringExperiment
 from persona_lens.statistics import Estimate
+from studies.chosen_sets import CHOICES
+from studies.finetuning_result import FinetuningStudy, MeasuredRun
+from studies.screening_plan import Form
+from studies.screening_study_result import ScreeningStudy
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -16,36 +15,6 @@ if TYPE_CHECKING:
 
 # What multiple choice is to a large model: at 135M its margin is noise around 0.
 LIKELIHOOD = "log-likelihood of neutral text (nats a token)"
-
-
-def plot_monitoring_experiment(experiment: MonitoringExperiment) -> "plotly.graph_objects.Figure":
-    """Mean trait score against the last prompt token's projection, a point for each condition and question."""
-    from persona_lens.plots.monitoring import plot_projection_scores
-
-    points = experiment.points
-    return plot_projection_scores(
-        [point.projections[experiment.layer] for point in points],
-        [point.trait_score for point in points],
-        [point.condition for point in points],
-        title=f"{experiment.trait}: prompt projection at layer {experiment.layer}, and trait score",
-        overall=experiment.overall(),
-        within=experiment.within(),
-        order=experiment.conditions,
-        questions=[point.question for point in points],
-    )
-
-
-def plot_experiment_layers(experiment: MonitoringExperiment) -> "plotly.graph_objects.Figure":
-    """Both correlations at every layer."""
-    from persona_lens.plots.monitoring import plot_layer_correlations
-
-    layers = range(experiment.n_layers)
-    return plot_layer_correlations(
-        list(layers),
-        [experiment.overall(layer) for layer in layers],
-        [experiment.within(layer) for layer in layers],
-        title=f"{experiment.trait}: prompt projection against trait score, by layer",
-    )
 
 
 def plot_study_scores(study: FinetuningStudy) -> "plotly.graph_objects.Figure":

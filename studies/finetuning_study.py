@@ -16,11 +16,6 @@ import numpy as np
 
 from persona_lens.evaluation.capability import measure_capability
 from persona_lens.evaluation.capability_result import mmlu_sample
-from persona_lens.experiments.finetuning_materials import Materials, coherence_scores, make_materials, mood_ratios
-from persona_lens.experiments.finetuning_plan import StudyRun, StudySettings, study_runs
-from persona_lens.experiments.mood_texts import ngram_overlap, training_rows
-from persona_lens.experiments.moods import MOODS
-from persona_lens.experiments.study_folder import refuse_other_settings, rounded
 from persona_lens.finetuning.dataset import Dataset
 from persona_lens.finetuning.finetune import finetune
 from persona_lens.finetuning.result import Finetuning
@@ -33,6 +28,7 @@ from persona_lens.judges.classifier import ClassifierJudge
 from persona_lens.models.adapters import Adapter, adapted
 from persona_lens.models.structure import Model, identify
 from persona_lens.monitoring.experiment import NEUTRAL
+from persona_lens.replication.context import refuse_other_settings, rounded
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import ModelEngine
 from persona_lens.rollouts.rows import Prompt, Rollout
@@ -41,6 +37,10 @@ from persona_lens.storage.files import write_json
 from persona_lens.storage.locks import alone, taken
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.persona_vector import PersonaVector
+from studies.finetuning_materials import Materials, coherence_scores, make_materials, mood_ratios
+from studies.finetuning_plan import StudyRun, StudySettings, study_runs
+from studies.mood_texts import ngram_overlap, training_rows
+from studies.moods import MOODS
 
 FORMAT_VERSION = 1
 
