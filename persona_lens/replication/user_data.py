@@ -1,34 +1,24 @@
-"""What the user must bring: found or not, and checked before anything is spent.
+"""Data that the user brings: found or not, and checked before anything is spent.
 
 The paper's datasets, benchmarks and chats are not ours to ship; a preset names where each is looked for and its form.
-What is not there is left out, and said so; what is there and wrong is one sentence.
-Knows nothing about models: no torch is needed to check.
+A stage whose data is not there is left out, with the reason; data in another form is refused in one sentence.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from persona_lens.replication.preset import Preset
-from persona_lens.replication.tables import BroughtTable, Stage
+from persona_lens.replication.preset import Preset, UserDataTable
 
 CHECKED_ROWS = 200
 """Of each file, from its beginning: a log of real chats may have a million."""
-_NEEDS: Mapping[Stage, tuple[str, ...]] = {
-    "finetuning": ("finetuning",),
-    "projection-difference": ("finetuning",),
-    "mitigation": ("finetuning",),
-    "new-facts": ("new_facts", "narrow"),
-    "real-chats": ("chats",),
-    "benchmarks": ("benchmarks",),
-}
 
 
 @dataclass(frozen=True)
-class Brought:
+class UserData:
     """One thing that a preset asks for.
 
     Attributes:
@@ -39,7 +29,7 @@ class Brought:
     """
 
     name: str
-    table: BroughtTable
+    table: UserDataTable
     path: Path
     is_there: bool
 
@@ -58,7 +48,7 @@ class Brought:
         return {self.path: "chat" if self.name == "chats" else "score"}
 
 
-def brought(preset: Preset, data: str | Path | None = None) -> dict[str, Brought]:
+def find_user_data(preset: Preset, data: str | Path | None = None) -> dict[str, UserData]:
     """Everything that the preset asks for, checked; paths are taken from `data`, by default the working folder.
 
     Raises FileNotFoundError where a folder is there and lacks a file, or `data` is none; ValueError that names file,
@@ -67,30 +57,28 @@ def brought(preset: Preset, data: str | Path | None = None) -> dict[str, Brought
     root = Path(data or ".")
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder: give the one that the preset's paths start from.")
-    found: dict[str, Brought] = {}
+    items: dict[str, UserData] = {}
     for name in type(preset.bring).model_fields:
         table = getattr(preset.bring, name)
         if table is not None:
             path = root / table.path
-            found[name] = Brought(name, table, path, path.exists())
-            if found[name].is_there:
-                _check(found[name])
-    return found
+            items[name] = UserData(name, table, path, path.exists())
+            if path.exists():
+                _check(items[name])
+    return items
 
 
-def missing_for(stage: Stage, there: Mapping[str, Brought], preset: Preset) -> str:
-    """Why a stage cannot run, in one sentence; empty where it can."""
-    if preset.finetuning.source == "moods" and stage in ("finetuning", "projection-difference", "mitigation"):
+def missing_data(user_data: dict[str, UserData], names: tuple[str, ...]) -> str:
+    """Why a stage that needs one of these cannot run, in one sentence; empty where it can."""
+    items = [user_data[name] for name in names if name in user_data]
+    if any(item.is_there for item in items) or not names:
         return ""
-    needed = [there[name] for name in _NEEDS.get(stage, ()) if name in there]
-    if any(each.is_there for each in needed) or not _NEEDS.get(stage):
-        return ""
-    if not needed:
+    if not items:
         return "the preset does not ask for its data"
-    return "; ".join(f"{each.path} is not there (section {each.table.section}): {each.table.form}" for each in needed)
+    return "; ".join(f"{item.path} is not there (section {item.table.section}): {item.table.form}" for item in items)
 
 
-def _check(item: Brought) -> None:
+def _check(item: UserData) -> None:
     for path, form in item.files.items():
         if not path.is_file():
             raise FileNotFoundError(
