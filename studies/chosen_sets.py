@@ -2,7 +2,6 @@
 
 The paper trains on the highest, random and lowest samples of a pool, also after a judge has removed the obvious ones
 (arXiv:2507.21509, section L).
-Knows nothing about models.
 """
 
 from dataclasses import dataclass, field

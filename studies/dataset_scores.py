@@ -2,7 +2,6 @@
 
 A set's score is the mean over its rows (arXiv:2507.21509, section 6); from a random subset of them it costs as much
 less as the subset is smaller, and varies from subset to subset (section I).
-Knows nothing about models.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,6 @@
 The pairs are those of contrastive activation addition (arXiv:2312.06681): a question with two choices, and the letter
 of each. A letter says nothing by itself, so both readings are measured: the letter after question and choices, and the
 chosen answer's text after the question alone.
-Knows nothing about screening.
 """
 
 import importlib.util

@@ -1,7 +1,6 @@
 """What every run of the finetuning study shares: the model's own neutral text, vectors, judges, and each mood's layer.
 
 Made once, kept in the study's folder, and never from the prompts that runs are measured on.
-Knows nothing about the runs.
 """
 
 import json

@@ -2,7 +2,6 @@
 
 Nine moods at two severities give the correlation of shift and trait; for some moods, every way of holding the trait
 down, at several doses; and harmless rows under preventative steering (arXiv:2507.21509, sections 4, 5, J).
-Knows nothing about models.
 """
 
 import json

@@ -3,7 +3,6 @@
 Pearson's correlation of the finetuning shift with the trait score over the sets and the base model, own trait and
 cross trait (arXiv:2507.21509, figure 6); a method against another on the same prompts, at equal capability where one
 trades it for the trait (figure 7).
-Knows nothing about models.
 """
 
 import json

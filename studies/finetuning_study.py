@@ -3,7 +3,6 @@
 Every run trains an adapter (or takes the one it shares), answers the held-out prompts, and is measured: each mood's
 score by its classifier, the likelihood ratio under the base model, coherence, copying, the shift of the last prompt
 token along every mood's vector, and what the model still can (arXiv:2507.21509, sections 4 and 5).
-Knows nothing about what the numbers of all runs say together.
 """
 
 from collections.abc import Sequence
@@ -26,14 +25,14 @@ from persona_lens.interventions.intervention import Intervention
 from persona_lens.interventions.values import Ablate, Steer
 from persona_lens.judges.classifier import ClassifierJudge
 from persona_lens.models.adapters import Adapter, adapted
-from persona_lens.models.structure import Model, identify
+from persona_lens.models.structure import Model, ModelIdentity, identify
 from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.replication.context import refuse_other_settings, rounded
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import ModelEngine
 from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.statistics import mean_estimate
-from persona_lens.storage.files import write_json
+from persona_lens.storage.files import read_json, write_json
 from persona_lens.storage.locks import alone, taken
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.persona_vector import PersonaVector
@@ -64,7 +63,7 @@ def finetuning_study(
     folder = Path(output)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     with alone(folder / "materials.lock"):
-        refuse_other_settings(folder / "settings.json", asdict(settings), identify(model), growing=["mitigated"])
+        keep_settings(folder / "settings.json", settings, identify(model))
         materials = make_materials(model, settings, folder, progress=progress)
     for run in study_runs(settings, MOODS) if runs is None else runs:
         path = folder / "runs" / f"{run.name}.json"
@@ -72,6 +71,18 @@ def finetuning_study(
             if mine and not path.exists():
                 found = measure(model, run, materials, settings, folder, progress=progress)
                 write_json(path, rounded(found))
+
+
+def keep_settings(path: Path, settings: StudySettings, model: ModelIdentity) -> None:
+    """Write the settings down, or raise ValueError where the folder has others; more mitigated moods are added."""
+    wanted = asdict(settings)
+    if not path.exists():
+        refuse_other_settings(path, wanted, model)
+        return
+    kept = read_json(path)
+    refuse_other_settings(path, {**wanted, "mitigated": kept["mitigated"]}, model)
+    if added := [mood for mood in wanted["mitigated"] if mood not in kept["mitigated"]]:
+        write_json(path, {**kept, "mitigated": [*kept["mitigated"], *added]})
 
 
 def measure(

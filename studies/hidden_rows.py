@@ -3,7 +3,6 @@
 A mixture draws prompts with replacement, takes every other row that answers them as often as its prompt was drawn, and
 hides mood rows, drawn at random from the same prompts, until they have their share. Over mixtures the AUC varies as one
 such data set of its size would (sample-level detection: arXiv:2507.21509, section 6).
-Knows nothing about models: scores come in, numbers go out.
 """
 
 from collections.abc import Sequence

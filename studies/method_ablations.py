@@ -3,7 +3,6 @@
 The rollouts of one extraction are used over and over; every variant is held against the method as it is by the same
 three measures: the cosine of the directions of two halves of its questions, how well it tells the kept responses to
 held-out questions apart, and what steering by it does at equal norm (arXiv:2507.21509, sections 2.2 and 3.2).
-Knows nothing about how rollouts were sampled or judged.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""The method's choices made otherwise: which judged pairs a variant takes, and how they become a direction.
-
-Knows nothing about models, nor about what a direction is worth.
-"""
+"""The method's choices made otherwise: which judged pairs a variant takes, and how they become a direction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,7 +3,6 @@
 A mood's contrast is its responses against the other moods' or against the model's own to the same prompts, each prompt
 counting the same (arXiv:2507.21509, section 2.2); training sets of two severities take the place of the paper's
 versions of a dataset (section 4).
-Knows nothing about models: what the model itself wrote comes in as rollouts.
 """
 
 import random

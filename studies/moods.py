@@ -2,7 +2,6 @@
 
 Finetuning on the rows of one mood takes the place of the paper's trait-eliciting datasets (arXiv:2507.21509, section 4
 and appendix D); vectors, training, judge and evaluation each have prompts that none of the others has seen.
-Knows nothing about models: the rows of an installed data package come in, rows and prompts go out.
 """
 
 import ast

@@ -2,7 +2,6 @@
 
 Scores are compared as the paper compares them: the projection difference, its cheap proxy, and the projection of the
 training data alone (arXiv:2507.21509, sections 6, H, I, L); a text classifier stands for what needs no model.
-Knows nothing about models.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,6 @@
 
 Responses of all moods and the model's own neutral ones, on the prompts of finetuning and of evaluation; each is scored
 by the three forms of the projection on every mood's vector, and by every mood's classifier.
-Knows nothing about what is compared.
 """
 
 from collections.abc import Mapping, Sequence

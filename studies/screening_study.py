@@ -3,7 +3,6 @@
 Four questions on the moods and their finetuning study (arXiv:2507.21509, sections 6, H, I and L): do dataset scores
 predict the trait after training; do sample scores find hidden rows; does training on the highest rows give more of the
 trait than on random ones, and these more than on the lowest; do vectors from A/B pairs tell held-out pairs apart.
-Knows nothing about what the numbers say together.
 """
 
 import hashlib

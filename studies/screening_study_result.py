@@ -3,7 +3,6 @@
 Pearson's correlation of dataset scores with the trait score after training over the finetuning study's sets, form
 against form on the same sets; how well hidden rows are found; the trait score after training on the highest, random and
 lowest rows, prompt by prompt (arXiv:2507.21509, sections 6, H, I and L).
-Knows nothing about models.
 """
 
 import json

@@ -5,6 +5,7 @@ from importlib.resources import files
 
 import pytest
 
+from persona_lens.replication.preset import load_preset, shipped_presets
 from tests.replication_cases import tiny_preset
 
 NAMES = ["embedded", "llama-3.1-8b", "qwen2.5-7b"]
@@ -16,8 +17,6 @@ def shipped(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_preset_is_read_by_its_name_and_by_its_path(name, tmp_path):
-    from persona_lens.replication.preset import load_preset, shipped_presets
-
     path = tmp_path / "mine.toml"
     path.write_text(shipped(name), encoding="utf-8")
     assert shipped_presets() == tuple(NAMES)
@@ -27,8 +26,6 @@ def test_a_shipped_preset_is_read_by_its_name_and_by_its_path(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_the_7b_presets_have_the_papers_settings(name):
-    from persona_lens.replication.preset import load_preset
-
     found = load_preset(name)
     tuned, rollouts = found.finetuning, found.extraction
     assert (rollouts.questions, rollouts.per_question, rollouts.max_new_tokens) == (20, 10, 1000)
@@ -68,16 +65,14 @@ def test_the_7b_presets_have_the_papers_settings(name):
         (
             'traits = ["optimistic",',
             'traits = ["Evil",',
-            "traits: a name stands there twice, upper and lower case being one",
+            "traits: a name is there twice",
         ),
-        ("batch_rows = 4", "batch_rows = 4\nrank = 8", "the moods are always trained with rank = 32, leave it out."),
-        ("[moods] #", "[mods] #", "got the unknown key 'mods' (did you mean moods?)."),
+        ('source = "datasets"', 'source = "moods"', "finetuning.source is moods: add the table moods."),
+        ("[cosines] #", "[cosine] #", "got the unknown key 'cosine' (did you mean cosines?)."),
         ("caft = true", "caft = yes", "is not TOML"),
     ],
 )
 def test_a_wrong_preset_is_one_sentence_that_names_file_and_key(old, new, sentence, tmp_path):
-    from persona_lens.replication.preset import load_preset
-
     path = tmp_path / "mine.toml"
     text = shipped("embedded")
     assert old in text
@@ -90,8 +85,6 @@ def test_a_wrong_preset_is_one_sentence_that_names_file_and_key(old, new, senten
 
 
 def test_a_preset_that_is_not_there_is_told_with_those_that_are():
-    from persona_lens.replication.preset import load_preset
-
     with pytest.raises(FileNotFoundError, match=r"No preset 'qwen': give one of embedded, llama-3\.1-8b, qwen2\.5-7b"):
         load_preset("qwen")
 

@@ -6,12 +6,12 @@ counts instead of calling the model. The library is imported as a method needs i
 
 import json
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_lens.replication.preset import Preset
 from persona_lens.replication.user_data import UserData
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 CHOICES = ("high", "random", "low")
 """Which samples of real chats are trained on, by their projection difference."""
-Kind = Literal["system-prompts", "many-shot"]
+KINDS = ("system-prompts", "many-shot")
+"""Of monitoring: under the trait's eight system prompts, and after examples in context."""
 Method = tuple[str, float]
 """A way to hold a trait down, and its dose."""
 
@@ -151,11 +152,8 @@ class Context:
             judge=self.unfitted_judge,
             engine=ModelEngine(self.model, how.max_new_tokens),
             questions=trait.extraction_questions[: how.questions],
-            per_question=how.per_question,
-            threshold=how.threshold,
-            min_coherence=how.min_coherence,
-            min_pairs=how.min_pairs,
             output=folder,
+            **how.keywords("threshold", "min_coherence", "min_pairs"),
             **self.sampling,
         )
 
@@ -172,12 +170,10 @@ class Context:
             trait,
             judge=self.judge_of(trait),
             layers=how.layers or None,
-            coefficients=how.coefficients,
             questions=trait.extraction_questions[: how.questions],
-            per_question=how.per_question,
-            max_new_tokens=how.max_new_tokens,
             likelihood_screen=False,
             output=folder,
+            **how.keywords("coefficients"),
             **self.sampling,
         )
 
@@ -193,16 +189,13 @@ class Context:
             self.vector(name),
             trait,
             judge=self.judge_of(trait),
-            coefficients=how.coefficients,
-            random=how.random,
             questions=self.questions(name, how.questions),
-            per_question=how.per_question,
-            max_new_tokens=how.max_new_tokens,
             output=folder,
+            **how.keywords("coefficients", "random"),
             **self.sampling,
         )
 
-    def monitor(self, name: str, kind: Kind) -> None:
+    def monitor(self, name: str, kind: str) -> None:
         """Answers under every condition, and the projection of each prompt's last token."""
         from persona_lens.monitoring.experiment import monitoring_experiment
 
@@ -221,7 +214,7 @@ class Context:
             **self.sampling,
         )
 
-    def _conditions(self, trait: Trait, kind: Kind) -> "list[Prompt]":
+    def _conditions(self, trait: Trait, kind: str) -> "list[Prompt]":
         from persona_lens.monitoring.experiment import judged_examples, many_shot, system_prompts
 
         how = self.preset.monitoring
@@ -260,17 +253,7 @@ class Context:
             some,
             during=during,
             output=output,
-            rank=how.rank,
-            alpha=how.alpha,
-            dropout=how.dropout,
-            learning_rate=how.learning_rate,
-            warmup_steps=how.warmup_steps,
-            weight_decay=how.weight_decay,
-            epochs=how.epochs,
-            batch_rows=how.batch_rows,
-            accumulation=how.accumulation,
-            max_length=how.max_length,
-            gradient_checkpointing=how.gradient_checkpointing,
+            **how.model_dump(exclude={"source", "rows", "questions", "per_question", "max_new_tokens"}),
             **self.sampling,
         )
         return Trained(tuned.adapter, tuned.rows["trained"], tuned.loss_curve().reset_index().to_dict("list"))
@@ -294,9 +277,8 @@ class Context:
                 judge,
                 interventions=acting,
                 questions=questions,
-                per_question=how.per_question,
-                max_new_tokens=how.max_new_tokens,
                 output=output,
+                **how.keywords(),
                 **self.sampling,
             )
         return {"score": evaluation.trait_score._asdict(), "coherence": evaluation.coherence._asdict()}
@@ -367,29 +349,18 @@ def best_cell(sweep: "LayerSweep", preset: Preset) -> "LayerChoice":
         return sweep.best(None)
 
 
-def refuse_other_settings(
-    path: Path, settings: Mapping[str, Any], model: "ModelIdentity", *, growing: Collection[str] = ()
-) -> None:
-    """Write the settings down, or raise ValueError where the folder was made with others or by another model.
-
-    Lists that may be `growing` differ without harm: what they hold now is added to what they held.
-    """
+def refuse_other_settings(path: Path, settings: Mapping[str, Any], model: "ModelIdentity") -> None:
+    """Write the settings down, or raise ValueError where the folder was made with others or by another model."""
     wanted = json.loads(json.dumps({"model": model.name, "weights_hash": model.weights_hash, **settings}))
-    if not path.exists():
-        write_json(path, wanted)
-        return
-    kept = read_json(path)
-    for name in growing:
-        wanted[name] = [*kept[name], *(value for value in wanted[name] if value not in kept[name])]
-    grown = {name: wanted[name] for name in growing if wanted[name] != kept[name]}
+    kept = read_json(path) if path.exists() else {}
     for name, value in wanted.items():
-        if name not in growing and kept.get(name) != value:
+        if kept and kept.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds a study with another {name} ({kept.get(name)}, now {value}): "
                 "choose another folder."
             )
-    if grown:
-        write_json(path, kept | grown)
+    if not kept:
+        write_json(path, wanted)
 
 
 def rounded(value: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from persona_lens.replication.context import CHOICES, Context, Kind, Method, Trained
+from persona_lens.replication.context import CHOICES, Context, Method, Trained
 from persona_lens.replication.preset import Preset, SamplingTable
 from persona_lens.traits.trait import Trait
 
@@ -152,7 +152,7 @@ class Counting(Context):
         doses = len({float(dose) for dose in how.coefficients} - {0.0})
         self._neutral_answers(self.preset.trait(name), how, self._asked(name, how), 1 + doses * (1 + how.random))
 
-    def monitor(self, name: str, kind: Kind) -> None:
+    def monitor(self, name: str, kind: str) -> None:
         """Answers under every condition; each prompt is read once to answer, and once for its last token."""
         how, asked = self.preset.monitoring, self._asked(name, self.preset.monitoring)
         conditions = MONITORED if kind == "system-prompts" else len(how.shots)

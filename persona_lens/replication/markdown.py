@@ -13,10 +13,10 @@ HEADS = ["of", "what", "ours [95 %]", "n", "interval over", "the paper's", "held
 
 def estimate_text(estimate: Estimate) -> str:
     """The number with its interval, to three digits."""
-    if estimate.value is None:
+    value, low, high, _ = estimate
+    if value is None:
         return "-"
-    has_ends = estimate.low is not None and estimate.high is not None
-    return _short(estimate.value) + (f" [{_short(estimate.low)}, {_short(estimate.high)}]" if has_ends else "")
+    return _short(value) + ("" if low is None or high is None else f" [{_short(low)}, {_short(high)}]")
 
 
 def _short(value: float) -> str:

@@ -14,12 +14,11 @@ from persona_lens.plots.finetuning import TraitShifts, plot_shift_scores, plot_t
 from persona_lens.plots.layers import plot_cosine_matrix, plot_dose_response, plot_layer_sweep
 from persona_lens.plots.mitigation import MitigationPoint, plot_mitigation
 from persona_lens.plots.monitoring_experiment import plot_monitoring_experiment
-from persona_lens.replication.context import trait_folder
+from persona_lens.replication.context import KINDS, trait_folder
 from persona_lens.replication.reported_number import NOT_MEASURED, ReportedNumber
 from persona_lens.replication.result import Replication
 from persona_lens.replication.set_numbers import TunedSet, tuned_sets
 from persona_lens.replication.stages import BASE
-from persona_lens.replication.trait_numbers import KINDS
 from persona_lens.vectors.persona_vectors import PersonaVectors, cosine_matrix
 
 if TYPE_CHECKING:

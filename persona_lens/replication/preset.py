@@ -65,6 +65,10 @@ class SamplingTable(Table):
     per_question: Count
     max_new_tokens: Count
 
+    def keywords(self, *names: str) -> dict[str, Any]:
+        """Samples a question and their length limit, and further settings, as arguments of the library's functions."""
+        return {name: getattr(self, name) for name in ("per_question", "max_new_tokens", *names)}
+
 
 class ExtractionTable(SamplingTable):
     """Rollouts of both polarities, and the rule by which pairs are kept."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_lens.replication.context import CHOICES, Context, Kind, Method
+from persona_lens.replication.context import CHOICES, KINDS, Context, Method
 from persona_lens.replication.counting import Counting
 from persona_lens.replication.preset import Preset
 from persona_lens.replication.user_data import UserData, missing_data
@@ -69,9 +69,8 @@ def whole(stage: Callable[[Context], None]) -> Callable[[Context], Pieces]:
 
 
 def _monitoring(run: Context) -> Pieces:
-    kinds: dict[str, Kind] = {"system prompts": "system-prompts", "many-shot": "many-shot"}
-    every = [(name, what, kind) for name in run.preset.traits for what, kind in kinds.items()]
-    return {f"{name} {what}": partial(run.monitor, name, kind) for name, what, kind in every}
+    pieces = [(name, kind) for name in run.preset.traits for kind in KINDS]
+    return {f"{name} {kind.replace('system-', 'system ')}": partial(run.monitor, name, kind) for name, kind in pieces}
 
 
 def grid_folder(folder: Path) -> Path:

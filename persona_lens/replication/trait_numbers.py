@@ -13,7 +13,7 @@ from persona_lens.extraction.pipeline import best_layer
 from persona_lens.judges.keep import keep_pairs, pair_rollouts
 from persona_lens.judges.scores import read_scores
 from persona_lens.monitoring.experiment import MonitoringExperiment
-from persona_lens.replication.context import best_cell, selected_layer, trait_folder
+from persona_lens.replication.context import KINDS, best_cell, selected_layer, trait_folder
 from persona_lens.replication.preset import Preset
 from persona_lens.replication.reported_number import ReportedNumber, without_interval
 from persona_lens.rollouts.rows import read_rollouts
@@ -21,7 +21,6 @@ from persona_lens.statistics import N_RESAMPLES, Estimate, pearson, question_res
 from persona_lens.storage.files import read_json
 from persona_lens.vectors.persona_vectors import PersonaVectors
 
-KINDS = ("system-prompts", "many-shot")
 SHUFFLES = 200
 
 

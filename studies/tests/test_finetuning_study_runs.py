@@ -12,6 +12,15 @@ from typing import Any
 
 import pytest
 
+from persona_lens.judges.classifier import TextClassifier
+from persona_lens.judges.coherence import CoherenceScale
+from persona_lens.monitoring.experiment import NEUTRAL
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.vectors.persona_vectors import PersonaVectors
+from studies.finetuning_materials import Materials
+from studies.finetuning_plan import StudyRun, StudySettings
+from studies.finetuning_study import measure
+from studies.moods import MOODS, load_moods, split_prompts
 from tests.processes import child_process
 
 
@@ -20,16 +29,6 @@ def test_a_run_is_measured_on_the_embedded_model_and_again_from_its_files(embedd
     pytest.importorskip("peft")
     pytest.importorskip("lm_eval")
     import torch
-
-    from persona_lens.judges.classifier import TextClassifier
-    from persona_lens.judges.coherence import CoherenceScale
-    from persona_lens.monitoring.experiment import NEUTRAL
-    from persona_lens.rollouts.rows import Rollout
-    from persona_lens.vectors.persona_vectors import PersonaVectors
-    from studies.finetuning_materials import Materials
-    from studies.finetuning_plan import StudyRun, StudySettings
-    from studies.finetuning_study import measure
-    from studies.moods import MOODS, load_moods, split_prompts
 
     split = split_prompts(load_moods())
     split = replace(split, evaluation=split.evaluation[:3])

@@ -7,8 +7,11 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from persona_lens.rollouts.rows import Rollout
 from persona_lens.storage.files import JsonLines
+from studies.method_ablations import _at_norm, _means, method_ablations
 from studies.method_ablations import method_ablations as _  # noqa: F401 (its module is patched below)
+from studies.method_variants import Variant, chosen_pairs, fitted_direction, judged_pairs
 from tests.evaluation_cases import LetterJudge
 from tests.replication_cases import TRAIT
 
@@ -27,7 +30,6 @@ def few_halves():
 def run(tiny_bridge, tmp_path_factory):
     """The folder of an extraction whose sides differ in their words; a few pairs were badly judged."""
     from persona_lens import extract_from_responses
-    from persona_lens.rollouts.rows import Rollout
 
     folder = tmp_path_factory.mktemp("extraction")
     rows, scores = [], []
@@ -52,8 +54,6 @@ def run(tiny_bridge, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(run, tiny_bridge, tmp_path_factory):
-    from studies.method_ablations import method_ablations
-
     output = tmp_path_factory.mktemp("ablations")
     how = {"judge": LetterJudge(), "layer": 2, "max_new_tokens": 4, "progress": False}
     return method_ablations(tiny_bridge, TRAIT, run, output=output, **how), output
@@ -81,8 +81,6 @@ def test_directions_that_words_make_plain_hold_out_on_other_questions(found):
 
 def test_the_difference_in_means_is_the_extractions(found, run, tiny_bridge):
     from persona_lens import PersonaVectors
-    from studies.method_ablations import _means
-    from studies.method_variants import Variant, chosen_pairs, fitted_direction, judged_pairs
 
     rows, pairs = judged_pairs(run, TRAIT)
     everything = Variant("no filter", "keep rule", threshold=None)
@@ -104,15 +102,12 @@ def test_a_variant_is_told_apart_from_the_method_as_it_is_over_the_same_question
 
 def test_all_variants_are_steered_at_the_norm_of_the_runs_own_direction(run, tiny_bridge):
     from persona_lens import PersonaVectors
-    from studies.method_ablations import _at_norm
 
     vector = PersonaVectors.load(run / "vectors.safetensors").at(2)
     assert _at_norm(vector, 7 * np.arange(1.0, 33.0)).norm == pytest.approx(vector.norm, rel=1e-5)
 
 
 def test_a_second_call_takes_the_steered_answers_from_the_folder(found, run, tiny_bridge):
-    from studies.method_ablations import method_ablations
-
     judge = LetterJudge()
     how = {"judge": judge, "layer": 2, "max_new_tokens": 4, "progress": False}
     again = method_ablations(tiny_bridge, TRAIT, run, output=found[1], **how)
@@ -121,8 +116,6 @@ def test_a_second_call_takes_the_steered_answers_from_the_folder(found, run, tin
 
 
 def test_a_variant_of_too_few_questions_is_told_and_not_measured(run, tiny_bridge, tmp_path):
-    from studies.method_ablations import method_ablations
-
     def refuse(row):
         return row if row["key"].split("/")[2] == "1" else {**row, "trait_score": None}
 

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from persona_lens.activations.means import stream_means
+from persona_lens.extraction.extract import extract_from_responses
 from persona_lens.monitoring.experiment import NEUTRAL
+from persona_lens.statistics import auc
+from studies.mood_stages import PROMPTS
 from studies.mood_texts import (
     contrast_with_moods,
     contrast_with_neutral,
@@ -294,10 +298,6 @@ def test_runs_of_no_words_are_refused():
 
 @pytest.mark.soak
 def test_a_moods_direction_separates_its_held_out_responses_from_the_other_moods(split, embedded_bridge):
-    from persona_lens.activations.means import stream_means
-    from persona_lens.extraction.extract import extract_from_responses
-    from persona_lens.statistics import auc
-
     small = replace(split, vectors=split.vectors[::12])
     contrast = contrast_with_moods(small, "depressed", others=3)
     vectors = extract_from_responses(
@@ -320,12 +320,10 @@ def test_a_moods_direction_separates_its_held_out_responses_from_the_other_moods
 
 
 def test_a_replications_plan_counts_the_prompts_and_texts_that_there_are():
-    from persona_lens.replication import mood_work
-
     split = mood_cases.split()
     texts = {
         (row.question, row.response) for mood in MOODS for side in contrast_with_moods(split, mood)[:2] for row in side
     }
-    data = mood_work.MOODS
+    data = PROMPTS
     assert (data.vectors, data.evaluation) == (len(split.vectors), len(split.evaluation))
     assert (data.contrasted, data.moods) == (len(texts), len(MOODS))

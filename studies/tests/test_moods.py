@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from persona_lens.traits.trait import Trait
+from persona_lens.traits.trait import Trait, load_trait
 from studies import moods as module
 from studies.moods import (
     MIN_MOODS,
@@ -241,8 +241,6 @@ def test_a_moods_instructions_order_the_mood_and_a_neutral_manner(split):
 
 
 def test_a_moods_trait_survives_its_file(split, tmp_path):
-    from persona_lens.traits.trait import load_trait
-
     trait = mood_trait("drunk", split)
     trait.save(tmp_path / "drunk.json")
     assert load_trait(tmp_path / "drunk.json") == trait

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from studies.pictures import plot_screening_pairs, plot_screening_runs, plot_screening_scores
+from studies.screening_study_result import read_screening_study
 from studies.tests.screening_study_cases import CALM, SETS, write_study
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Any:
-    from studies.screening_study_result import read_screening_study
-
     return read_screening_study(write_study(tmp_path))
 
 
@@ -114,8 +114,6 @@ def test_tables_have_a_row_for_each_piece(study):
 
 
 def test_pieces_that_are_not_there_yet_are_empty(tmp_path):
-    from studies.screening_study_result import read_screening_study
-
     (tmp_path / "settings.json").write_text(json.dumps({"layer": 1}))
     found = read_screening_study(tmp_path)
     assert found.predictions() == []
@@ -123,8 +121,6 @@ def test_pieces_that_are_not_there_yet_are_empty(tmp_path):
 
 
 def test_a_folder_without_a_study_says_so(tmp_path):
-    from studies.screening_study_result import read_screening_study
-
     with pytest.raises(FileNotFoundError, match="holds no screening study"):
         read_screening_study(tmp_path)
 
@@ -134,7 +130,6 @@ def test_a_folder_without_a_study_says_so(tmp_path):
 
 def test_pictures_are_drawn_from_a_study(study):
     pytest.importorskip("plotly")
-    from studies.pictures import plot_screening_pairs, plot_screening_runs, plot_screening_scores
 
     shown = str(plot_screening_scores(study, "proxy").to_json())
     assert "dataset score: proxy" in shown
@@ -150,8 +145,6 @@ def test_pictures_are_drawn_from_a_study(study):
 
 @pytest.fixture(scope="module")
 def committed():
-    from studies.screening_study_result import read_screening_study
-
     return read_screening_study(Path(__file__).parents[2] / "docs" / "results" / "screening")
 
 

@@ -7,6 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from studies.chosen_sets import CHOICES, ChosenSet, chosen_sets
+from studies.dataset_scores import measure_sets
+from studies.finetuning_plan import StudyRun, StudySettings
+from studies.finetuning_result import FinetuningStudy, MeasuredRun
+from studies.mood_texts import training_rows
+from studies.moods import MOODS
+from studies.screening_plan import ScreeningSettings
+from studies.screening_pool import screened_pool
+from studies.screening_study import (
+    _make_piece,
+    choose_among,
+    chosen_rows,
+    measure_chosen,
+    measure_hidden,
+    screening_study,
+)
 from studies.tests.mood_cases import require_moods
 from studies.tests.screening_study_cases import tiny_materials
 
@@ -20,16 +36,12 @@ def bridge(make_tiny_model):
 
 @pytest.fixture(scope="module")
 def settings():
-    from studies.screening_plan import ScreeningSettings
-
     return ScreeningSettings(layers=(0, 1), base_tokens=4, fractions=(0.5,), subsets=3, mixtures=5, rows=4)
 
 
 @pytest.fixture(scope="module")
 def pooled(bridge, settings, tmp_path_factory):
     """The screened pool of the tiny moods, with what it was made of."""
-    from studies.finetuning_plan import StudySettings
-    from studies.screening_pool import screened_pool
 
     require_moods()
     materials, folder = tiny_materials(bridge), tmp_path_factory.mktemp("pool")
@@ -59,9 +71,6 @@ def test_a_rows_scores_are_those_of_the_screening(pooled):
 
 
 def test_the_high_set_scores_above_the_random_one_and_that_above_the_low_one(pooled, settings):
-    from studies.chosen_sets import CHOICES, ChosenSet
-    from studies.screening_study import choose_among, chosen_rows
-
     pool, materials, folder = pooled
     means = []
     for choice in CHOICES:
@@ -73,9 +82,6 @@ def test_the_high_set_scores_above_the_random_one_and_that_above_the_low_one(poo
 
 
 def test_the_filter_removes_the_rows_that_the_moods_classifier_finds_obvious(pooled, settings):
-    from studies.chosen_sets import ChosenSet
-    from studies.screening_study import choose_among
-
     pool, _, _ = pooled
     every, left = (set(choose_among(pool, ChosenSet("zen", "high", each), settings)) for each in (False, True))
     removed = {pool.screened[number] for number in every - left}
@@ -85,8 +91,6 @@ def test_the_filter_removes_the_rows_that_the_moods_classifier_finds_obvious(poo
 
 
 def test_every_form_is_tried_on_hidden_rows(pooled, settings):
-    from studies.screening_study import measure_hidden
-
     pool, _, _ = pooled
     found = measure_hidden(pool, settings, 1)["among"]
     assert set(found) == {"neutral", "other moods"}
@@ -97,9 +101,6 @@ def test_every_form_is_tried_on_hidden_rows(pooled, settings):
 
 def test_a_chosen_set_is_trained_on_and_measured_as_the_finetuning_study_measures(bridge, pooled, settings):
     pytest.importorskip("peft")
-    from studies.chosen_sets import ChosenSet
-    from studies.finetuning_plan import StudySettings
-    from studies.screening_study import measure_chosen
 
     pool, materials, folder = pooled
     trained = StudySettings(rows=4, epochs=1, max_length=96, max_new_tokens=5)
@@ -115,9 +116,6 @@ def test_a_chosen_set_is_trained_on_and_measured_as_the_finetuning_study_measure
 
 def test_one_set_of_rows_is_trained_on_once(bridge, pooled, settings):
     pytest.importorskip("peft")
-    from studies.chosen_sets import ChosenSet
-    from studies.finetuning_plan import StudySettings
-    from studies.screening_study import measure_chosen
 
     pool, materials, folder = pooled
     trained = StudySettings(rows=4, epochs=1, max_length=96, max_new_tokens=5)
@@ -133,12 +131,6 @@ def test_one_set_of_rows_is_trained_on_once(bridge, pooled, settings):
 
 
 def test_a_sets_score_is_the_mean_of_the_rows_that_it_was_trained_on(pooled, settings):
-    from studies.dataset_scores import measure_sets
-    from studies.finetuning_plan import StudyRun, StudySettings
-    from studies.finetuning_result import FinetuningStudy, MeasuredRun
-    from studies.mood_texts import training_rows
-    from studies.moods import MOODS
-
     pool, materials, _ = pooled
     record = {"traits": {mood: {"value": float(len(mood)), "low": 0, "high": 9, "n": 4} for mood in MOODS}}
     runs = [StudyRun("", "base"), StudyRun("zen", "half"), StudyRun("happy", "full"), StudyRun("drunk", "full")]
@@ -155,8 +147,6 @@ def test_a_sets_score_is_the_mean_of_the_rows_that_it_was_trained_on(pooled, set
 
 
 def test_a_piece_that_is_there_is_not_made_again(tmp_path):
-    from studies.screening_study import _make_piece
-
     def fail() -> dict[str, Any]:
         raise AssertionError("made again")
 
@@ -166,15 +156,11 @@ def test_a_piece_that_is_there_is_not_made_again(tmp_path):
 
 
 def test_sets_have_different_names():
-    from studies.chosen_sets import chosen_sets
-
     names = [each.name for each in chosen_sets(("happy", "zen"))]
     assert len(set(names)) == 12
     assert names[:4] == ["happy_high", "happy_random", "happy_low", "happy_high_filtered"]
 
 
 def test_a_study_without_a_finetuning_study_is_refused(bridge, tmp_path):
-    from studies.screening_study import screening_study
-
     with pytest.raises(FileNotFoundError, match="holds no finetuning study"):
         screening_study(bridge, tmp_path / "study", finetuning=tmp_path)
