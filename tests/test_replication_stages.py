@@ -108,14 +108,14 @@ def test_a_model_of_another_depth_is_refused(tiny_bridge, tmp_path):
 
 def test_the_page_and_the_markdown_have_the_numbers_of_the_report(finished):
     pytest.importorskip("plotly")
-    from persona_lens.pages.page import escaped
+    from html import escape
 
     folder = finished[1] / "run"
     page = write_replication_report(folder).read_text(encoding="utf-8")
     text = (folder / "report.md").read_text(encoding="utf-8")
     for stage in STAGES:
         assert stage.heading in text
-        assert escaped(report(folder)["stages"][stage.name]["findings"][0]["what"]) in page
+        assert escape(report(folder)["stages"][stage.name]["findings"][0]["what"]) in page
     assert "https://" not in page.split("<body", 1)[1].split("<script", 1)[0].replace("https://arxiv.org", "")
     assert page.count("Plotly.newPlot") >= 9
 

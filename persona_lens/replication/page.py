@@ -5,10 +5,10 @@ It may be made again at any time, also while the run goes on.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import persona_lens
-from persona_lens.pages.page import PARTS_STYLE, Picture, drawing_scripts, escaped, html_page
-from persona_lens.pages.sections import REPORT_STYLE, Section, boxed_table, figure, note
+from persona_lens.pages.page import draw, render
 from persona_lens.replication.markdown import HEADS, made_with, markdown, number_row, stage_text, summary_lines
 from persona_lens.replication.pictures import stage_pictures
 from persona_lens.replication.result import Replication
@@ -16,10 +16,6 @@ from persona_lens.replication.stages import Stage
 from persona_lens.storage.files import ensure_writable, write_whole
 
 PAGE, MARKDOWN = "report.html", "report.md"
-STYLE_OF_WORDS = """
-.scroll { max-height: none; }
-th:nth-child(2), td:nth-child(2), th:nth-child(6), td:nth-child(6) { text-align: left; white-space: normal; }
-"""
 
 
 def write_replication_report(folder: str | Path, *, extra_stages: Sequence[Stage] = ()) -> Path:
@@ -40,30 +36,32 @@ def write_replication_report(folder: str | Path, *, extra_stages: Sequence[Stage
 
 def replication_html(replication: Replication) -> str:
     """The page of a replication. Raises ImportError without plotly."""
-    sections = [_section(replication, stage) for stage in replication.stages]
-    body = [f"<p class=lead>{escaped(replication.preset.description)}</p>"]
-    body += [note(each) for each in summary_lines(replication)]
-    body += [f"<section><h2>{escaped(each.heading)}</h2>{each.html}</section>" for each in sections]
-    body.append(
-        note(f"Made by persona-lens {persona_lens.__version__} from {replication.folder.name}; intervals are 95 %.")
-    )
-    pictures: list[Picture] = [picture for each in sections for picture in each.pictures]
-    title = f"Replication: {replication.preset.name}"
-    return html_page(
-        title, "\n".join(body), style=PARTS_STYLE + REPORT_STYLE + STYLE_OF_WORDS, scripts=drawing_scripts(pictures)
+    stages = [_stage(replication, stage) for stage in replication.stages]
+    return render(
+        "replication.html",
+        f"Replication: {replication.preset.name}",
+        "results report replication",
+        pictures=[picture for stage in stages for picture in stage["pictures"]],
+        description=replication.preset.description,
+        summary=summary_lines(replication),
+        stages=stages,
+        heads=HEADS,
+        version=persona_lens.__version__,
+        folder=replication.folder.name,
     )
 
 
-def _section(replication: Replication, stage: str) -> Section:
-    heading = replication.stages[stage].heading
-    if text := stage_text(replication, stage):
-        return Section(heading, note(text))
-    drawn = [
-        figure(each.draw, each.place, label=each.caption, caption=escaped(each.caption), height=each.height, least=560)
-        for each in stage_pictures(replication, stage)
-    ]
-    rows = [number_row(number, replication.preset.model.paper) for number in replication.numbers[stage]]
-    html = (
-        boxed_table(heading, HEADS, rows) + "".join(each.html for each in drawn) + note(made_with(replication, stage))
-    )
-    return Section(heading, html, tuple(picture for each in drawn for picture in each.pictures))
+def _stage(replication: Replication, stage: str) -> dict[str, Any]:
+    heading, text = replication.stages[stage].heading, stage_text(replication, stage)
+    if text:
+        return {"heading": heading, "text": text, "pictures": []}
+    return {
+        "heading": heading,
+        "text": "",
+        "rows": [number_row(number, replication.preset.model.paper) for number in replication.numbers[stage]],
+        "pictures": [
+            draw(picture.draw, picture.place, picture.caption, height=picture.height, min_width=560)
+            for picture in stage_pictures(replication, stage)
+        ],
+        "made_with": made_with(replication, stage),
+    }
