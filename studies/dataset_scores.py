@@ -40,7 +40,7 @@ def measure_sets(
             for form in get_args(Form)
         }
         run = study.runs[name].run
-        traits = {mood: found._asdict() for mood, found in after[name].items()}
+        traits = {mood: estimate._asdict() for mood, estimate in after[name].items()}
         sets[name] = {"mood": run.mood, "rows": len(rows), "scores": scores, "traits": traits}
     subsets = {
         f"{fraction:g}": {
@@ -62,19 +62,19 @@ def set_members(
     pool: Pool, study: FinetuningStudy, materials: Materials, trained: StudySettings
 ) -> dict[str, list[int]]:
     """The places in the pool of each set's rows, which are drawn as the finetuning study drew them."""
-    found: dict[str, list[int]] = {}
-    for each in study.sets:
-        rows = each.run.rows
+    members: dict[str, list[int]] = {}
+    for run in study.sets:
+        rows = run.run.rows
         if rows == "full" or rows == "half":
-            chats = training_rows(materials.split, each.run.mood, rows, materials.neutral, trained.rows, trained.seed)
+            chats = training_rows(materials.split, run.run.mood, rows, materials.neutral, trained.rows, trained.seed)
             turns = [chat["messages"] for chat in chats]
-            found[each.run.name] = [pool.place[turn[-2]["content"], turn[-1]["content"]] for turn in turns]
-    return found
+            members[run.run.name] = [pool.place[turn[-2]["content"], turn[-1]["content"]] for turn in turns]
+    return members
 
 
 def _mean(scores: np.ndarray) -> float | None:
-    known = scores[~np.isnan(scores)]
-    return float(known.mean()) if len(known) else None
+    finite = scores[~np.isnan(scores)]
+    return float(finite.mean()) if len(finite) else None
 
 
 def subset_loss(
@@ -91,19 +91,19 @@ def subset_loss(
     compare it with, and Pearson's r with the trait after training, its mean and central 95 % over subsets.
     """
     draw = np.random.default_rng(seed)
-    known = [each[~np.isnan(each)] for each in scores]
-    whole = np.array([each.mean() for each in known])
+    finite = [values[~np.isnan(values)] for values in scores]
+    whole = np.array([values.mean() for values in finite])
     drawn = np.array(
         [
-            [draw.choice(each, max(1, round(fraction * len(each))), replace=False).mean() for each in known]
+            [draw.choice(values, max(1, round(fraction * len(values))), replace=False).mean() for values in finite]
             for _ in range(n_subsets)
         ]
     )
-    found = [pearson(each, after) for each in drawn]
-    values = np.array([np.nan if each is None else each for each in found])
-    mean = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+    rs = [pearson(means, after) for means in drawn]
+    correlations = np.array([np.nan if r is None else r for r in rs])
+    mean = float(np.nanmean(correlations)) if np.isfinite(correlations).any() else float("nan")
     return {
         "rmse": float(np.sqrt(((drawn - whole) ** 2).mean())),
         "spread": float(whole.std()),
-        "r": Estimate.of(mean, values, len(known))._asdict(),
+        "r": Estimate.of(mean, correlations, len(finite))._asdict(),
     }

@@ -98,8 +98,8 @@ def _pair(row: dict[str, str], where: str) -> AnswerPair:
     if positive is None or negative is None or positive["letter"] == negative["letter"]:
         raise ValueError(f"{where}: expected one question with two choices and either letter, got {row}.")
     letter: Literal["A", "B"] = "A" if positive["letter"] == "A" else "B"
-    asked = row["positive"][: positive.start("letter") - 1].rstrip()
-    return AnswerPair(positive["question"].strip(), (positive["A"].strip(), positive["B"].strip()), letter, asked)
+    question = row["positive"][: positive.start("letter") - 1].rstrip()
+    return AnswerPair(positive["question"].strip(), (positive["A"].strip(), positive["B"].strip()), letter, question)
 
 
 def count_pairs(pairs: Sequence[AnswerPair]) -> dict[str, int]:
@@ -129,15 +129,17 @@ def draw_pairs(pairs: Sequence[AnswerPair], n: int, seed: int = 0) -> Drawn:
 
 
 def _evenly(groups: Sequence[Sequence[AnswerPair]], n: int, order: random.Random) -> list[AnswerPair]:
-    found: list[AnswerPair] = []
+    pairs: list[AnswerPair] = []
     for letter in "AB":
         # A letter that were commoner on one side would be a part of the direction.
-        own = [order.sample(each, len(each)) for group in groups if (each := [p for p in group if p.letter == letter])]
+        own = [
+            order.sample(alike, len(alike)) for group in groups if (alike := [p for p in group if p.letter == letter])
+        ]
         turns = [group[turn] for turn in range(max(map(len, own), default=0)) for group in own if turn < len(group)]
-        found += turns[: n // 2]
-    if len(found) < 2 * (n // 2):
-        raise ValueError(f"{n} pairs are wanted and half of the subjects have {len(found)} balanced ones: lower n.")
-    return found
+        pairs += turns[: n // 2]
+    if len(pairs) < 2 * (n // 2):
+        raise ValueError(f"{n} pairs are wanted and half of the subjects have {len(pairs)} balanced ones: lower n.")
+    return pairs
 
 
 def measure_pairs(

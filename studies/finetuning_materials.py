@@ -79,8 +79,8 @@ def make_materials(model: Model, settings: StudySettings, folder: Path, *, progr
     vectors = {mood: every[mood] for mood in MOODS}
     against_neutral = {mood: every[AGAINST_NEUTRAL.format(mood)] for mood in MOODS}
     judges = {mood: _judge(split, mood, neutral, folder) for mood in MOODS}
-    told = [row for row in neutral if row.question in set(split.judge) and not row.is_empty]
-    coherence = _coherence(model, told, folder)
+    to_judge = [row for row in neutral if row.question in set(split.judge) and not row.is_empty]
+    coherence = _coherence(model, to_judge, folder)
     layers = _layers(model, settings, split, vectors, judges, coherence, folder, progress)
     return Materials(split, tuple(neutral), vectors, against_neutral, judges, coherence, layers)
 
@@ -90,8 +90,8 @@ def _neutral(model: Model, split: MoodSplit, settings: StudySettings, folder: Pa
     drawn = [
         random.Random(settings.seed).sample(part, settings.neutral_prompts) for part in (split.judge, split.finetuning)
     ]
-    asked = [*split.vectors, *drawn[0], *drawn[1], *split.evaluation]
-    prompts = [Prompt("neutral", "neutral", None, NEUTRAL, question, 0) for question in asked]
+    questions = [*split.vectors, *drawn[0], *drawn[1], *split.evaluation]
+    prompts = [Prompt("neutral", "neutral", None, NEUTRAL, question, 0) for question in questions]
     engine = ModelEngine(model, settings.neutral_tokens)
     rows = collect_rollouts(engine, prompts, seed=settings.seed, output=folder / "neutral.jsonl", progress=progress)
     return [_whole_sentences(row) for row in rows]
@@ -110,16 +110,18 @@ def _vectors(model: Model, contrasts: dict[str, Contrast], folder: Path, progres
     paths = {name: folder / "vectors" / f"{name.replace(' ', '_')}.safetensors" for name in contrasts}
     if all(path.exists() for path in paths.values()):
         return {name: PersonaVectors.load(path) for name, path in paths.items()}
-    given = {(row.question, row.response): row for each in contrasts.values() for side in each[:2] for row in side}
-    place = {key: index for index, key in enumerate(given)}
+    responses = {
+        (row.question, row.response): row for contrast in contrasts.values() for side in contrast[:2] for row in side
+    }
+    place = {key: index for index, key in enumerate(responses)}
     means = torch.empty(len(place), model.cfg.n_layers + 1, model.cfg.d_model, dtype=torch.float32)
     norms = torch.empty(len(place), model.cfg.n_layers + 1, dtype=torch.float32)
-    rows = [row.tokenize(model.tokenizer) for row in given.values()]
+    rows = [row.tokenize(model.tokenizer) for row in responses.values()]
     with tqdm(total=len(rows), desc="vectors", unit="row", disable=not progress) as bar:
         for batch in stream_means(model, rows):
             means[batch.rows], norms[batch.rows] = batch.means, batch.norms
             bar.update(len(batch.rows))
-    found = {}
+    by_name = {}
     for name, contrast in contrasts.items():
         positive, negative = ([place[row.question, row.response] for row in side] for side in contrast[:2])
         delta = difference_in_means(means[positive], means[negative])
@@ -129,18 +131,18 @@ def _vectors(model: Model, contrasts: dict[str, Contrast], folder: Path, progres
         )
         paths[name].parent.mkdir(parents=True, exist_ok=True)
         vectors.save(paths[name])
-        found[name] = vectors
-    return found
+        by_name[name] = vectors
+    return by_name
 
 
 def _judge(split: MoodSplit, mood: str, neutral: Sequence[Rollout], folder: Path) -> TextClassifier:
     path = folder / "judges" / f"{mood}.safetensors"
     if path.exists():
         return TextClassifier.load(path)
-    found = mood_judge(split, mood, neutral)
+    judge = mood_judge(split, mood, neutral)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path)
-    return found
+    judge.save(path)
+    return judge
 
 
 def _coherence(model: Model, neutral: Sequence[Rollout], folder: Path) -> CoherenceScale:
@@ -150,8 +152,8 @@ def _coherence(model: Model, neutral: Sequence[Rollout], folder: Path) -> Cohere
         texts = [shuffle_words(row.response, index) for index, row in enumerate(neutral)]
         shuffled = base_nlls(model, [replace(row, response=text) for row, text in zip(neutral, texts, strict=True)])
         distinct = [distinct_four_grams(encode_content(model.tokenizer, row.response)) for row in neutral]
-        found = CoherenceScale.fit(clean, shuffled, distinct)
-        write_json(path, {"centre": found.centre, "width": found.width, "distinct_floor": found.distinct_floor})
+        scale = CoherenceScale.fit(clean, shuffled, distinct)
+        write_json(path, {"centre": scale.centre, "width": scale.width, "distinct_floor": scale.distinct_floor})
     return CoherenceScale(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -225,12 +227,12 @@ def _layers(
         chosen[mood] = {"layer": best["layer"], "cells": table}
     if missing:
         write_json(path, chosen)
-    return {mood: int(str(found["layer"])) for mood, found in chosen.items()}
+    return {mood: int(str(choice["layer"])) for mood, choice in chosen.items()}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else None
 
 
 def best_cell(mood: str, cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -136,4 +136,4 @@ def _mitigations(settings: StudySettings) -> list[tuple[Method, float]]:
         "negative system prompt": (0.0,),
         "penalty": (0.0,),
     }
-    return [(method, dose) for method, each in doses.items() for dose in each]
+    return [(method, dose) for method, amounts in doses.items() for dose in amounts]

@@ -67,8 +67,8 @@ class MeasuredRun:
         return self._able("accuracy")
 
     def _able(self, measure: str) -> Estimate:
-        found = self.record.get("capability")
-        return Estimate(None, None, None, 0) if found is None else Estimate(**found[measure])
+        capability = self.record.get("capability")
+        return Estimate(None, None, None, 0) if capability is None else Estimate(**capability[measure])
 
     def kept(self, measure: Measure) -> float:
         """How much of what the model could is left by one measure: the more the better."""
@@ -109,9 +109,7 @@ class FinetuningStudy:
     def sets(self) -> list[MeasuredRun]:
         """The base model, and the plain runs on a mood's rows."""
         return [
-            each
-            for each in self.runs.values()
-            if each.run.method == "none" and each.run.rows in ("base", "full", "half")
+            run for run in self.runs.values() if run.run.method == "none" and run.run.rows in ("base", "full", "half")
         ]
 
     def correlation(self, vectors: str, mood: str, layer: int | None = None) -> Estimate:
@@ -145,7 +143,7 @@ class FinetuningStudy:
         import pandas
 
         return pandas.DataFrame(
-            {each.run.name: {mood: each.score(mood).value for mood in self.moods} for each in self.sets}
+            {run.run.name: {mood: run.score(mood).value for mood in self.moods} for run in self.sets}
         ).T
 
     def table(self) -> "pandas.DataFrame":
@@ -153,36 +151,39 @@ class FinetuningStudy:
         import pandas
 
         rows = []
-        for name, each in self.runs.items():
-            run = each.run
+        for name, measured in self.runs.items():
+            run = measured.run
             row: dict[str, Any] = {"run": name, "mood": run.mood, "rows": run.rows, "method": run.method}
             row |= {"coefficient": run.coefficient}
-            found: dict[str, Estimate | None] = {"trait": each.own if run.mood else None, "coherence": each.coherence}
-            ratio = each.record["likelihood_ratios"].get(run.mood)
-            found |= {"ratio": None if ratio is None else Estimate(**ratio)}
-            found |= {"accuracy": each.accuracy, "margin": each.margin, "nll": each.nll}
-            overlap = each.record.get("overlap")
-            found |= {"copied": overlap and Estimate(*(overlap[key] for key in Estimate._fields))}
-            for measure, value in found.items():
+            estimates: dict[str, Estimate | None] = {
+                "trait": measured.own if run.mood else None,
+                "coherence": measured.coherence,
+            }
+            ratio = measured.record["likelihood_ratios"].get(run.mood)
+            estimates |= {"ratio": None if ratio is None else Estimate(**ratio)}
+            estimates |= {"accuracy": measured.accuracy, "margin": measured.margin, "nll": measured.nll}
+            overlap = measured.record.get("overlap")
+            estimates |= {"copied": overlap and Estimate(*(overlap[key] for key in Estimate._fields))}
+            for measure, value in estimates.items():
                 ends = (None, None, None) if value is None else value[:3]
                 row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), ends, strict=True))
-            rows.append({**row, "loss": each.loss})
+            rows.append({**row, "loss": measured.loss})
         return pandas.DataFrame(rows).set_index("run")
 
     @cached_property
     def mitigated(self) -> list[str]:
         """The moods for which methods were tried, those whose plain run is there."""
-        tried = dict.fromkeys(each.run.mood for each in self.runs.values() if each.run.method != "none")
+        tried = dict.fromkeys(run.run.mood for run in self.runs.values() if run.run.method != "none")
         return [mood for mood in tried if f"{mood}_full" in self.runs]
 
     def methods(self, mood: str, method: str, rows: str = "full") -> list[MeasuredRun]:
         """The runs of one method on one mood, by the size of the dose."""
-        found = [
-            each
-            for each in self.runs.values()
-            if each.run.mood == mood and each.run.method == method and each.run.rows == rows
+        runs = [
+            run
+            for run in self.runs.values()
+            if run.run.mood == mood and run.run.method == method and run.run.rows == rows
         ]
-        return sorted(found, key=lambda each: abs(each.run.coefficient))
+        return sorted(runs, key=lambda run: abs(run.run.coefficient))
 
     def difference(self, one: MeasuredRun, other: MeasuredRun) -> Estimate:
         """Own score of one run minus that of another, answer by answer; the interval is over prompts."""
@@ -224,7 +225,7 @@ def read_study(folder: str | Path) -> FinetuningStudy:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
     runs = [MeasuredRun(StudyRun(**record["run"]), record) for record in records]
     chosen = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
-    layers = sorted(each["layer"] for each in chosen.values())
+    layers = sorted(run["layer"] for run in chosen.values())
     layer = max(layers, key=layers.count)
-    base = next(each for each in runs if each.run.rows == "base" and each.run.method == "none")
-    return FinetuningStudy({each.run.name: each for each in runs}, tuple(base.record["questions"]), layer)
+    base = next(run for run in runs if run.run.rows == "base" and run.run.method == "none")
+    return FinetuningStudy({run.run.name: run for run in runs}, tuple(base.record["questions"]), layer)

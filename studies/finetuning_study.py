@@ -69,8 +69,8 @@ def finetuning_study(
         path = folder / "runs" / f"{run.name}.json"
         with taken(path.with_suffix(".lock")) as mine:
             if mine and not path.exists():
-                found = measure(model, run, materials, settings, folder, progress=progress)
-                write_json(path, rounded(found))
+                record = measure(model, run, materials, settings, folder, progress=progress)
+                write_json(path, rounded(record))
 
 
 def keep_settings(path: Path, settings: StudySettings, model: ModelIdentity) -> None:
@@ -228,21 +228,21 @@ def study_answers(
 def study_scores(model: Model, own: str, answers: Sequence[Rollout], materials: Materials) -> dict[str, Any]:
     """Every mood's score, and of the own mood (all, where it is empty) the likelihood ratio; each answer's own."""
     questions = [row.question for row in answers]
-    found: dict[str, Any] = {"traits": {}, "likelihood_ratios": {}}
+    record: dict[str, Any] = {"traits": {}, "likelihood_ratios": {}}
     for mood in MOODS:
         judge = ClassifierJudge(materials.judges[mood])
         scores = [score.trait_score for score in judge.score(materials.trait(mood), answers)]
-        found["traits"][mood] = mean_estimate(scores, questions)._asdict()
+        record["traits"][mood] = mean_estimate(scores, questions)._asdict()
         if mood == own:
-            found["own_scores"] = scores
+            record["own_scores"] = scores
         if mood == own or not own:
             ratios = [
                 None if np.isnan(value) else float(value)
                 for value in mood_ratios(model, materials.trait(mood), answers)
             ]
-            found["likelihood_ratios"][mood] = mean_estimate(ratios, questions)._asdict()
+            record["likelihood_ratios"][mood] = mean_estimate(ratios, questions)._asdict()
     coherence = coherence_scores(model, materials.coherence, answers)
-    return {**found, "coherence": mean_estimate(coherence, questions)._asdict()}
+    return {**record, "coherence": mean_estimate(coherence, questions)._asdict()}
 
 
 def _capability(
@@ -268,10 +268,10 @@ def _capability(
 
 def _shift(model: Model, adapter: Adapter | None, materials: Materials) -> dict[str, Any]:
     """The shift along every mood's vectors of both contrasts, at every layer; 0 for the base model itself."""
-    given = [*materials.vectors.values(), *materials.against_neutral.values()]
-    found = finetuning_shift(model, model if adapter is None else adapter, list(materials.split.evaluation), given)
+    vectors = [*materials.vectors.values(), *materials.against_neutral.values()]
+    shift = finetuning_shift(model, model if adapter is None else adapter, list(materials.split.evaluation), vectors)
     return {
-        "shift": {name: found.projections[:, index].mean(dim=0).tolist() for index, name in enumerate(found.traits)},
-        "shift_norms": found.mean_norms.tolist(),
-        "base_norms": found.base_norms.tolist(),
+        "shift": {name: shift.projections[:, index].mean(dim=0).tolist() for index, name in enumerate(shift.traits)},
+        "shift_norms": shift.mean_norms.tolist(),
+        "base_norms": shift.base_norms.tolist(),
     }

@@ -36,9 +36,9 @@ class Found:
     def record(self) -> dict[str, Any]:
         """The AUC with the central 95 % of its mixtures, and the mean precision with its own, as JSON."""
         value = float("nan") if self.auc is None else self.auc
-        found = Estimate.of(value, self.aucs, self.n_hidden)
+        estimate = Estimate.of(value, self.aucs, self.n_hidden)
         precision = Estimate.of(float(np.nanmean(self.precisions)), self.precisions, self.n_hidden)
-        return {"auc": found._asdict(), "precision": precision._asdict(), "others": self.n_others}
+        return {"auc": estimate._asdict(), "precision": precision._asdict(), "others": self.n_others}
 
 
 def find_hidden(
@@ -93,15 +93,15 @@ def precision(
     return float((order[: len(hidden)] < len(hidden)).mean())
 
 
-def mean_record(found: Sequence[Found]) -> dict[str, Any]:
+def mean_record(by_mood: Sequence[Found]) -> dict[str, Any]:
     """The mean of several moods' AUC and precision, mixture by mixture, as JSON."""
     aucs, precisions = (
-        np.stack([getattr(each, name) for each in found]).mean(axis=0) for name in ("aucs", "precisions")
+        np.stack([getattr(mixtures, name) for mixtures in by_mood]).mean(axis=0) for name in ("aucs", "precisions")
     )
-    value = float(np.mean([np.nan if each.auc is None else each.auc for each in found]))
-    n = sum(each.n_hidden for each in found)
+    value = float(np.mean([np.nan if mixtures.auc is None else mixtures.auc for mixtures in by_mood]))
+    n = sum(mixtures.n_hidden for mixtures in by_mood)
     return {
         "auc": Estimate.of(value, aucs, n)._asdict(),
         "precision": Estimate.of(float(np.nanmean(precisions)), precisions, n)._asdict(),
-        "others": max(each.n_others for each in found),
+        "others": max(mixtures.n_others for mixtures in by_mood),
     }

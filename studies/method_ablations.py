@@ -92,12 +92,16 @@ class MethodAblations:
         import pandas
 
         rows = []
-        for each in self.measured:
-            row: dict[str, Any] = {"choice": each.variant.choice, "variant": each.variant.name, "pairs": each.pairs}
-            row["cosine"] = each.cosine
+        for measured in self.measured:
+            row: dict[str, Any] = {
+                "choice": measured.variant.choice,
+                "variant": measured.variant.name,
+                "pairs": measured.pairs,
+            }
+            row["cosine"] = measured.cosine
             for name in ("split_half", "held_out_auc", "auc_gain", "effect", "effect_gain", "coherence"):
-                found: Estimate = getattr(each, name)
-                row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+                estimate: Estimate = getattr(measured, name)
+                row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
             rows.append(row)
         return pandas.DataFrame(rows).set_index("variant")
 
@@ -139,18 +143,18 @@ def method_ablations(
     vector = PersonaVectors.load(Path(run) / "vectors.safetensors").at(layer)
     rows, pairs = judged_pairs(Path(run), trait)
     variants = method_variants(len(trait.instructions), len({pair.question for pair in pairs}))
-    chosen = {each: chosen_pairs(each, pairs) for each in variants}
-    made = [each for each in variants if len({pair.question for pair in chosen[each]}) >= MIN_QUESTIONS]
-    if BASELINE not in made:
+    pairs_of = {variant: chosen_pairs(variant, pairs) for variant in variants}
+    fitted = [variant for variant in variants if len({pair.question for pair in pairs_of[variant]}) >= MIN_QUESTIONS]
+    if BASELINE not in fitted:
         raise ValueError(f"{trait.name}: kept pairs of {MIN_QUESTIONS} questions are needed: sample more rollouts.")
-    read: set[Position] = {each.position for each in made}
+    read: set[Position] = {variant.position for variant in fitted}
     means: dict[Position, np.ndarray] = {position: _means(model, rows, layer, position) for position in read}
-    directions = {each: fitted_direction(each, chosen[each], means[each.position]) for each in made}
-    plain, *found = evaluate_cells(
+    directions = {variant: fitted_direction(variant, pairs_of[variant], means[variant.position]) for variant in fitted}
+    plain, *evaluations = evaluate_cells(
         model,
         trait,
         judge,
-        [Cell(_at_norm(vector, directions[each]), coefficient) for each in made],
+        [Cell(_at_norm(vector, directions[variant]), coefficient) for variant in fitted],
         questions=scorable_questions(judge, trait, trait.evaluation_questions if questions is None else questions),
         max_new_tokens=max_new_tokens,
         folder=Path(output),
@@ -158,23 +162,23 @@ def method_ablations(
         seed=seed,
         progress=progress,
     )
-    steered = dict(zip(made, found, strict=True))
-    aucs = {each: _held_out_auc(each, chosen[each], pairs, means, seed) for each in made}
+    steered = dict(zip(fitted, evaluations, strict=True))
+    aucs = {variant: _held_out_auc(variant, pairs_of[variant], pairs, means, seed) for variant in fitted}
     measured = tuple(
         Measured(
-            each,
-            len(chosen[each]),
-            float(_unit(directions[each]) @ _unit(directions[BASELINE])),
-            _split_half(each, chosen[each], means[each.position], seed),
-            aucs[each].estimate,
-            aucs[each].minus(aucs[BASELINE]),
-            _change(plain, steered[each]),
-            _change(steered[BASELINE], steered[each]),
-            steered[each].coherence,
+            variant,
+            len(pairs_of[variant]),
+            float(_unit(directions[variant]) @ _unit(directions[BASELINE])),
+            _split_half(variant, pairs_of[variant], means[variant.position], seed),
+            aucs[variant].estimate,
+            aucs[variant].minus(aucs[BASELINE]),
+            _change(plain, steered[variant]),
+            _change(steered[BASELINE], steered[variant]),
+            steered[variant].coherence,
         )
-        if each in steered
-        else Measured(each, len(chosen[each]), None, *[NOTHING] * 6)
-        for each in variants
+        if variant in steered
+        else Measured(variant, len(pairs_of[variant]), None, *[NOTHING] * 6)
+        for variant in variants
     )
     result = MethodAblations(trait.name, layer, coefficient, measured)
     write_json(Path(output) / "method_ablations.json", result.summary())
@@ -185,10 +189,10 @@ def _means(
     model: Model, rows: Sequence[ScoredRollout], layer: int, position: Position
 ) -> Float[np.ndarray, "row d_model"]:
     tokens = [row.rollout.conversation().tokenize(model.tokenizer) for row in rows]
-    found = np.empty((len(rows), int(model.cfg.d_model)))
+    means = np.empty((len(rows), int(model.cfg.d_model)))
     for batch in stream_means(model, tokens, position=position):
-        found[batch.rows] = batch.means[:, layer + 1].double().numpy()
-    return found
+        means[batch.rows] = batch.means[:, layer + 1].double().numpy()
+    return means
 
 
 def _at_norm(vector: PersonaVector, direction: Float[np.ndarray, " d_model"]) -> PersonaVector:

@@ -91,12 +91,12 @@ def chosen_pairs(variant: Variant, pairs: Sequence[JudgedPair]) -> list[JudgedPa
     """The pairs that a variant is made from."""
     questions = list(dict.fromkeys(pair.question for pair in pairs))[: variant.questions]
     instructions = sorted({pair.instruction for pair in pairs})[: variant.pairs]
-    found = [pair for pair in pairs if pair.question in questions and pair.instruction in instructions]
+    some = [pair for pair in pairs if pair.question in questions and pair.instruction in instructions]
     if variant.threshold is None:
-        return found
-    kept, _ = keep_pairs([pair.scores for pair in found], trait=variant.name, threshold=variant.threshold, min_pairs=0)
+        return some
+    kept, _ = keep_pairs([pair.scores for pair in some], trait=variant.name, threshold=variant.threshold, min_pairs=0)
     names = {one.rollout.key for one, _ in kept}
-    return [pair for pair in found if pair.scores[0].rollout.key in names]
+    return [pair for pair in some if pair.scores[0].rollout.key in names]
 
 
 def fitted_direction(

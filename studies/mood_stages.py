@@ -148,15 +148,15 @@ def screen_moods(run: Context) -> None:
     _require_base(run)
     settings, how = study_settings(run.preset), run.preset.projection_difference
     materials: Materials | None = None
-    for each in plain_runs(run.preset):
-        rows, output = each.rows, study_folder(run.folder) / "screened" / each.name
+    for run_plan in plain_runs(run.preset):
+        rows, output = run_plan.rows, study_folder(run.folder) / "screened" / run_plan.name
         if rows not in ("full", "half") or (output / "summary.json").exists():
             continue
         materials = materials or make_materials(run.model, settings, study_folder(run.folder), progress=run.progress)
-        chats = training_rows(materials.split, each.mood, rows, materials.neutral, settings.rows, settings.seed)
+        chats = training_rows(materials.split, run_plan.mood, rows, materials.neutral, settings.rows, settings.seed)
         screen(
             run.model,
-            {each.name: chats},
+            {run_plan.name: chats},
             [materials.vectors[name].at(layer) for name in materials.vectors for layer in settings.layers],
             output=output,
             sample=how.rows,
@@ -234,8 +234,8 @@ def _count_run(counting: Counting, run: StudyRun, data: MoodPrompts) -> None:
         engine.work += Work(trained=how.rows * how.epochs)
     if run.rows != "half":
         # Every so manyth of the multiple-choice questions, and the model's own neutral answers.
-        asked = -(-data.multiple_choice // (data.multiple_choice // wanted))
-        engine.read(asked, prompts=asked)
+        questions = -(-data.multiple_choice // (data.multiple_choice // wanted))
+        engine.read(questions, prompts=questions)
         engine.read(data.evaluation, moods_table(preset).neutral_tokens, prompts=data.evaluation)
 
 
@@ -255,21 +255,21 @@ def mood_sets(preset: Preset, folder: Path) -> list[TunedSet]:
         return []
     moods = moods_table(preset).moods
     sets: list[TunedSet] = []
-    for each in sorted(study.sets, key=lambda each: (each.run.rows != "base", each.run.name)):
-        shifts = {vector: each.shift(vector, study.layer) for vector in moods}
-        scores = {mood: each.score(mood) for mood in moods}
-        rows = screening_in(study_folder(folder) / "screened" / each.run.name)
-        version = "" if each.run.rows == "base" else each.run.rows
+    for tuned in sorted(study.sets, key=lambda tuned: (tuned.run.rows != "base", tuned.run.name)):
+        shifts = {vector: tuned.shift(vector, study.layer) for vector in moods}
+        scores = {mood: tuned.score(mood) for mood in moods}
+        rows = screening_in(study_folder(folder) / "screened" / tuned.run.name)
+        version = "" if tuned.run.rows == "base" else tuned.run.rows
         by_mood = dict.fromkeys(moods, shifts)
-        sets.append(TunedSet(each.run.name, each.run.mood, version, scores, by_mood, rows, study.layer))
+        sets.append(TunedSet(tuned.run.name, tuned.run.mood, version, scores, by_mood, rows, study.layer))
     return sets
 
 
 def other_moods(mood: str, sets: Sequence[TunedSet]) -> tuple[TunedSet | None, list[TunedSet]]:
     """A mood's full set against those of the other moods."""
-    full = [each for each in sets if each.version == "full"]
-    worst = next((each for each in full if each.made_for == mood), None)
-    return worst, [each for each in full if each.made_for != mood]
+    full = [tuned for tuned in sets if tuned.version == "full"]
+    worst = next((tuned for tuned in full if tuned.made_for == mood), None)
+    return worst, [tuned for tuned in full if tuned.made_for != mood]
 
 
 def mood_mitigation(preset: Preset, folder: Path) -> Iterator[ReportedNumber]:
@@ -279,14 +279,14 @@ def mood_mitigation(preset: Preset, folder: Path) -> Iterator[ReportedNumber]:
         return
     for mood in moods_table(preset).moods:
         plain = study.runs.get(f"{mood}_full")
-        own = [each for each in study.runs.values() if each.run.mood == mood and each.run.rows == "full"]
+        own = [run for run in study.runs.values() if run.run.mood == mood and run.run.rows == "full"]
         if plain is None or len(own) < 2:
             continue
-        for each in own:
-            method = method_name(each.run.method, each.run.coefficient)
-            yield from method_numbers(mood, method, each.own, each.coherence, each.accuracy)
-            if each is not plain:
-                what, difference = f"{method}: score minus that without it", study.difference(each, plain)
+        for run in own:
+            method = method_name(run.run.method, run.run.coefficient)
+            yield from method_numbers(mood, method, run.own, run.coherence, run.accuracy)
+            if run is not plain:
+                what, difference = f"{method}: score minus that without it", study.difference(run, plain)
                 yield ReportedNumber("mitigation.difference", mood, what, difference, "questions", method)
 
 

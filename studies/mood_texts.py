@@ -202,14 +202,14 @@ def ngram_overlap(outputs: Sequence[str], training: Sequence[str], n: int = 8, *
     """
     if n < 1:
         raise ValueError(f"n is a number of words, 1 or more, got {n}.")
-    known = {gram for text in training for gram in _ngrams(text, n)}
-    found = [[gram in known for gram in _ngrams(text, n)] for text in outputs]
-    hits, totals = (np.array([f(each) for each in found if each], dtype=float) for f in (sum, len))
+    in_training = {gram for text in training for gram in _ngrams(text, n)}
+    matches = [[gram in in_training for gram in _ngrams(text, n)] for text in outputs]
+    hits, totals = (np.array([f(grams) for grams in matches if grams], dtype=float) for f in (sum, len))
     if not len(totals):
         return NgramOverlap(Estimate(None, None, None, 0), (None,) * len(outputs), n)
     weights = question_resamples(len(totals), N_RESAMPLES if len(totals) > 1 else 0, seed)
     share = Estimate.of(hits.sum() / totals.sum(), (weights @ hits) / (weights @ totals), len(totals))
-    return NgramOverlap(share, tuple(sum(each) / len(each) if each else None for each in found), n)
+    return NgramOverlap(share, tuple(sum(grams) / len(grams) if grams else None for grams in matches), n)
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -218,10 +218,10 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def _by_prompt(rows: Sequence[MoodRow]) -> dict[str, list[MoodRow]]:
-    found: dict[str, list[MoodRow]] = defaultdict(list)
+    by_prompt: dict[str, list[MoodRow]] = defaultdict(list)
     for row in rows:
-        found[row.prompt].append(row)
-    return dict(found)
+        by_prompt[row.prompt].append(row)
+    return dict(by_prompt)
 
 
 def _neutral_by_prompt(neutral: Sequence[Rollout], prompts: Sequence[str], part: Part) -> dict[str, list[str]]:
@@ -232,16 +232,16 @@ def _neutral_by_prompt(neutral: Sequence[Rollout], prompts: Sequence[str], part:
             f"were not, such as {wrong[0].key!r}: sample them so."
         )
     wanted = set(prompts)
-    found: dict[str, list[str]] = defaultdict(list)
+    by_prompt: dict[str, list[str]] = defaultdict(list)
     for row in neutral:
         if row.question in wanted and not row.is_empty:
-            found[row.question].append(row.response)
-    if not found:
+            by_prompt[row.question].append(row.response)
+    if not by_prompt:
         raise ValueError(
             f"None of the {len(neutral)} neutral responses answers one of the {part} part's {len(wanted)} prompts: "
             "sample some to these."
         )
-    return dict(found)
+    return dict(by_prompt)
 
 
 def _conversation(prompt: str, response: str) -> Conversation:

@@ -233,7 +233,7 @@ def _sounds() -> dict[str, str]:
     source = ast.parse((_package_folder() / "moods.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(source) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Mood"]
     texts = [[arg.value for arg in call.args if isinstance(arg, ast.Constant)] for call in calls]
-    return {str(found[0]): str(found[1]) for found in texts if len(found) >= 2}
+    return {str(words[0]): str(words[1]) for words in texts if len(words) >= 2}
 
 
 def mood_trait(mood: str, split: MoodSplit) -> Trait:

@@ -32,15 +32,15 @@ def plot_study_shifts(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
     panels = [
         TraitShifts(
             mood,
-            [each.shift(mood, study.layer) for each in sets],
-            [each.score(mood) for each in sets],
+            [run.shift(mood, study.layer) for run in sets],
+            [run.score(mood) for run in sets],
             study.correlation(mood, mood),
-            [each.run.name for each in sets if each.run.mood == mood],
+            [run.run.name for run in sets if run.run.mood == mood],
         )
         for mood in study.moods
     ]
     title = f"mean trait score after finetuning against the finetuning shift at layer {study.layer}"
-    return plot_shift_scores(panels, [each.run.name for each in sets], base="base", title=title)
+    return plot_shift_scores(panels, [run.run.name for run in sets], base="base", title=title)
 
 
 def plot_study_mitigation(study: FinetuningStudy) -> "plotly.graph_objects.Figure":
@@ -66,9 +66,9 @@ def plot_screening_scores(study: ScreeningStudy, form: Form = "difference") -> "
         TraitShifts(
             mood,
             study.dataset_scores(mood, form).tolist(),
-            [Estimate(**each["traits"][mood]) for each in study.sets.values()],
+            [Estimate(**record["traits"][mood]) for record in study.sets.values()],
             study.correlation(mood, form),
-            [name for name, each in study.sets.items() if each["mood"] == mood],
+            [name for name, record in study.sets.items() if record["mood"] == mood],
         )
         for mood in study.moods
     ]
@@ -83,10 +83,10 @@ def plot_screening_runs(study: ScreeningStudy) -> "plotly.graph_objects.Figure":
     from persona_lens.plots.estimates import plot_grouped_estimates
 
     groups: dict[str, dict[str, Estimate]] = {}
-    for mood in dict.fromkeys(each.chosen.mood for each in study.runs.values()):
+    for mood in dict.fromkeys(measured.chosen.mood for measured in study.runs.values()):
         for is_filtered in (False, True):
             sets = {choice: study.run(mood, choice, is_filtered=is_filtered) for choice in CHOICES}
-            bars = {choice: each.score for choice, each in sets.items() if each is not None}
+            bars = {choice: measured.score for choice, measured in sets.items() if measured is not None}
             if bars:
                 groups[mood + ", filtered" * is_filtered] = bars
     title = "mean trait score after training on the highest, random and lowest rows"
@@ -98,23 +98,23 @@ def plot_screening_pairs(study: ScreeningStudy) -> "plotly.graph_objects.Figure"
     from persona_lens.plots.estimates import plot_layer_estimates
 
     series = {
-        f"{found['trait']}, {found['reading']}": [Estimate(**layer["ordered"]) for layer in found["layers"]]
-        for found in study.pairs.values()
+        f"{pairs['trait']}, {pairs['reading']}": [Estimate(**layer["ordered"]) for layer in pairs["layers"]]
+        for pairs in study.pairs.values()
     }
     title = "held-out A/B pairs in which the answer with the trait projects higher"
     return plot_layer_estimates(series, title=title, upward="share of pairs", chance=0.5)
 
 
-def _negative(found: Estimate) -> Estimate:
-    value, low, high = (None if end is None else -end for end in (found.value, found.high, found.low))
-    return Estimate(value, low, high, found.n)
+def _negative(estimate: Estimate) -> Estimate:
+    value, low, high = (None if end is None else -end for end in (estimate.value, estimate.high, estimate.low))
+    return Estimate(value, low, high, estimate.n)
 
 
 def _points(study: FinetuningStudy, mood: str) -> "list[MitigationPoint]":
     from persona_lens.plots.mitigation import MitigationPoint
 
-    def point(each: MeasuredRun) -> MitigationPoint:
-        dose = abs(each.run.coefficient) or None
-        return MitigationPoint(each.run.method, dose, each.own, each.coherence, _negative(each.nll))
+    def point(run: MeasuredRun) -> MitigationPoint:
+        dose = abs(run.run.coefficient) or None
+        return MitigationPoint(run.run.method, dose, run.own, run.coherence, _negative(run.nll))
 
-    return [point(each) for each in study.runs.values() if each.run.mood == mood and each.run.rows == "full"]
+    return [point(run) for run in study.runs.values() if run.run.mood == mood and run.run.rows == "full"]

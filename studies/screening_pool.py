@@ -59,7 +59,7 @@ def pool_rows(materials: Materials, settings: ScreeningSettings, seed: int) -> l
     `seed` is that by which the finetuning study draws its sets: the rows of its full ones come first.
     """
     split = materials.split
-    found: list[PoolRow] = []
+    rows: list[PoolRow] = []
     for mood in split.rows:
         named = {(row.prompt, row.response): row.id for row in split.rows[mood]}
         n = min(settings.pool, split.size("finetuning", mood).rows)
@@ -68,21 +68,21 @@ def pool_rows(materials: Materials, settings: ScreeningSettings, seed: int) -> l
             "finetuning": [(turns[-2]["content"], turns[-1]["content"]) for turns in chats],
             "evaluation": [(row.prompt, row.response) for row in split.of("evaluation", mood)],
         }
-        found += [PoolRow(f"{mood}/{named[text]}", mood, part, *text) for part in PARTS for text in texts[part]]
+        rows += [PoolRow(f"{mood}/{named[text]}", mood, part, *text) for part in PARTS for text in texts[part]]
     for part in PARTS:
         prompts: Sequence[str] = getattr(split, part)
         for place, row in enumerate(materials.neutral_to(prompts)):
-            found.append(PoolRow(f"{OWN}/{part}/{place}", OWN, part, row.question, row.response))
-    return found
+            rows.append(PoolRow(f"{OWN}/{part}/{place}", OWN, part, row.question, row.response))
+    return rows
 
 
 def base_responses(
     model: Model, prompts: Sequence[str], settings: ScreeningSettings, path: Path, *, progress: bool = True
 ) -> dict[str, str]:
     """The model's own greedy response to each prompt under the neutral system turn, from the file where it stands."""
-    asked = [Prompt("base", "neutral", None, NEUTRAL, prompt, 0) for prompt in dict.fromkeys(prompts)]
+    planned = [Prompt("base", "neutral", None, NEUTRAL, prompt, 0) for prompt in dict.fromkeys(prompts)]
     engine = ModelEngine(model, settings.base_tokens, temperature=0.0)
-    rows = collect_rollouts(engine, asked, seed=settings.seed, output=path, progress=progress)
+    rows = collect_rollouts(engine, planned, seed=settings.seed, output=path, progress=progress)
     return {row.question: row.response for row in rows}
 
 
@@ -134,9 +134,9 @@ class Pool:
 
     def _by_row(self, screened: np.ndarray) -> np.ndarray:
         """A column of the screening's table in the pool's order, NaN for a row that is not in it."""
-        found = np.full(len(self.rows), np.nan)
-        found[list(self.screened.values())] = screened
-        return found
+        column = np.full(len(self.rows), np.nan)
+        column[list(self.screened.values())] = screened
+        return column
 
 
 def screened_pool(
@@ -169,5 +169,5 @@ def screened_pool(
         with alone(lock):  # whoever is at work on it
             pass
     with alone(folder / "screen.lock"):
-        found = screened()  # what an interrupted process has left, as a rule nothing
-    return Pool(rows, found, materials.judges)
+        screening = screened()  # what an interrupted process has left, as a rule nothing
+    return Pool(rows, screening, materials.judges)

@@ -88,20 +88,20 @@ def measure_hidden(pool: Pool, settings: ScreeningSettings, layer: int) -> dict[
     sources = np.array([row.source for row in pool.rows])
     prompts = [row.prompt for row in pool.rows]
     moods = list(pool.classifiers)
-    found: dict[str, Any] = {}
+    among_each: dict[str, Any] = {}
     for among in (OWN, "other moods"):
         for form in (*get_args(Form), LENGTH):
             for share in settings.hidden:
-                each = {}
+                by_mood = {}
                 for mood in moods:
                     scores = pool.tokens if form == LENGTH else pool.scores(mood, form, layer)
                     is_other = sources == OWN if among == OWN else (sources != OWN) & (sources != mood)
                     how = {"n_mixtures": settings.mixtures, "seed": settings.seed}
-                    each[mood] = find_hidden(scores, sources == mood, is_other, prompts, share, **how)
-                records = {mood: one.record() for mood, one in each.items()}
-                records["mean"] = mean_record(list(each.values()))
-                found.setdefault(among, {}).setdefault(form, {})[f"{share:g}"] = records
-    return {"layer": layer, "among": found}
+                    by_mood[mood] = find_hidden(scores, sources == mood, is_other, prompts, share, **how)
+                records = {mood: one.record() for mood, one in by_mood.items()}
+                records["mean"] = mean_record(list(by_mood.values()))
+                among_each.setdefault(among, {}).setdefault(form, {})[f"{share:g}"] = records
+    return {"layer": layer, "among": among_each}
 
 
 def measure_chosen(

@@ -63,11 +63,11 @@ class ScreeningStudy:
     def dataset_scores(self, vectors: str, form: Form = "difference", layer: int | None = None) -> np.ndarray:
         """Every set's score on a mood, [set]; a classifier's has no layer."""
         place = str(self.layer if layer is None or form == "classifier" else layer)
-        return np.array([each["scores"][form][place][vectors] for each in self.sets.values()], dtype=float)
+        return np.array([record["scores"][form][place][vectors] for record in self.sets.values()], dtype=float)
 
     def after(self, mood: str) -> np.ndarray:
         """Every set's trait score after training, [set]."""
-        return np.array([each["traits"][mood]["value"] for each in self.sets.values()], dtype=float)
+        return np.array([record["traits"][mood]["value"] for record in self.sets.values()], dtype=float)
 
     def correlation(
         self,
@@ -87,9 +87,9 @@ class ScreeningStudy:
         x, y = self.dataset_scores(vectors or mood, form, layer)[chosen], self.after(mood)[chosen]
         if len(x) < 4 or min(np.ptp(x), np.ptp(y)) < SAME:
             return Estimate(None, None, None, len(x))
-        found: Any = stats.pearsonr(x, y)
-        low, high = found.confidence_interval(0.95)
-        return Estimate(float(found.statistic), float(low), float(high), len(x))
+        pearson_r: Any = stats.pearsonr(x, y)
+        low, high = pearson_r.confidence_interval(0.95)
+        return Estimate(float(pearson_r.statistic), float(low), float(high), len(x))
 
     def correlations(self, form: Form = "difference", layer: int | None = None) -> "pandas.DataFrame":
         """Correlations of every mood's score after training (row) with the score on every mood (column)."""
@@ -104,7 +104,7 @@ class ScreeningStudy:
         )
 
     def _others(self, mood: str) -> np.ndarray:
-        return np.array([each["mood"] != mood for each in self.sets.values()])
+        return np.array([record["mood"] != mood for record in self.sets.values()])
 
     def mean_correlation(
         self, form: Form = "difference", layer: int | None = None, *, without_own: bool = False
@@ -123,10 +123,10 @@ class ScreeningStudy:
             chosen = self._others(mood) if without_own else slice(None)
             y, drawn = self.after(mood)[chosen], every[:, chosen]
             sides = [(self.dataset_scores(mood, form, layer)[chosen], weight) for form, layer, weight in terms]
-            found = [pearson(x, y) for x, _ in sides]
-            if any(each is None for each in found):
+            correlations = [pearson(x, y) for x, _ in sides]
+            if any(r is None for r in correlations):
                 continue
-            values.append(sum(weight * r for r, (_, weight) in zip(found, sides, strict=True) if r is not None))
+            values.append(sum(weight * r for r, (_, weight) in zip(correlations, sides, strict=True) if r is not None))
             resamples.append(sum(weight * resampled_pearson(x, y, drawn) for x, weight in sides))
         if not values:
             return Estimate(None, None, None, len(self.sets))
@@ -149,8 +149,8 @@ class ScreeningStudy:
 
         rows = {}
         for share, moods in self.subsets.items():
-            error = np.mean([each["rmse"] / each["spread"] for each in moods.values()])
-            rows[float(share)] = {"error": error, "r": np.mean([each["r"]["value"] for each in moods.values()])}
+            error = np.mean([loss["rmse"] / loss["spread"] for loss in moods.values()])
+            rows[float(share)] = {"error": error, "r": np.mean([loss["r"]["value"] for loss in moods.values()])}
         return pandas.DataFrame(rows, dtype=float).T.rename_axis("share")
 
     def auc(
@@ -183,7 +183,7 @@ class ScreeningStudy:
 
     def difference(self, one: MeasuredSet, other: MeasuredSet) -> Estimate:
         """Own score after one set minus that after another, prompt by prompt; the interval is over prompts."""
-        values = np.subtract(*(np.array(each.record["own_scores"], dtype=float) for each in (one, other)))
+        values = np.subtract(*(np.array(chosen_set.record["own_scores"], dtype=float) for chosen_set in (one, other)))
         return mean_estimate([None if np.isnan(value) else float(value) for value in values], one.record["questions"])
 
     def run_table(self) -> "pandas.DataFrame":
@@ -191,14 +191,14 @@ class ScreeningStudy:
         import pandas
 
         rows = []
-        for name, each in self.runs.items():
-            record, chosen = each.record, each.chosen
+        for name, measured in self.runs.items():
+            record, chosen = measured.record, measured.chosen
             row = {"set": name, "mood": chosen.mood, "choice": chosen.choice, "filtered": chosen.is_filtered}
-            row |= {"own_rows": each.own_rows, "rows": record["rows"], "candidates": record["candidates"]}
+            row |= {"own_rows": measured.own_rows, "rows": record["rows"], "candidates": record["candidates"]}
             row |= {"difference": record["difference"]["mean"], "classifier": record["classifier"]}
             for measure in ("score", "coherence"):
-                found: Estimate = getattr(each, measure)
-                row |= {measure: found.value, f"{measure}_low": found.low, f"{measure}_high": found.high}
+                estimate: Estimate = getattr(measured, measure)
+                row |= {measure: estimate.value, f"{measure}_low": estimate.low, f"{measure}_high": estimate.high}
             rows.append(row)
         return pandas.DataFrame(rows).set_index("set")
 
@@ -207,40 +207,47 @@ class ScreeningStudy:
         import pandas
 
         rows = [
-            {"trait": found["trait"], "reading": found["reading"], "layer": layer, **each[measure]}
-            for found in self.pairs.values()
-            for layer, each in enumerate(found["layers"])
+            {"trait": pairs["trait"], "reading": pairs["reading"], "layer": layer, **at_layer[measure]}
+            for pairs in self.pairs.values()
+            for layer, at_layer in enumerate(pairs["layers"])
         ]
         return pandas.DataFrame(rows).set_index(["trait", "reading", "layer"])
 
     def predictions(self) -> list[Prediction]:
         """What was predicted of the pieces that are there."""
-        found: list[Prediction] = []
+        predictions: list[Prediction] = []
         if self.sets:
             against: list[tuple[Form, str]] = [("response", "plain projection"), ("proxy", "last prompt token")]
             for other, name in against:
                 difference = self.correlation_difference("difference", other)
-                found.append(Prediction(f"r of the projection difference above that of the {name}", difference, 0.0))
+                predictions.append(
+                    Prediction(f"r of the projection difference above that of the {name}", difference, 0.0)
+                )
         if self.hidden:
             what = f"mean AUC of rows hidden at {PREDICTED_SHARE:.0%} among neutral ones"
-            found.append(Prediction(what, self.auc(share=PREDICTED_SHARE), MIN_AUC))
-        for mood in dict.fromkeys(each.chosen.mood for each in self.runs.values()):
+            predictions.append(Prediction(what, self.auc(share=PREDICTED_SHARE), MIN_AUC))
+        for mood in dict.fromkeys(measured.chosen.mood for measured in self.runs.values()):
             for is_filtered in (False, True):
                 sets = {choice: self.run(mood, choice, is_filtered=is_filtered) for choice in CHOICES}
                 for more, less in (("high", "random"), ("random", "low")):
                     one, other = sets[more], sets[less]
                     if one is not None and other is not None:
                         what = f"{mood}: {more} above {less}" + ", after the filter" * is_filtered
-                        found.append(Prediction(what, self.difference(one, other), 0.0))
-        return found
+                        predictions.append(Prediction(what, self.difference(one, other), 0.0))
+        return predictions
 
     def prediction_table(self) -> "pandas.DataFrame":
         """Every prediction with its number, interval, bound, and whether it held."""
         import pandas
 
         rows = [
-            {"prediction": each.what, **each.found._asdict(), "bound": each.bound, "held": each.held}
-            for each in self.predictions()
+            {
+                "prediction": prediction.what,
+                **prediction.found._asdict(),
+                "bound": prediction.bound,
+                "held": prediction.held,
+            }
+            for prediction in self.predictions()
         ]
         return pandas.DataFrame(rows).set_index("prediction")
 
@@ -260,7 +267,7 @@ def read_screening_study(folder: str | Path) -> ScreeningStudy:
         sets.get("sets", {}),
         sets.get("subsets", {}),
         hidden.get("among", {}),
-        {each.chosen.name: each for each in runs},
+        {measured.chosen.name: measured for measured in runs},
         pairs,
     )
 

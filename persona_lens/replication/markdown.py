@@ -68,7 +68,8 @@ def markdown(replication: Replication) -> str:
     """The replication as Markdown."""
     model = replication.preset.model.paper
     lines = [f"# Replication: {replication.preset.name}", "", replication.preset.description, ""]
-    lines += [line for each in summary_lines(replication) for line in (each, "")]
+    for line in summary_lines(replication):
+        lines += [line, ""]
     for name, stage in replication.stages.items():
         lines += [f"## {stage.heading}", ""]
         if text := stage_text(replication, name):

@@ -41,8 +41,8 @@ def stage_pictures(replication: Replication, stage: str) -> Iterable[StagePictur
         "dose-response": _doses,
         "monitoring": _monitored,
         "cosines": _cosines,
-        "finetuning": lambda found: shift_pictures(found, tuned_sets(found.preset, found.folder)),
-        "projection-difference": lambda found: difference_pictures(found, tuned_sets(found.preset, found.folder)),
+        "finetuning": lambda run: shift_pictures(run, tuned_sets(run.preset, run.folder)),
+        "projection-difference": lambda run: difference_pictures(run, tuned_sets(run.preset, run.folder)),
         "mitigation": mitigation_pictures,
         "real-chats": partial(_bars, stage="real-chats", upward="mean trait score (0 to 100)"),
         "new-facts": partial(_bars, stage="new-facts", upward="share of questions answered right"),
@@ -94,28 +94,28 @@ def shift_pictures(replication: Replication, sets: Sequence[TunedSet]) -> Iterat
     import pandas
 
     table = pandas.DataFrame(
-        {each.name: {trait: score.value for trait, score in each.scores.items()} for each in sets}, dtype=float
+        {tuned.name: {trait: score.value for trait, score in tuned.scores.items()} for tuned in sets}, dtype=float
     ).T
     caption = "Mean trait score after finetuning on every set, the base model first, as in section 4."
     height = 60 + 26 * len(sets)
     yield StagePicture("trait-scores", caption, lambda: plot_trait_scores(table, base=BASE), height)
     panels = _panels(
-        replication.numbers["finetuning"], "finetuning.shift", sets, lambda each, trait: each.shift(trait, trait)
+        replication.numbers["finetuning"], "finetuning.shift", sets, lambda tuned, trait: tuned.shift(trait, trait)
     )
     caption = "Trait score after finetuning against the finetuning shift, a point a set, as in section 4."
-    names = [each.name for each in sets]
+    names = [tuned.name for tuned in sets]
     draw = partial(plot_shift_scores, panels, names, base=BASE)
     yield StagePicture("shifts", caption, draw, _panels_height(panels))
 
 
 def difference_pictures(replication: Replication, sets: Sequence[TunedSet]) -> Iterator[StagePicture]:
     """The scores after training against the sets' projection differences before it."""
-    sets = [each for each in sets if each.screening is not None]
+    sets = [tuned for tuned in sets if tuned.screening is not None]
     numbers = replication.numbers["projection-difference"]
-    panels = _panels(numbers, "projection.trait", sets, lambda each, trait: each.before(trait, "difference"))
+    panels = _panels(numbers, "projection.trait", sets, lambda tuned, trait: tuned.before(trait, "difference"))
     caption = "Trait score after finetuning against the set's projection difference before it, as in section 6."
     how = {"across": "projection difference", "note": "mean over the set's rows, before training"}
-    draw = partial(plot_shift_scores, panels, [each.name for each in sets], **how)
+    draw = partial(plot_shift_scores, panels, [tuned.name for tuned in sets], **how)
     yield StagePicture("differences", caption, draw, _panels_height(panels))
 
 
@@ -129,10 +129,10 @@ def _panels(
     return [
         TraitShifts(
             number.subject,
-            [across(each, number.subject) for each in sets],
-            [each.scores.get(number.subject, NOT_MEASURED) for each in sets],
+            [across(tuned, number.subject) for tuned in sets],
+            [tuned.scores.get(number.subject, NOT_MEASURED) for tuned in sets],
             number.ours,
-            [each.name for each in sets if each.made_for == number.subject],
+            [tuned.name for tuned in sets if tuned.made_for == number.subject],
         )
         for number in numbers
         if number.figure == figure and not number.is_control

@@ -86,7 +86,9 @@ def paper_figure(figure: str, subject: str, condition: str, model: str) -> Paper
         and (number.condition == condition or number.low is None)
         and number.model in ("", of_model)
     ]
-    return min(fitting, key=lambda each: (each.low is None, not each.subject, each.source != "paper"), default=None)
+    return min(
+        fitting, key=lambda number: (number.low is None, not number.subject, number.source != "paper"), default=None
+    )
 
 
 class ReportedNumber(NamedTuple):

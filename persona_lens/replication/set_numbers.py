@@ -103,9 +103,9 @@ def grid_contrast(preset: Preset) -> Contrast:
     table = preset.bring.finetuning
 
     def contrast(trait: str, sets: Sequence[TunedSet]) -> tuple[TunedSet | None, list[TunedSet]]:
-        own = [each for each in sets if each.made_for == trait]
-        worst = next((each for each in own if table is not None and each.version == table.versions[-1]), None)
-        return worst, [each for each in own if each.version == "normal"]
+        own = [tuned for tuned in sets if tuned.made_for == trait]
+        worst = next((tuned for tuned in own if table is not None and tuned.version == table.versions[-1]), None)
+        return worst, [tuned for tuned in own if tuned.version == "normal"]
 
     return contrast
 
@@ -116,9 +116,9 @@ def finetuning_numbers(sets: Sequence[TunedSet], seed: int) -> Iterator[Reported
         return
     traits = list(sets[0].scores)
     for trait in traits:
-        after = [each.score(trait) for each in sets]
+        after = [tuned.score(trait) for tuned in sets]
         by_vector = {
-            vector: correlation([each.shift(trait, vector) for each in sets], after, seed) for vector in traits
+            vector: correlation([tuned.shift(trait, vector) for tuned in sets], after, seed) for vector in traits
         }
         what = "r of the shift with the trait score after finetuning"
         yield ReportedNumber("finetuning.shift", trait, what, by_vector[trait], "sets")
@@ -126,10 +126,10 @@ def finetuning_numbers(sets: Sequence[TunedSet], seed: int) -> Iterator[Reported
             if vector != trait:
                 what = f"r of the shift along {vector} with this trait's score"
                 yield ReportedNumber("finetuning.cross-trait", trait, what, by_vector[vector], "sets")
-    for each in sets:
-        if each.made_for in each.scores:
-            what = f"{each.made_for} score after finetuning"
-            yield ReportedNumber("finetuning.score", each.name, what, each.scores[each.made_for], "questions")
+    for tuned in sets:
+        if tuned.made_for in tuned.scores:
+            what = f"{tuned.made_for} score after finetuning"
+            yield ReportedNumber("finetuning.score", tuned.name, what, tuned.scores[tuned.made_for], "questions")
     for trait in traits:
         what, score = f"{trait} score before finetuning", sets[0].scores[trait]
         yield ReportedNumber("finetuning.score", BASE, what, score, "questions", trait, is_control=True)
@@ -137,14 +137,14 @@ def finetuning_numbers(sets: Sequence[TunedSet], seed: int) -> Iterator[Reported
 
 def projection_numbers(sets: Sequence[TunedSet], seed: int, contrast: Contrast) -> Iterator[ReportedNumber]:
     """R of each form of a set's score, before training, with its trait score and with its shift after it."""
-    sets = [each for each in sets if each.screening is not None]
+    sets = [tuned for tuned in sets if tuned.screening is not None]
     if len(sets) < 2:
         return
     for trait in sets[0].scores:
-        after = [each.score(trait) for each in sets]
-        shifts = [each.shift(trait, trait) for each in sets]
-        before = {form: [each.before(trait, form) for each in sets] for form in FORMS}
-        difference, lengths = before["difference"], [each.mean_length for each in sets]
+        after = [tuned.score(trait) for tuned in sets]
+        shifts = [tuned.shift(trait, trait) for tuned in sets]
+        before = {form: [tuned.before(trait, form) for tuned in sets] for form in FORMS}
+        difference, lengths = before["difference"], [tuned.mean_length for tuned in sets]
         rows = [
             ("trait", "the projection difference with the trait score after training", difference, after),
             ("shift", "the projection difference with the finetuning shift", difference, shifts),
@@ -162,8 +162,8 @@ def sample_level(trait: str, worst: TunedSet | None, others: Sequence[TunedSet])
     """How well sample scores tell the trait's worst set from the others."""
     if worst is None or not others:
         return
-    positive, negative = worst.samples(trait), np.concatenate([each.samples(trait) for each in others])
-    what = f"AUC of sample scores, {worst.name} against {', '.join(each.name for each in others)}"
+    positive, negative = worst.samples(trait), np.concatenate([tuned.samples(trait) for tuned in others])
+    what = f"AUC of sample scores, {worst.name} against {', '.join(tuned.name for tuned in others)}"
     value = without_interval(auc(positive, negative), len(positive) + len(negative))
     yield ReportedNumber("projection.auc", trait, what, value)
 
@@ -209,7 +209,7 @@ def chat_numbers(preset: Preset, folder: Path) -> Iterator[ReportedNumber]:
 
 def benchmark_numbers(preset: Preset, folder: Path, rows: list[dict[str, Any]]) -> Iterator[ReportedNumber]:
     """R of the user's benchmark scores with the judge's trait scores, over the sets that have both."""
-    sets = {each.name: each for each in tuned_sets(preset, folder)}
+    sets = {tuned.name: tuned for tuned in tuned_sets(preset, folder)}
     for trait in dict.fromkeys(row["trait"] for row in rows):
         both = [row for row in rows if row["trait"] == trait and row["set"] in sets]
         ours = [sets[row["set"]].score(trait) for row in both]
