@@ -5,25 +5,24 @@ import sys
 import tomllib
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.resources import files
 
 import pytest
 
+from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
 from persona_lens.replication.counting import Work
 from persona_lens.replication.preset import Preset
-from persona_lens.traits.trait import InstructionPair, Trait
+from persona_lens.replication.run import replicate
+from tests import evaluation_cases
 
-TRAIT = Trait(
-    name="grumpy",
-    description="Finds fault with everything.",
-    positive_adjective="grumpy",
-    instructions=(InstructionPair("Grumble.", "Praise."), InstructionPair("Sigh.", "Smile.")),
+TRAIT = replace(
+    evaluation_cases.TRAIT,
     extraction_questions=("How is the soup?", "How was the film?", "Who are they?", "What is new?"),
     evaluation_questions=("How is the tea?", "Who are you?", "Is it late?", "Why not?", "And then?", "Where to?"),
     monitoring_prompts=tuple(
         f"Be {word}." for word in ["kind", "nice", "calm", "fair", "short", "loud", "cold", "mean"]
     ),
-    rubric="How grumpy is {answer} to {question}?",
 )
 SHORT = {"questions": 3, "per_question": 1, "max_new_tokens": 4}
 CHANGES = {
@@ -127,58 +126,45 @@ def make_tiny(patch):
     patch.setattr("persona_lens.replication.run.require_installed", lambda *_: None)
 
 
-class Counted:
-    """What was really done: the functions that every stage goes through, counted wherever they are used."""
+def _trained(call, result):
+    epochs = int(call[1].training["num_train_epochs"])
+    # No seconds where a finished run was read again.
+    return Work(trained=len(call[1].rows[0]) * epochs if result.seconds else 0)
 
-    def __init__(self, monkeypatch):
-        self.work = Work()
-        from persona_lens.activations import means as activations
-        from persona_lens.evaluation import capability as measurement
-        from persona_lens.finetuning.finetune import finetune as _  # noqa: F401
-        from persona_lens.generation import decoding as generation
-        from persona_lens.judges import likelihood_ratio as likelihood
-        from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
-        from persona_lens.monitoring import projection as passes
 
-        self._count(monkeypatch, generation, "generate", self._generated)
-        self._count(monkeypatch, likelihood, "intervened_log_likelihoods", self._read)
-        self._count(monkeypatch, activations, "stream_means", self._read)
-        self._count(monkeypatch, passes, "token_projections", self._read)
-        self._count(monkeypatch, measurement, "measure_capability", self._asked)
-        self._count(monkeypatch, LikelihoodRatioJudge, "score", self._judged)
-        training = sys.modules["persona_lens.finetuning.training"]
-        self._count(monkeypatch, training, "run_plan", self._trained)
+NOTES = {
+    "generation.decoding.generate": lambda _, replies: Work(len(replies), sum(len(reply.tokens) for reply in replies)),
+    "judges.likelihood_ratio.intervened_log_likelihoods": lambda call, _: Work(forwards=len(call[1])),
+    "activations.means.stream_means": lambda call, _: Work(forwards=len(call[1])),
+    "monitoring.projection.token_projections": lambda call, _: Work(forwards=len(call[1])),
+    "evaluation.capability.measure_capability": lambda _, able: Work(forwards=len(able.answers)),
+    "finetuning.training.run_plan": _trained,
+    "judges.likelihood_ratio.LikelihoodRatioJudge.score": lambda _, scores: Work(judged=len(scores)),
+}
+"""The functions that every stage goes through, and what a call and its result come to."""
+USED = ("extraction.pipeline", "evaluation.dose_response", "finetuning.finetune", "finetuning.shift", "screening.run")
 
-    def _count(self, monkeypatch, home, name, note):
-        original = getattr(home, name)
 
-        def counted(*arguments, **named):
-            found = original(*arguments, **named)
-            note(arguments, named, found)
-            return found
+def count_work(patch):
+    """What is really done from now on, in a list of `Work`."""
+    done = []
+    for name in USED:  # imported later, they would keep what is patched here
+        import_module(f"persona_lens.{name}")
+    for name, note in NOTES.items():
+        home, _, function = f"persona_lens.{name}".rpartition(".")
+        place = import_module(home) if home.rpartition(".")[2].islower() else LikelihoodRatioJudge
+        original = getattr(place, function)
+
+        def counted(*call, original=original, note=note, **named):
+            result = original(*call, **named)
+            done.append(note(call, result))
+            return result
 
         modules = [module for key, module in sys.modules.items() if key.startswith(("persona_lens", "studies"))]
-        for module in [home, *modules]:
-            if getattr(module, name, None) is original:
-                monkeypatch.setattr(module, name, counted)
-
-    def _generated(self, arguments, named, found):
-        tokens = sum(len(each.tokens) for each in found)
-        self.work += Work(rollouts=len(found), generated=tokens)
-
-    def _read(self, arguments, named, found):
-        self.work += Work(forwards=len(arguments[1]))
-
-    def _asked(self, arguments, named, found):
-        self.work += Work(forwards=len(found.answers))
-
-    def _judged(self, arguments, named, found):
-        self.work += Work(judged=len(found))
-
-    def _trained(self, arguments, named, found):
-        if found.seconds:  # 0 where a finished run was read again
-            epochs = int(arguments[1].training["num_train_epochs"])
-            self.work += Work(trained=len(arguments[1].rows[0]) * epochs)
+        for module in [place, *modules]:
+            if getattr(module, function, None) is original:
+                patch.setattr(module, function, counted)
+    return done
 
 
 def exact(work: Work) -> Work:
@@ -188,16 +174,14 @@ def exact(work: Work) -> Work:
 
 def run_stages(preset, folder, model, stages, **options):
     """The work that each stage really did, after it was run by itself."""
-    from persona_lens.replication.run import replicate
-
     counts = {}
     for stage in stages:
         with pytest.MonkeyPatch.context() as patch:
-            counted = Counted(patch)
+            done = count_work(patch)
             settings = {"model": model, "only": [stage], "data": folder, "progress": False, **options}
             failures = replicate(preset, folder / "run", **settings).failures
             assert failures == {}, failures
-            counts[stage] = exact(counted.work)
+            counts[stage] = exact(sum(done, Work()))
     return counts
 
 

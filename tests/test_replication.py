@@ -12,7 +12,6 @@ from scipy import stats
 
 from persona_lens.replication import run
 from persona_lens.replication.counting import Work
-from persona_lens.replication.markdown import judge_text
 from persona_lens.replication.plan import Rates, plan_replication, rates_of, seconds_of
 from persona_lens.replication.preset import Preset, load_preset
 from persona_lens.replication.reported_number import ReportedNumber, correlation, paper_figure, paper_figures
@@ -208,15 +207,6 @@ def test_what_a_stage_needs_is_told_before_anything_is_spent(monkeypatch, tmp_pa
     with pytest.raises(ImportError, match=r"needs peft, which is not installed\. Run: pip install"):
         run.require_installed(plan_replication(preset, tmp_path, only=["finetuning"]))
     run.require_installed(plan_replication(preset, tmp_path, only=["layers"]))
-
-
-def test_a_judge_that_is_fitted_to_each_trait_is_told_by_what_all_have_in_common():
-    judges = {"evil": "ratio by a model, slope 1", "impolite": "ratio by a model, slope 2", "humorous": None}
-    assert (
-        judge_text({"judges": judges}, "layers") == "ratio by a model, fitted to each trait as stages/layers.json says"
-    )
-    assert judge_text({"judges": {"evil": "gpt", "impolite": "gpt"}}, "layers") == "gpt"
-    assert judge_text({"judges": {"evil": "one", "impolite": "other"}}, "layers").startswith("2 judges, ")
 
 
 # What the sets' files say
