@@ -113,12 +113,8 @@ class Context:
             return LLMJudge(OpenAIClient(how.model, **server, concurrency=how.concurrency, cache=cache))
         from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
 
-        return LikelihoodRatioJudge(
-            self.model,
-            calibration_questions=how.calibration_questions,
-            neutral_samples=how.neutral_samples,
-            contrast_pairs=how.contrast_pairs,
-        )
+        settings = how.model_dump(include={"calibration_questions", "neutral_samples", "contrast_pairs"})
+        return LikelihoodRatioJudge(self.model, **settings)
 
     def judge_of(self, trait: Trait) -> "Judge":
         """The judge, calibrated for the trait where it needs that."""

@@ -58,9 +58,9 @@ class Stage:
         return missing_data(user_data, self.needs)
 
 
-def by_trait(method: str) -> Callable[[Context], Pieces]:
-    """A piece for each trait, which is one method of the context."""
-    return lambda run: {name: partial(getattr(run, method), name) for name in run.preset.traits}
+def by_trait(do: Callable[[Context, str], None]) -> Callable[[Context], Pieces]:
+    """A piece for each trait."""
+    return lambda run: {name: partial(do, run, name) for name in run.preset.traits}
 
 
 def whole(stage: Callable[[Context], None]) -> Callable[[Context], Pieces]:
@@ -194,37 +194,25 @@ def train_on_chats(run: Context) -> None:
 
 
 _PEFT = {"peft": 'pip install "persona-lens[finetune]"'}
-_MMLU = {"lm_eval": "pip install --no-deps lm-eval==0.4.13"}
-_SETS = ("finetuning",)
+_TRAINING = {**_PEFT, "lm_eval": "pip install --no-deps lm-eval==0.4.13"}
+_SETS, _FACTS = ("finetuning",), ("new_facts", "narrow")
 
 STAGES: tuple[Stage, ...] = (
-    Stage("extraction", "Directions from the model's own rollouts (section 2)", by_trait("extract")),
-    Stage("layers", "Which layer (section B.4)", by_trait("sweep_layers")),
-    Stage("dose-response", "What a dose does (sections 3.2, J.3)", by_trait("measure_doses")),
+    Stage(
+        "extraction",
+        "Directions from the model's own rollouts (section 2)",
+        by_trait(lambda run, name: run.extract(name)),
+    ),
+    Stage("layers", "Which layer (section B.4)", by_trait(lambda run, name: run.sweep_layers(name))),
+    Stage("dose-response", "What a dose does (sections 3.2, J.3)", by_trait(lambda run, name: run.measure_doses(name))),
     Stage("monitoring", "Does the prompt give the persona away? (sections 3.3, C)", _monitoring),
     Stage("cosines", "How traits lie to each other (section M)"),
     Stage(
-        "finetuning",
-        "Does the shift tell what finetuning did? (sections 4, G)",
-        whole(finetune_sets),
-        needs=_SETS,
-        packages={**_PEFT, **_MMLU},
+        "finetuning", "Does the shift tell what finetuning did? (sections 4, G)", whole(finetune_sets), _SETS, _TRAINING
     ),
     Stage("projection-difference", "Can it be told before training? (sections 6, H, I)", whole(screen_sets), _SETS),
-    Stage(
-        "mitigation",
-        "What holds a trait down (sections 5, J)",
-        whole(mitigate_sets),
-        needs=_SETS,
-        packages={**_PEFT, **_MMLU},
-    ),
-    Stage(
-        "new-facts",
-        "Is what should be learnt still learnt? (sections J.1, J.7)",
-        whole(learn_facts),
-        needs=("new_facts", "narrow"),
-        packages=_PEFT,
-    ),
+    Stage("mitigation", "What holds a trait down (sections 5, J)", whole(mitigate_sets), _SETS, _TRAINING),
+    Stage("new-facts", "Is what should be learnt still learnt? (sections J.1, J.7)", whole(learn_facts), _FACTS, _PEFT),
     Stage("real-chats", "Samples of real chats (section L)", whole(train_on_chats), ("chats",), _PEFT),
     Stage("benchmarks", "The judge beside external benchmarks (section B.3)", needs=("benchmarks",)),
 )
