@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_lens.replication.counting import Counting, Work
 from persona_lens.replication.preset import Preset
-from persona_lens.replication.stages import Stage, all_stages, refuse_unknown
+from persona_lens.replication.stages import Stage, all_stages
 from persona_lens.replication.user_data import UserData, find_user_data
 
 if TYPE_CHECKING:
@@ -179,10 +179,12 @@ def plan_replication(
 
     Raises ValueError for a stage that does not exist, and what `find_user_data` raises.
     """
-    refuse_unknown(only, extra)
+    stages = all_stages(extra)
+    if unknown := [name for name in only if name not in stages]:
+        raise ValueError(f"Expected stages among {', '.join(stages)}, got {unknown[0]!r}: name one of these.")
     user_data, rates = find_user_data(preset, data), rates_of(preset)
     counting, costs, left_out = Counting(preset, user_data), [], {}
-    for name, stage in all_stages(extra).items():
+    for name, stage in stages.items():
         before = counting.engine.work
         if reason := stage.left_out(preset, user_data):
             left_out[name] = reason

@@ -67,26 +67,33 @@ def replicate(
         ImportError: What a stage needs is not installed; raised before anything is spent.
         OSError: `output_dir` cannot be written.
     """
-    folder = Path(output_dir)
-    with writes_folder(folder):
-        preset = preset if isinstance(preset, Preset) else load_preset(preset)
-        refuse_other_json(folder / PRESET, ("preset", "left_out"))
-        plan = plan_replication(preset.in_full() if full else preset, data, only=only, extra=extra_stages)
-        return _run(plan, folder, model, judge, progress)
+    preset = preset if isinstance(preset, Preset) else load_preset(preset)
+    plan = plan_replication(preset.in_full() if full else preset, data, only=only, extra=extra_stages)
+    return run_plan(plan, output_dir, model=model, judge=judge, progress=progress)
 
 
-def run_plan(plan: Plan, output_dir: str | Path) -> Replication:
+def run_plan(
+    plan: Plan,
+    output_dir: str | Path,
+    *,
+    model: Model | None = None,
+    judge: Judge | None = None,
+    progress: bool = True,
+) -> Replication:
     """Run what `plan_replication` planned; otherwise like `replicate`."""
     folder = Path(output_dir)
     with writes_folder(folder):
         refuse_other_json(folder / PRESET, ("preset", "left_out"))
-        return _run(plan, folder, None, None, True)
+        return _run(plan, folder, model, judge, progress)
 
 
 def _run(plan: Plan, folder: Path, model: Model | None, judge: Judge | None, progress: bool) -> Replication:
     preset = plan.preset
     require_installed(plan, judge)
-    model = _load(preset) if model is None else model
+    if model is None:
+        import torch
+
+        model = load_model(preset.model.name, dtype=getattr(torch, preset.model.dtype))
     layers = int(model.cfg.n_layers)
     if layers != preset.model.n_layers:
         raise ValueError(
@@ -127,12 +134,6 @@ def require_installed(plan: Plan, judge: Judge | None = None) -> None:
     for package, command in needed.items():
         if find_spec(package) is None:
             raise ImportError(f"preset {plan.preset.name} needs {package}, which is not installed. Run: {command}")
-
-
-def _load(preset: Preset) -> Model:
-    import torch
-
-    return load_model(preset.model.name, dtype=getattr(torch, preset.model.dtype))
 
 
 def _print_estimate(plan: Plan, model: Model) -> None:

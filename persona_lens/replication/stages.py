@@ -222,10 +222,3 @@ STAGES: tuple[Stage, ...] = (
 def all_stages(extra: Sequence[Stage] = ()) -> dict[str, Stage]:
     """The package's stages by their names, in order; `extra` ones take the place of their names, or come last."""
     return {stage.name: stage for stage in (*STAGES, *extra)}
-
-
-def refuse_unknown(only: Sequence[str], extra: Sequence[Stage] = ()) -> None:
-    """Raise ValueError for the name of a stage that does not exist."""
-    names = all_stages(extra)
-    if unknown := [name for name in only if name not in names]:
-        raise ValueError(f"Expected stages among {', '.join(names)}, got {unknown[0]!r}: name one of these.")
