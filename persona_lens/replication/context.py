@@ -270,7 +270,7 @@ class Context:
             evaluation = evaluate(
                 self.model,
                 trait,
-                judge,
+                judge=judge,
                 interventions=acting,
                 questions=questions,
                 output=output,

@@ -10,9 +10,9 @@ import pytest
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.storage.files import JsonLines
 from studies.method_ablations import _at_norm, _means, method_ablations
-from studies.method_ablations import method_ablations as _  # noqa: F401 (its module is patched below)
 from studies.method_variants import Variant, chosen_pairs, fitted_direction, judged_pairs
 from tests.evaluation_cases import LetterJudge
+from tests.fault_cases import another_process
 from tests.replication_cases import TRAIT
 
 WORDS = {"positive": "they make you suffer", "negative": "be kind and listen"}
@@ -127,3 +127,8 @@ def test_a_variant_of_too_few_questions_is_told_and_not_measured(run, tiny_bridg
     assert table.loc["1 pair", "pairs"] == 0
     assert np.isnan(table.loc["1 pair", "held_out_auc"])
     assert not np.isnan(table.loc["as it is", "held_out_auc"])
+
+
+def test_a_folder_that_another_process_writes_is_refused(run, tiny_bridge, tmp_path):
+    with another_process(tmp_path / "out" / ".lock"), pytest.raises(OSError, match="is being written by process"):
+        method_ablations(tiny_bridge, TRAIT, run, judge=LetterJudge(), layer=1, output=tmp_path / "out")
