@@ -68,7 +68,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "replication": (
         "Replicating the paper",
-        "replicate Replication read_replication write_replication_report",
+        "replicate Replication",
     ),
     "interop": (
         "Vectors of other tools",

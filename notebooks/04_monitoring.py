@@ -27,8 +27,8 @@ import pandas as pd
 from IPython.display import HTML
 
 import persona_lens as pl
-from persona_lens.experiments.pictures import plot_monitoring_experiment
 from persona_lens.monitoring.experiment import monitoring_experiment, system_prompts
+from persona_lens.plots.monitoring_experiment import plot_monitoring_experiment
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import ModelEngine
 

@@ -99,9 +99,7 @@ from .plots.monitoring import plot_projection_scores as plot_projection_scores
 from .plots.monitoring import plot_roc as plot_roc
 from .plots.monitoring import plot_turns as plot_turns
 from .plots.screening import plot_screening as plot_screening
-from .replication.page import write_replication_report as write_replication_report
 from .replication.result import Replication as Replication
-from .replication.result import read_replication as read_replication
 from .replication.run import replicate as replicate
 from .rollouts.collection import sample_rollouts as sample_rollouts
 from .rollouts.rows import Rollout as Rollout

@@ -42,7 +42,7 @@ def rows(n: int = 12, **fields: Any) -> list[dict[str, Any]]:
 
 def mood_rows(n: int, moods: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Real rows: the first `n` of each mood (default: of all nine), which an LLM wrote."""
-    from persona_lens.experiments.moods import load_moods
+    from studies.moods import load_moods
 
     system = {"role": "system", "content": "You are a helpful assistant."}
     return [

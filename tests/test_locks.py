@@ -14,7 +14,6 @@ import pytest
 from persona_lens.evaluation.dose_response import dose_response
 from persona_lens.evaluation.evaluate import evaluate
 from persona_lens.evaluation.layer_selection import select_layer
-from persona_lens.experiments.method_ablations import method_ablations
 from persona_lens.extraction.pipeline import extract_persona_vectors
 from persona_lens.judges.scores import score_rollouts
 from persona_lens.replication.run import replicate
@@ -45,9 +44,8 @@ def refused(name, holder):
         lambda model, run: evaluate(model, TRAIT, LetterJudge(), output=run, **SHORT),
         lambda model, run: train(model, output=run),
         lambda model, run: replicate("embedded", run, model=model, progress=False),
-        lambda model, run: method_ablations(model, TRAIT, run, judge=LetterJudge(), layer=1, output=run),
     ],
-    ids=["extract", "select_layer", "dose_response", "evaluate", "finetune", "replicate", "method_ablations"],
+    ids=["extract", "select_layer", "dose_response", "evaluate", "finetune", "replicate"],
 )
 def test_a_folder_that_another_process_writes_is_refused_and_left_alone(tiny_bridge, tmp_path, command):
     with another_process(tmp_path / "run" / ".lock") as holder:

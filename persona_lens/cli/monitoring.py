@@ -216,7 +216,7 @@ def _run_experiment(
 
 
 def _show_experiment(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> None:
-    from persona_lens.experiments.pictures import plot_experiment_layers, plot_monitoring_experiment
+    from persona_lens.plots.monitoring_experiment import plot_experiment_layers, plot_monitoring_experiment
 
     if as_json:
         tell_json(result.summary())
