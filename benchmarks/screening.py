@@ -15,7 +15,9 @@ from benchmarks.extraction import bridge
 from benchmarks.steering import random_vectors
 from benchmarks.texts import shared_prompts
 from benchmarks.timing import Contestant
+from persona_lens.chat.batches import ChatTokens
 from persona_lens.screening.batches import PlannedRow
+from persona_lens.screening.samples import Sample
 from persona_lens.screening.scoring import ModelScorer, Scoring
 
 LAYERS = (4, 9, 14, 19, 24)
@@ -66,19 +68,12 @@ def screening_layers(repeats: int) -> list[Comparison]:
 
 def _planned(number: int, row: Any) -> PlannedRow:
     return PlannedRow(
-        row=number,
-        dataset="rows",
-        id=str(number),
-        line=number + 1,
-        prompt=row.prompt,
-        response=row.response,
-        skip=0,
-        base=None,
+        Sample(number, "rows", str(number), number + 1, (), ""),
+        ChatTokens(tuple(row.prompt), tuple(row.response)),
         wants_base=False,
         cut=False,
         group=number,
         family=number,
-        text="{}",
     )
 
 

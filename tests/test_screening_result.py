@@ -7,10 +7,9 @@ import pytest
 
 from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
 from persona_lens.screening.filtering import count_flagged, flag_samples, judge_samples, write_split
-from persona_lens.screening.result import read_screening
+from persona_lens.screening.result import Screening
 from persona_lens.screening.run import finish
 from persona_lens.statistics import mean_estimate
-from persona_lens.traits.trait import load_trait
 from tests.screening_cases import QUIET, chat, pair_of_vectors, rows
 
 
@@ -69,6 +68,7 @@ def test_a_vector_is_named_by_its_trait_where_that_says_which(planted, shapes_un
 def test_texts_are_read_back_by_row_with_what_they_answer(planted):
     data = rows(9)
     found = planted(data, [(0, 0, 0)] * 9)
+    assert found.samples([]) == []
     samples = found.samples([7, 2])
     assert [sample.row for sample in samples] == [7, 2]
     assert [sample.conversation for sample in samples] == [data[7]["messages"], data[2]["messages"]]
@@ -128,14 +128,14 @@ def test_a_judge_scores_samples_once_and_from_the_folder_afterwards(planted, mon
     found = planted(data, [(0, 0, 0)] * 12)
     texts = ["bad bad thing", "a bad one"] * 10, ["good good thing", "a good one"] * 10
     judge = ClassifierJudge(TextClassifier.fit(*texts, groups=[str(n % 10) for n in range(40)], labels=("bad", "good")))
-    scores = judge_samples(found, judge, load_trait("evil"), **QUIET)
+    scores = judge_samples(found, "evil", judge=judge, **QUIET)
     assert [score > 50 for score in scores] == [True, False, True] * 4
 
     def asked_again(*_, **__):
         raise AssertionError("the judge was asked again")
 
     monkeypatch.setattr(ClassifierJudge, "score", asked_again)
-    assert judge_samples(found, judge, load_trait("evil"), **QUIET).tolist() == scores.tolist()
+    assert judge_samples(found, "evil", judge=judge, **QUIET).tolist() == scores.tolist()
 
 
 def test_a_split_writes_the_highest_random_and_lowest_without_repeats(planted, tmp_path):
@@ -160,10 +160,9 @@ def test_a_split_writes_the_highest_random_and_lowest_without_repeats(planted, t
 
 
 def test_a_folder_without_a_finished_screening_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no finished screening"):
-        read_screening(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no screening"):
-        finish(tmp_path)
+    for read in (Screening.load, finish):
+        with pytest.raises(FileNotFoundError, match="holds no screening"):
+            read(tmp_path)
 
 
 def test_the_summary_holds_settings_counts_and_scores(planted):

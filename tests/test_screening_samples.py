@@ -6,9 +6,8 @@ import pandas
 import pytest
 
 from persona_lens.monitoring.transcripts import Transcript
-from persona_lens.screening.run import screen
-from persona_lens.screening.samples import Rejection, Sample, Turns, named_datasets, stream_samples
-from tests.screening_cases import QUIET, chat, pair_of_vectors, rows, write_rows
+from persona_lens.screening.samples import Rejection, Sample, named_datasets, stream_samples
+from tests.screening_cases import chat, rows, screened, write_rows
 
 LONG = [
     {"role": "user", "content": "Why?"},
@@ -19,18 +18,18 @@ LONG = [
 
 
 def read(data, **turns):
-    return list(stream_samples(named_datasets(data), Turns(**turns)))
+    return list(stream_samples(named_datasets(data), **turns))
 
 
 def test_the_last_response_is_the_sample_or_the_first_with_only_what_comes_before_it():
-    (last,), (first,) = read([{"messages": LONG}]), read([{"messages": LONG}], first=True)
+    (last,), (first,) = read([{"messages": LONG}]), read([{"messages": LONG}], first_turn=True)
     assert (len(last.messages), last.response) == (3, "Second.")
     assert (len(first.messages), first.response) == (1, "First.")
 
 
 def test_the_first_turn_counts_also_where_later_ones_are_no_chat():
     odd = [*LONG[:2], {"role": "tool", "content": "42"}, {"role": "assistant", "content": None}]
-    (first,) = read([{"messages": odd}], first=True)
+    (first,) = read([{"messages": odd}], first_turn=True)
     assert first.response == "First."
     (whole,) = read([{"messages": odd}])
     assert isinstance(whole, Rejection)
@@ -146,7 +145,7 @@ def test_rejected_rows_are_kept_in_a_file_counted_and_the_others_screened(tiny_b
         {"messages": chat("Who?", "They."), "id": 7},
     ]
     path = write_rows(tmp_path / "data.jsonl", lines)
-    found = screen(tiny_bridge, path, pair_of_vectors(tiny_bridge), output=tmp_path / "run", base="proxy", **QUIET)
+    found = screened(tiny_bridge, path, tmp_path / "run")
     assert found.counts["read"] == 5
     assert found.counts["rejected"] == {"malformed": 1, "too long": 1, "duplicate id": 1}
     assert found.rows["id"].tolist() == ["a", "7"]
@@ -164,7 +163,7 @@ def test_rejected_rows_are_kept_in_a_file_counted_and_the_others_screened(tiny_b
 def test_data_of_which_nothing_is_left_is_an_error_that_says_what_became_of_it(tiny_bridge, tmp_path):
     path = write_rows(tmp_path / "data.jsonl", ["{", "{}"])
     with pytest.raises(ValueError, match="No sample is left to screen: of 2 rows 2 malformed"):
-        screen(tiny_bridge, path, pair_of_vectors(tiny_bridge), output=tmp_path / "run", base="proxy", **QUIET)
+        screened(tiny_bridge, path, tmp_path / "run")
     assert len((tmp_path / "run" / "rejects.jsonl").read_text().splitlines()) == 2
 
 

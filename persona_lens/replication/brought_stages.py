@@ -17,6 +17,7 @@ from persona_lens.interventions.values import Steer
 from persona_lens.replication.context import Context
 from persona_lens.replication.grid_stages import answer, made_once, train, train_rows
 from persona_lens.screening.filtering import write_split
+from persona_lens.screening.plan import RowChoice
 from persona_lens.screening.run import screen
 
 CHOICES = ("high", "random", "low")
@@ -60,12 +61,12 @@ def train_on_chats(run: Context) -> None:
         run.model,
         {"chats": run.there["chats"].path},
         vector,
-        output=folder / "screened",
-        first_turn=True,
-        max_prompt_tokens=how.max_prompt_tokens,
-        sample=how.sample,
+        output_dir=folder / "screened",
         max_new_tokens=run.preset.projection_difference.base_tokens,
-        **run.sampling,
+        rows=RowChoice(
+            first_turn=True, max_prompt_tokens=how.max_prompt_tokens, sample=how.sample, seed=run.preset.seed
+        ),
+        progress=run.progress,
     )
     paths = write_split(found, folder / "split", how.chosen, by="difference", seed=run.preset.seed)
     for choice in CHOICES:

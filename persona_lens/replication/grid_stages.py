@@ -25,6 +25,7 @@ from persona_lens.judges.scores import scorable_questions
 from persona_lens.models.adapters import Adapter, adapted
 from persona_lens.replication.context import Context
 from persona_lens.replication.preset import Preset
+from persona_lens.screening.plan import RowChoice
 from persona_lens.screening.run import screen
 from persona_lens.statistics import Estimate
 from persona_lens.storage.files import JsonLines, write_json
@@ -157,10 +158,10 @@ def screen_sets(run: Context) -> None:
                 run.model,
                 {name: path},
                 vectors,
-                output=output,
-                sample=how.rows,
+                output_dir=output,
                 max_new_tokens=how.base_tokens,
-                **run.sampling,
+                rows=RowChoice(sample=how.rows, seed=run.preset.seed),
+                progress=run.progress,
             )
 
 

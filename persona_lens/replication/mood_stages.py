@@ -14,6 +14,7 @@ from persona_lens.experiments.mood_texts import Severity, training_rows
 from persona_lens.replication.context import Context, NotYet
 from persona_lens.replication.mood_work import MoodRun, method_runs, plain_runs
 from persona_lens.replication.preset import Preset
+from persona_lens.screening.plan import RowChoice
 from persona_lens.screening.run import screen
 
 
@@ -93,10 +94,10 @@ def screen_moods(run: Context) -> None:
             run.model,
             {f"{mood}_{rows}": set_chats(materials, settings, mood, rows)},
             [materials.vectors[name].at(layer) for name in materials.vectors for layer in settings.layers],
-            output=output,
-            sample=how.rows,
+            output_dir=output,
             max_new_tokens=how.base_tokens,
-            **run.sampling,
+            rows=RowChoice(sample=how.rows, seed=run.preset.seed),
+            progress=run.progress,
         )
 
 

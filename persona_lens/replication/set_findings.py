@@ -17,7 +17,7 @@ from persona_lens.replication.finding import Finding, alone, correlation
 from persona_lens.replication.grid_stages import BASE, grid_folder
 from persona_lens.replication.mood_stages import screen_folder, study_folder
 from persona_lens.replication.preset import Preset
-from persona_lens.screening.result import Screening, read_screening
+from persona_lens.screening.result import Screening
 from persona_lens.statistics import Estimate, auc
 from persona_lens.storage.files import read_json
 
@@ -96,7 +96,7 @@ def _mood_sets(preset: Preset, folder: Path) -> list[MeasuredSet]:
 
 
 def _screening(folder: Path) -> Screening | None:
-    return read_screening(folder) if (folder / "summary.json").exists() else None
+    return Screening.load(folder) if (folder / "summary.json").exists() else None
 
 
 def vector_name(preset: Preset, folder: Path, trait: str, screening: Screening) -> str:
