@@ -18,7 +18,7 @@ from benchmarks.timing import Contestant
 from persona_lens.chat.batches import ChatTokens
 from persona_lens.screening.batches import PlannedRow
 from persona_lens.screening.samples import Sample
-from persona_lens.screening.scoring import ModelScorer, Scoring
+from persona_lens.screening.scoring import ModelScorer
 
 LAYERS = (4, 9, 14, 19, 24)
 EQUAL = 0.9999
@@ -40,7 +40,7 @@ def screening_layers(repeats: int) -> list[Comparison]:
     expected = _plain(model, workload.rows, vectors)
 
     def contestant(layer: int) -> Contestant:
-        scorer = ModelScorer(model, Scoring([vectors.at(layer)], base="none"))
+        scorer = ModelScorer(model, [vectors.at(layer)], base="none")
 
         def run() -> tuple[int, np.ndarray]:
             return layer, np.array([score.response[0] for score in scorer.score(rows)])

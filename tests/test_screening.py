@@ -18,7 +18,7 @@ from persona_lens.screening.plan import read_plan
 from persona_lens.screening.result import Screening
 from persona_lens.screening.run import ShardsMissing, finish, score_here, score_units
 from persona_lens.screening.samples import Sample
-from persona_lens.screening.scoring import ModelScorer, Scorer
+from persona_lens.screening.scoring import ModelScorer
 from persona_lens.storage.files import write_json
 from tests.chat_cases import CLOCKED, set_clock
 from tests.fault_cases import another_process
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
         plan, arrow = read_plan(folder), [0]
 
         def score(units):
-            for unit in score_here(StubScorer(), plan, units):
+            for unit in score_here(StubScorer().score, plan, units):
                 arrow.append(pa.total_allocated_bytes())
                 yield unit
 
@@ -250,7 +250,10 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(tiny_model, tmp_pa
     assert_same_files(tmp_path / "cut", whole.folder)
 
 
-def test_shards_together_are_the_whole_and_the_last_one_finishes_it(tiny_model, tmp_path, units_of_five):
+@pytest.mark.parametrize("last", [(1, 3), (0, 1)])
+def test_shards_together_are_the_whole_and_the_last_one_scores_what_is_left(
+    tiny_model, tmp_path, units_of_five, monkeypatch, last
+):
     data, folder = rows(33), tmp_path / "shards"
     whole = screened(tiny_model, data, tmp_path / "whole")
     for number in (2, 0):
@@ -259,18 +262,11 @@ def test_shards_together_are_the_whole_and_the_last_one_finishes_it(tiny_model, 
         assert all(unit % 3 in (number, 2) for unit in scored_units(folder))
     with pytest.raises(ShardsMissing, match="units are not scored yet"):
         finish(folder)
-    screened(tiny_model, data, folder, shard=(1, 3))
-    assert_same_files(folder, whole.folder)
-
-
-def test_shards_that_were_cut_another_way_are_taken_as_they_are(tiny_model, tmp_path, units_of_five, monkeypatch):
-    with pytest.raises(ShardsMissing):
-        screened(tiny_model, rows(33), tmp_path, shard=(1, 3))
-    done, real, calls = len(scored_units(tmp_path)), ModelScorer.score, []
+    done, real, calls = scored_units(folder), ModelScorer.score, []
     monkeypatch.setattr(ModelScorer, "score", lambda self, planned: calls.append(planned) or real(self, planned))
-    screened(tiny_model, rows(33), tmp_path)
-    assert len(calls) == read_plan(tmp_path).n_units - done
-    assert scored_units(tmp_path) == list(range(read_plan(tmp_path).n_units))
+    screened(tiny_model, data, folder, shard=last)
+    assert len(calls) == read_plan(folder).n_units - len(done)
+    assert_same_files(folder, whole.folder)
 
 
 def test_a_screening_goes_on_only_with_the_number_of_threads_it_began_with(tiny_bridge, tmp_path, units_of_five):
@@ -356,7 +352,3 @@ def test_scores_that_are_not_of_every_row_are_refused(tiny_bridge, tmp_path, uni
     second.unlink()
     assert len(screened(tiny_bridge, rows(12), tmp_path).rows) == 12
     assert second.read_bytes() == whole
-
-
-def test_the_stub_of_the_large_runs_keeps_to_the_protocol():
-    assert isinstance(StubScorer(), Scorer)

@@ -7,7 +7,7 @@ from persona_lens.clients.client import OpenAIClient
 from persona_lens.interventions.hooks import steer
 from persona_lens.screening.batches import PlannedRow
 from persona_lens.screening.samples import Sample
-from persona_lens.screening.scoring import ModelScorer, Scoring
+from persona_lens.screening.scoring import ModelScorer
 from tests.fault_server import FaultServer
 from tests.intervention_cases import some_vectors
 from tests.judge_servers import only_reasons
@@ -29,7 +29,7 @@ def planned(row=0, prompt=PROMPT, base=None, wants_base=False):
 
 
 def score(model, vector, row, **how):
-    (found,) = ModelScorer(model, Scoring([vector], **{"base": "given", **how})).score([row])
+    (found,) = ModelScorer(model, [vector], **{"base": "given", **how}).score([row])
     return found
 
 
@@ -75,6 +75,6 @@ def test_the_last_prompt_token_is_steered_as_where_the_response_begins(tiny_brid
 def test_a_base_model_that_gives_nothing_but_reasoning_is_refused(tiny_bridge, vector):
     rows = [planned(row, prompt=[*PROMPT, row], wants_base=True) for row in range(6)]
     with FaultServer(only_reasons) as server:
-        scorer = ModelScorer(tiny_bridge, Scoring([vector], base=OpenAIClient("base", base_url=server.url)))
+        scorer = ModelScorer(tiny_bridge, [vector], base=OpenAIClient("base", base_url=server.url))
         with pytest.raises(ValueError, match="enable_thinking"):
             scorer.score(rows)

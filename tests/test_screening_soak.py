@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from persona_lens.screening.batches import scored_units
-from persona_lens.screening.plan import Room, RowChoice, make_plan, read_plan
+from persona_lens.screening.plan import RowChoice, make_plan, read_plan
 from persona_lens.screening.run import finish, score_here, score_units
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.processes import child_process
@@ -32,26 +32,25 @@ class Memory:
     """Resident memory as rows go by."""
 
     def __init__(self) -> None:
-        self.process, self.rows, self.megabytes = psutil.Process(), [], []
+        self.process, self.rows, self.megabytes = psutil.Process(), [0], [0.0]
 
     def note(self, row: int) -> None:
-        self.rows.append(row)
-        self.megabytes.append(self.process.memory_info().rss / 2**20)
+        if row - self.rows[-1] >= 10_000:
+            self.rows.append(row)
+            self.megabytes.append(self.process.memory_info().rss / 2**20)
 
     @property
     def slope(self) -> float:
         """MB for each 100,000 rows, over all but the first fifth, which fills caches."""
-        rows, megabytes = np.array(self.rows), np.array(self.megabytes)
-        settled = rows > rows[-1] / 5
-        return float(np.polyfit(rows[settled], megabytes[settled], 1)[0] * 100_000)
+        settled = np.array(self.rows) > self.rows[-1] / 5
+        return float(np.polyfit(np.array(self.rows)[settled], np.array(self.megabytes)[settled], 1)[0] * 100_000)
 
 
 def mixture(memory: Memory) -> Iterator[dict[str, Any]]:
     """Synthetic rows of many lengths: parts of real responses, shuffled by number, so that few are repeats."""
     texts = [row["messages"] for row in mood_rows(300)]
     for number in range(N_ROWS):
-        if number % 10_000 == 0:
-            memory.note(number)
+        memory.note(number)
         messages = texts[number % len(texts)]
         words = texts[number * 7919 % len(texts)][-1]["content"].split()
         start = number % max(1, len(words) - 20)
@@ -59,45 +58,33 @@ def mixture(memory: Memory) -> Iterator[dict[str, Any]]:
         yield {"messages": [*messages[:-1], {"role": "assistant", "content": said}], "id": number}
 
 
-class CountingStub(StubScorer):
-    def __init__(self, memory: Memory, **options: Any):
-        super().__init__(**options)
-        self.memory, self.scored, self.noted = memory, 0, 0
-
-    def score(self, planned: Any) -> list[Any]:
-        found = super().score(planned)
-        self.scored += len(found)
-        if self.scored - self.noted >= 10_000:
-            self.noted = self.scored
-            self.memory.note(self.scored)
-        return found
-
-
 def test_a_million_rows_take_no_more_memory_than_a_few_and_resume(embedded_directory, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded_directory)
-    planning, scoring = Memory(), Memory()
+    tokenizer, planning, scoring = AutoTokenizer.from_pretrained(embedded_directory), Memory(), Memory()
     settings = {"vectors": ["any@14"], "fingerprints": ["none"], "base": "proxy"}
     began = time.process_time()
-    plan = make_plan(tokenizer, Room(8192), {"mix": mixture(planning)}, RowChoice(), settings, tmp_path, **QUIET)
-    planned = time.process_time() - began
+    plan = make_plan(tokenizer, 8192, {"mix": mixture(planning)}, RowChoice(), settings, tmp_path, **QUIET)
+    planned, scored = time.process_time() - began, 0
     assert plan.n_rows == N_ROWS
-    stops, counts = StubScorer(stop_after=plan.n_units // 3), CountingStub(scoring)
+    stops = StubScorer(stop_after=plan.n_units // 3)
     with pytest.raises(KeyboardInterrupt):
-        score_units(plan, partial(score_here, stops, plan), **QUIET)
+        score_units(plan, partial(score_here, stops.score, plan), **QUIET)
     assert len(scored_units(tmp_path)) == plan.n_units // 3
-    score_units(plan, partial(score_here, counts, plan), **QUIET)
+
+    def score(rows: Any) -> Any:
+        nonlocal scored
+        scored += len(rows)
+        scoring.note(scored)
+        return StubScorer().score(rows)
+
+    score_units(plan, partial(score_here, score, plan), **QUIET)
     before = psutil.Process().memory_info().rss
     screening = finish(tmp_path)
-    finishing = (psutil.Process().memory_info().rss - before) / 2**20
-    assert screening.score().index.equals(screening.rows.index)
+    summary = (psutil.Process().memory_info().rss - before) / 2**20
     assert screening.rows.index.tolist() == list(range(N_ROWS))  # each once, in order
     print(f"{plan.n_units} units; planned in {planned:.0f} s, all in {time.process_time() - began:.0f} s of CPU time")
-    print(
-        f"RSS for 100,000 rows: planning {planning.slope:.2f} MB, scoring {scoring.slope:.2f} MB; "
-        f"summary {finishing:.0f} MB"
-    )
+    print(f"MB for 100,000 rows: planning {planning.slope:.2f}, scoring {scoring.slope:.2f}; summary {summary:.0f} MB")
     assert planning.slope < FLAT
     assert scoring.slope < FLAT
 

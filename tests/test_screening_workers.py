@@ -20,11 +20,11 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(tiny_bridge, tmp_path
     plain, plan = (planned_only(tiny_bridge, rows(200), tmp_path / name) for name in ("plain", "ray"))
     pids = tmp_path / "pids"
     pids.mkdir()
-    score_units(plain, partial(score_here, StubScorer(2), plain), **QUIET)
+    score_units(plain, partial(score_here, StubScorer(2).score, plain), **QUIET)
     killed, done = [], []
 
     def interrupted(units):
-        make = partial(StubScorer, 2, seconds=0.1, pids=pids)
+        make = lambda: StubScorer(2, seconds=0.1, pids=pids).score  # noqa: E731
         for unit in score_with_ray(make, plan, units, workers=Workers(2)):
             done.append(unit)
             if len(done) == 5:

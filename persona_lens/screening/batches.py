@@ -75,6 +75,10 @@ class RowScore(NamedTuple):
     """The base response where it was generated here."""
 
 
+ScoreRows = Callable[[Sequence[PlannedRow]], list[RowScore]]
+"""Scores the rows of a unit, in their order."""
+
+
 def length_bucket(n_tokens: int) -> int:
     """The bucket of a length; buckets are an eighth of an octave wide, so padding is at most 9 %."""
     return ceil(8 * log2(max(n_tokens, 1)))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
@@ -83,14 +83,6 @@ class RowChoice:
         refuse_half_characters(self.system_prompt or "", "system_prompt")
         if not 0 < self.base_fraction <= 1:
             raise ValueError(f"base_fraction is above 0 and at most 1, got {self.base_fraction}.")
-
-
-class Room(NamedTuple):
-    """How many tokens fit."""
-
-    context: int
-    answer: int = 0
-    """How many of them a base response may take that is yet to be generated."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +156,7 @@ def read_plan(output: Path) -> ScreeningPlan:
 
 def make_plan(
     tokenizer: Any,
-    room: Room,
+    context: int,
     datasets: Mapping[str, Rows],
     choice: RowChoice,
     settings: Mapping[str, Any],
@@ -174,8 +166,8 @@ def make_plan(
 ) -> ScreeningPlan:
     """The plan of a run, made or read from its folder; several processes may ask for it at once.
 
-    `settings` is everything beside the choice of rows that shapes the run. Raises ValueError where the folder holds
-    another run, and where no sample is left to screen.
+    `context` is how many tokens the model reads at once, `settings` everything beside the choice of rows that shapes
+    the run. Raises ValueError where the folder holds another run, and where no sample is left to screen.
     """
     render_prompt(tokenizer, chat_messages(None, "?"))  # without a template every row would be rejected for it
     sources = [{"name": name, "fingerprint": fingerprint(rows)} for name, rows in datasets.items()]
@@ -189,7 +181,9 @@ def make_plan(
             day = date_told(tokenizer)
             wanted |= {"template_date": day} if day else {}
             with tqdm(desc="plan", unit="row", disable=not progress) as bar:
-                _write_plan(_Planner(tokenizer, room, choice), datasets, output, wanted, bar)
+                _write_plan(
+                    _Planner(tokenizer, context, choice, wanted.get("max_new_tokens") or 0), datasets, output, wanted, bar
+                )
     return read_plan(output)
 
 
@@ -272,8 +266,8 @@ def _write_plan(
 class _Planner:
     """Turns samples into planned rows, and counts what becomes of the others."""
 
-    def __init__(self, tokenizer: Any, room: Room, choice: RowChoice):
-        self.tokenizer, self.room, self.choice = tokenizer, room, choice
+    def __init__(self, tokenizer: Any, context: int, choice: RowChoice, max_new_tokens: int):
+        self.tokenizer, self.context, self.choice, self.max_new_tokens = tokenizer, context, choice, max_new_tokens
         self.read = self.cut = self.repeated = 0
         self.rejected: Counter[Kind] = Counter()
         self.left_out: Counter[str] = Counter()
@@ -295,7 +289,7 @@ class _Planner:
 
     def _tokenized(self, sample: Sample, seen: Seen) -> PlannedRow | Rejection | None:
         """A sample with its token ids, or why it is rejected; None, and counted, where it is left out."""
-        choice, context, messages = self.choice, self.room.context, sample.messages
+        choice, context, messages = self.choice, self.context, sample.messages
         first = seen.first_line(sample.dataset, sample.id, sample.line)
         if first != sample.line:
             return _rejection(sample, "duplicate id", f"the id {sample.id!r} stands at line {first} already")
@@ -316,8 +310,8 @@ class _Planner:
         wants_base = _draw(choice.seed, sample, "base") < choice.base_fraction
         if len(chat) > context:
             return _rejection(sample, "too long", f"{len(chat)} tokens, and the model's context holds {context}")
-        if wants_base and len(chat.prompt) + self.room.answer > context:
-            reason = f"with {self.room.answer} tokens of a base response the prompt passes the context"
+        if wants_base and len(chat.prompt) + self.max_new_tokens > context:
+            reason = f"with {self.max_new_tokens} tokens of a base response the prompt passes the context"
             return _rejection(sample, "too long", reason)
         if not chat.n_averaged:
             return _rejection(sample, "no token to average", "no token is left of its response")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from persona_lens.monitoring.thresholds import Threshold, calibrate_threshold
@@ -193,24 +194,17 @@ class Screening:
         table = self._scored(name, by, "dataset", "group")
         scored = table[(table["dataset"] == benign) & table["score"].notna()]
         trait, _, layer = name.rpartition("@")
+        fingerprint = self.settings["fingerprints"][self.vectors.index(name)]
+        vector_of: Any = SimpleNamespace(trait=trait, layer=int(layer), fingerprint=fingerprint)
         return calibrate_threshold(
             scored["score"].to_numpy(),
-            vector=_Named(trait, int(layer), self.settings["fingerprints"][self.vectors.index(name)]),
+            vector=vector_of,
             percentile=percentile,
             of=by,
             chats=scored["group"].tolist(),
             source=benign,
             seed=seed,
         )
-
-
-@dataclass(frozen=True)
-class _Named:
-    """What a threshold keeps of its vector."""
-
-    trait: str
-    layer: int
-    fingerprint: str
 
 
 def _mean(table: Any) -> Estimate:

@@ -22,11 +22,11 @@ from persona_lens.clients.client import OpenAIClient
 from persona_lens.interventions.hooks import attachments
 from persona_lens.models.loading import load_model
 from persona_lens.models.structure import Model, cpu_threads, identify
-from persona_lens.screening.batches import SCORES, write_scores
-from persona_lens.screening.plan import SUMMARY, Room, RowChoice, ScreeningPlan, make_plan, read_plan
+from persona_lens.screening.batches import SCORES, ScoreRows, write_scores
+from persona_lens.screening.plan import SUMMARY, RowChoice, ScreeningPlan, make_plan, read_plan
 from persona_lens.screening.result import Screening, write_summary
 from persona_lens.screening.samples import Data, named_datasets
-from persona_lens.screening.scoring import Base, ModelScorer, Scorer, Scoring
+from persona_lens.screening.scoring import Base, ModelScorer
 from persona_lens.storage.files import ensure_writable
 from persona_lens.storage.locks import alone, sweep_up, writes_file
 from persona_lens.vectors.persona_vector import PersonaVector
@@ -112,24 +112,22 @@ def screen(
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"A shard is its number, counted from 0, and how many there are; got {shard}.")
     several = (vectors,) if isinstance(vectors, PersonaVector) else tuple(vectors)
-    how = Scoring(several, base, max_new_tokens, rows.after, token_budget, allow_other_model)
-    scorer = ModelScorer(model, how)
-    room = Room(int(model.cfg.n_ctx), max_new_tokens if how.generates_base else 0)
-    settings = _settings(model, how)
-    plan = make_plan(model.tokenizer, room, named_datasets(data), rows, settings, folder, progress=progress)
-    score = partial(score_here, scorer, plan)
+    scorer = ModelScorer(model, several, base, max_new_tokens, rows.after, token_budget, allow_other_model)
+    datasets, settings = named_datasets(data), _settings(scorer)
+    plan = make_plan(model.tokenizer, int(model.cfg.n_ctx), datasets, rows, settings, folder, progress=progress)
+    score = partial(score_here, scorer.score, plan)
     if workers is not None:
-        score = partial(score_with_ray, _scorer_maker(scorer, workers), plan, workers=workers)
+        score = partial(score_with_ray, _score_maker(scorer, workers), plan, workers=workers)
     score_units(plan, score, shard=shard, progress=progress)
     return finish(folder)
 
 
-def _settings(model: Model, how: Scoring) -> dict[str, Any]:
+def _settings(scorer: ModelScorer) -> dict[str, Any]:
     """Everything beside the choice of rows that shapes the numbers."""
-    base, attached = how.base, attachments(model)
+    model, base, attached = scorer.model, scorer.base, attachments(scorer.model)
     if any(attachment.n_rows for attachment in attached):
         raise ValueError("Steering row by row has coefficients for other rows than these: steer all rows alike.")
-    names = [f"{vector.trait}@{vector.layer}" for vector in how.vectors]
+    names = [f"{vector.trait}@{vector.layer}" for vector in scorer.vectors]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(
             f"Several vectors are called {doubled.pop()}: leave one out, or tell them apart by `dataclasses.replace`."
@@ -141,10 +139,10 @@ def _settings(model: Model, how: Scoring) -> dict[str, Any]:
         "weights_hash": identity.weights_hash,
         "template_hash": template_hash(model.tokenizer),
         "vectors": names,
-        "fingerprints": [vector.fingerprint for vector in how.vectors],
+        "fingerprints": [vector.fingerprint for vector in scorer.vectors],
         "base": base if isinstance(base, str) else f"{base.endpoint.model_name} on the server {base.endpoint.url}",
-        "max_new_tokens": how.max_new_tokens if how.generates_base else None,
-        "token_budget": how.token_budget,
+        "max_new_tokens": None if base in ("given", "proxy", "none") else scorer.max_new_tokens,
+        "token_budget": scorer.token_budget,
         "interventions": [f"{value}, at {each.at}" for each in attached for value in each.interventions],
         "threads": cpu_threads(model),
     }
@@ -174,11 +172,11 @@ def score_units(
                 bar.update()
 
 
-def score_here(scorer: Scorer, plan: ScreeningPlan, units: Iterable[int]) -> Iterator[int]:
+def score_here(score: ScoreRows, plan: ScreeningPlan, units: Iterable[int]) -> Iterator[int]:
     """Score units one after the other, and write each; yields their numbers as they are done."""
     for unit in units:
         rows = plan.unit(unit)
-        write_scores(plan.folder, unit, rows, scorer.score(rows), plan.settings["vectors"])
+        write_scores(plan.folder, unit, rows, score(rows), plan.settings["vectors"])
         yield unit
 
 
@@ -202,7 +200,7 @@ def finish(output_dir: str | os.PathLike[str]) -> Screening:
 # Ray actors
 
 
-def _scorer_maker(scorer: ModelScorer, workers: Workers) -> Callable[[], ModelScorer]:
+def _score_maker(scorer: ModelScorer, workers: Workers) -> Callable[[], ScoreRows]:
     """What makes a scorer like this one in an actor.
 
     Raises ImportError where Ray is not installed, ValueError for interventions and clients of servers, which would stay
@@ -212,7 +210,7 @@ def _scorer_maker(scorer: ModelScorer, workers: Workers) -> Callable[[], ModelSc
         raise ImportError(f"Actors need Ray, which is not installed: {INSTALL_COMMAND}")
     if attachments(scorer.model):
         raise ValueError("Interventions act on the model of this process alone: screen with them without workers.")
-    if isinstance(scorer.how.base, OpenAIClient):
+    if isinstance(scorer.base, OpenAIClient):
         raise ValueError("A server is asked by this process alone: screen with its responses without workers.")
     identity = identify(scorer.model)
     load = workers.load or partial(
@@ -222,23 +220,25 @@ def _scorer_maker(scorer: ModelScorer, workers: Workers) -> Callable[[], ModelSc
         dtype=next(iter(scorer.model.parameters())).dtype,
         model_class=identity.model_class,  # type: ignore[arg-type]
     )
-    return partial(_load_scorer, load, identity.weights_hash, scorer.how, torch.get_num_threads())
+    weights_hash, threads = identity.weights_hash, torch.get_num_threads()
+    settings = {name: value for name, value in vars(scorer).items() if name != "model"}
 
+    def make() -> ScoreRows:
+        # Sums depend on how many threads share them.
+        torch.set_num_threads(threads)
+        model = load()
+        loaded = identify(model).weights_hash
+        if loaded != weights_hash:
+            raise ValueError(f"The actor's model has weights {loaded}, this one's {weights_hash}: set Workers.load.")
+        return ModelScorer(model, **settings).score
 
-def _load_scorer(load: Callable[[], Model], weights_hash: str, how: Scoring, threads: int) -> ModelScorer:
-    # Sums depend on how many threads share them.
-    torch.set_num_threads(threads)
-    model = load()
-    loaded = identify(model).weights_hash
-    if loaded != weights_hash:
-        raise ValueError(f"The actor's model has weights {loaded}, the plan's {weights_hash}: pass Workers(load=...).")
-    return ModelScorer(model, how)
+    return make
 
 
 def score_with_ray(
-    make_scorer: Callable[[], Scorer], plan: ScreeningPlan, units: Sequence[int], *, workers: Workers
+    make_score: Callable[[], ScoreRows], plan: ScreeningPlan, units: Sequence[int], *, workers: Workers
 ) -> Iterator[int]:
-    """Score units by actors that each make a scorer of their own and write what they score; yields units as done."""
+    """Score units by actors that each make what scores and write what they score; yields units as done."""
     # Ray counts its users on a server of its maker unless told not to, which has to be before it starts.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -256,7 +256,7 @@ def score_with_ray(
         tasks = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=min(len(units), MAX_TASKS))
         scored = tasks.map_batches(
             _UnitActor,
-            fn_constructor_args=(make_scorer, replace(plan, folder=plan.folder.resolve())),
+            fn_constructor_args=(make_score, replace(plan, folder=plan.folder.resolve())),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers.actors),
             num_cpus=0 if workers.gpus_per_actor else 1,
@@ -272,8 +272,8 @@ def score_with_ray(
 class _UnitActor:
     """What runs in an actor: a scorer, made once, and the plan."""
 
-    def __init__(self, make_scorer: Callable[[], Scorer], plan: ScreeningPlan):
-        self.scorer, self.plan = make_scorer(), plan
+    def __init__(self, make_score: Callable[[], ScoreRows], plan: ScreeningPlan):
+        self.score, self.plan = make_score(), plan
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"unit": list(score_here(self.scorer, self.plan, map(int, batch["unit"])))}
+        return {"unit": list(score_here(self.score, self.plan, map(int, batch["unit"])))}

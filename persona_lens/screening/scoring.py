@@ -7,7 +7,7 @@ of the residual stream after block l, y the response and y' what the base model 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -30,41 +30,6 @@ Base = BaseName | OpenAIClient
 """Where base responses come from: the model itself, the data, nowhere, or a model on a server."""
 
 
-@runtime_checkable
-class Scorer(Protocol):
-    """Whatever scores units."""
-
-    def score(self, rows: Sequence[PlannedRow]) -> list[RowScore]:
-        """The scores of all rows of a unit, in their order."""
-        ...
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How units are scored, whoever does it.
-
-    Attributes:
-        vectors: Of any traits and layers.
-        base: Where base responses come from.
-        max_new_tokens: Their length limit where they are generated.
-        after: Average only what follows this text.
-        token_budget: Padded tokens of a forward pass.
-        allow_other_model: Accept vectors of an unrelated model of equal shape.
-    """
-
-    vectors: Sequence[PersonaVector]
-    base: Base = "generate"
-    max_new_tokens: int = 256
-    after: str | None = None
-    token_budget: int = 2048
-    allow_other_model: bool = False
-
-    @property
-    def generates_base(self) -> bool:
-        """Whether base responses are generated, here or on a server."""
-        return self.base not in ("given", "proxy", "none")
-
-
 class _Answer(NamedTuple):
     """The base model's response to a prompt; its text where it was generated here."""
 
@@ -79,15 +44,32 @@ class _Projections(NamedTuple):
     response: tuple[float, ...] | None
 
 
+@dataclass(frozen=True)
 class ModelScorer:
     """Scores units with a model; interventions that are attached to it act.
 
     Raises ValueError for a vector that is not the model's.
+
+    Attributes:
+        model: The base model.
+        vectors: Of any traits and layers.
+        base: Where base responses come from.
+        max_new_tokens: Their length limit where they are generated.
+        after: Average only what follows this text.
+        token_budget: Padded tokens of a forward pass.
+        allow_other_model: Accept vectors of an unrelated model of equal shape.
     """
 
-    def __init__(self, model: Model, how: Scoring):
-        check_vectors(model, how.vectors, allow_other_model=how.allow_other_model)
-        self.model, self.how = model, how
+    model: Model
+    vectors: Sequence[PersonaVector]
+    base: Base = "generate"
+    max_new_tokens: int = 256
+    after: str | None = None
+    token_budget: int = 2048
+    allow_other_model: bool = False
+
+    def __post_init__(self) -> None:
+        check_vectors(self.model, self.vectors, allow_other_model=self.allow_other_model)
 
     def score(self, rows: Sequence[PlannedRow]) -> list[RowScore]:
         """The scores of all rows of a unit, in their order."""
@@ -117,7 +99,7 @@ class ModelScorer:
         projections: dict[ChatTokens, _Projections] = {}
         ids = [chat.prompt + chat.response for chat in once]
         for index, values in token_projections(
-            self.model, ids, self.how.vectors, known=known, token_budget=self.how.token_budget
+            self.model, ids, self.vectors, known=known, token_budget=self.token_budget
         ):
             start = len(once[index].prompt)
             averaged = values[start + once[index].skip :]
@@ -127,19 +109,18 @@ class ModelScorer:
 
     def _answers(self, rows: Sequence[PlannedRow]) -> dict[int, _Answer]:
         """The base model's response to each row's prompt, by the row's number; an empty one has no token."""
-        base = self.how.base
-        if not rows or base in ("proxy", "none"):
+        if not rows or self.base in ("proxy", "none"):
             return {}
-        if base == "given":
+        if self.base == "given":
             return {row.sample.row: _Answer(self._written(row, row.sample.base_response or ""), None) for row in rows}
         # A prompt that stands in a unit many times is answered once.
         prompts = {row.chat.prompt: row for row in rows}
-        if isinstance(base, OpenAIClient):
-            texts = dict(zip(prompts, self._served(base, list(prompts.values())), strict=True))
+        if isinstance(self.base, OpenAIClient):
+            texts = dict(zip(prompts, self._served(self.base, list(prompts.values())), strict=True))
             served = [(row, texts[row.chat.prompt]) for row in rows]
             return {row.sample.row: _Answer(self._written(row, text), text) for row, text in served}
         sampled = generate(
-            self.model, list(prompts), max_new_tokens=self.how.max_new_tokens, temperature=0, batch_rows=UNIT_ROWS
+            self.model, list(prompts), max_new_tokens=self.max_new_tokens, temperature=0, batch_rows=UNIT_ROWS
         )
         generated = {
             prompt: _Answer(
@@ -158,15 +139,14 @@ class ModelScorer:
         """A base response cut to what the context holds, as the base model itself would have stopped."""
         tokens = chat.response[: int(self.model.cfg.n_ctx) - len(chat.prompt)]
         try:
-            skip = max(chat.skip, averaged_from(self.model.tokenizer, tokens, self.how.after))
+            skip = max(chat.skip, averaged_from(self.model.tokenizer, tokens, self.after))
         except UnclosedBlock:
             skip = len(tokens)
         return ChatTokens(chat.prompt, tokens, skip)
 
     def _served(self, client: OpenAIClient, rows: Sequence[PlannedRow]) -> list[str]:
         requests = [
-            ChatRequest(row.sample.messages, max_tokens=self.how.max_new_tokens, temperature=0.0, seed=0)
-            for row in rows
+            ChatRequest(row.sample.messages, max_tokens=self.max_new_tokens, temperature=0.0, seed=0) for row in rows
         ]
         message = only_reasoning(f"The base model {client.name}", "--base-extra-body")
         replies = dict(stop_if_textless(client.complete_each(requests), lambda item: item[1].only_reasoned, message))
