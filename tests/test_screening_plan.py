@@ -11,6 +11,7 @@ from persona_lens.screening.batches import PlannedRow, cut_units, length_bucket,
 from persona_lens.screening.near_duplicates import Seen
 from persona_lens.screening.plan import read_plan
 from persona_lens.screening.result import Screening
+from persona_lens.screening.run import finish
 from persona_lens.screening.samples import Sample
 from tests.screening_cases import chat, planned_only, rows, screened
 
@@ -237,7 +238,6 @@ def test_a_finished_screening_of_0_1_0_is_read(tmp_path):
 def test_a_screening_that_0_1_0_began_is_refused(tiny_bridge, tmp_path):
     folder = shutil.copytree(OLD, tmp_path / "run")
     (folder / "scores.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="no finished screening"):
-        Screening.load(folder)
-    with pytest.raises(ValueError, match=r"persona_lens 0\.1\.0 began: finish it with that version"):
-        screened(tiny_bridge, {"data": rows(6)}, folder)
+    for read in (Screening.load, finish, lambda folder: screened(tiny_bridge, {"data": rows(6)}, folder)):
+        with pytest.raises(ValueError, match=r"persona_lens 0\.1\.0 began: finish it with that version"):
+            read(folder)

@@ -120,7 +120,11 @@ def write_units(path: Path, units: Iterable[Sequence[PlannedRow]]) -> tuple[int,
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, PLAN_SCHEMA, options=options) as writer:
         for unit in units:
-            writer.write_batch(_batch(unit))
+            records = []
+            for row in unit:
+                tokens = {"prompt_ids": row.chat.prompt, "response_ids": row.chat.response, "skip": row.chat.skip}
+                records.append({**vars(row.sample), **vars(row), **tokens})
+            writer.write_batch(pa.RecordBatch.from_pylist(records, schema=PLAN_SCHEMA))
             n_units += 1
             n_rows += len(unit)
     return n_units, n_rows
@@ -129,7 +133,13 @@ def write_units(path: Path, units: Iterable[Sequence[PlannedRow]]) -> tuple[int,
 def read_unit(path: Path, number: int) -> list[PlannedRow]:
     """The rows of one unit of a file of units."""
     with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-        return _planned_rows(reader.get_batch(number))
+        records = reader.get_batch(number).to_pylist()
+    rows = []
+    for record in records:
+        chat = ChatTokens(tuple(record["prompt_ids"]), tuple(record["response_ids"]), record["skip"])
+        marks = {name: record[name] for name in ("wants_base", "cut", "group", "family")}
+        rows.append(PlannedRow(sample_of(record), chat, **marks))
+    return rows
 
 
 def spooled(rows: Iterable[PlannedRow], path: Path, *, note: Callable[[PlannedRow], None]) -> Iterator[PlannedRow]:
@@ -146,23 +156,6 @@ def spooled(rows: Iterable[PlannedRow], path: Path, *, note: Callable[[PlannedRo
     for number in range(n_batches):
         yield from read_unit(path, number)
     path.unlink()
-
-
-def _batch(rows: Sequence[PlannedRow]) -> pa.RecordBatch:
-    records = []
-    for row in rows:
-        ids = {"prompt_ids": row.chat.prompt, "response_ids": row.chat.response, "skip": row.chat.skip}
-        records.append({**vars(row.sample), **ids, **vars(row)})
-    return pa.RecordBatch.from_pylist(records, schema=PLAN_SCHEMA)
-
-
-def _planned_rows(batch: pa.RecordBatch) -> list[PlannedRow]:
-    rows = []
-    for record in batch.to_pylist():
-        chat = ChatTokens(tuple(record["prompt_ids"]), tuple(record["response_ids"]), record["skip"])
-        marks = {name: record[name] for name in ("wants_base", "cut", "group", "family")}
-        rows.append(PlannedRow(sample_of(record), chat, **marks))
-    return rows
 
 
 def sample_of(record: Mapping[str, Any]) -> Sample:

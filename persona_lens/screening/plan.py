@@ -93,8 +93,7 @@ class ScreeningPlan:
         folder: The run's folder.
         n_units: How many units there are.
         n_rows: How many samples they hold.
-        counts: What became of every row that was read: `read`, `rejected` by kind, `left_out` by reason, `cut`,
-            `planned`, and how many `repeated` an earlier response nearly word for word (None where not detected).
+        counts: What became of every row that was read; see `Screening`.
         settings: Everything that shapes the run.
     """
 
@@ -114,8 +113,13 @@ class ScreeningPlan:
         return self.settings.get("format_version") == 1
 
     def missing(self) -> set[int]:
-        """The units that are not scored yet."""
-        if self.is_old and (self.folder / OLD_TABLE).exists():
+        """The units that are not scored yet; raises ValueError for a run that 0.1.0 began and did not finish."""
+        if self.is_old and not (self.folder / OLD_TABLE).exists():
+            raise ValueError(
+                f"{self.folder} holds a screening that persona_lens 0.1.0 began: finish it with that version, or "
+                "choose another folder."
+            )
+        if self.is_old:
             return set()
         return set(range(self.n_units)).difference(scored_units(self.folder))
 
@@ -180,10 +184,7 @@ def make_plan(
         if not (output / PLAN).exists():
             day = date_told(tokenizer)
             wanted |= {"template_date": day} if day else {}
-            with tqdm(desc="plan", unit="row", disable=not progress) as bar:
-                _write_plan(
-                    _Planner(tokenizer, context, choice, wanted.get("max_new_tokens") or 0), datasets, output, wanted, bar
-                )
+            _write_plan(_Planner(tokenizer, context, choice, wanted), datasets, output, progress)
     return read_plan(output)
 
 
@@ -206,11 +207,6 @@ def _refuse_other_run(output: Path, wanted: Mapping[str, Any]) -> None:
     own.pop("template_date", None)  # the prompts of that day are in the plan
     threads, now = own.pop("threads", None), wanted.pop("threads", None)
     if plan.is_old:
-        if missing:
-            raise ValueError(
-                f"{output} holds a screening that persona_lens 0.1.0 began: finish it with that version, or choose "
-                "another folder."
-            )
         own.pop("given_base", None)
         own |= {"format_version": FORMAT_VERSION, "near_duplicates": True}
     if missing:  # a finished run is only read
@@ -232,10 +228,8 @@ def _read_settings(output: Path) -> dict[str, Any]:
     return settings
 
 
-def _write_plan(
-    planner: "_Planner", datasets: Mapping[str, Rows], output: Path, settings: Mapping[str, Any], bar: Any
-) -> None:
-    choice = planner.choice
+def _write_plan(planner: "_Planner", datasets: Mapping[str, Rows], output: Path, progress: bool) -> None:
+    choice, settings = planner.choice, planner.settings
     if choice.near_duplicates:
         require_datasketch()
     unfinished = empty_folder(output / f".{PLAN}.unfinished")
@@ -246,7 +240,8 @@ def _write_plan(
         closing(Seen(unfinished / "seen.sqlite")) as seen,
         (unfinished / REJECTS).open("w", encoding="utf-8") as rejects,
     ):
-        rows: Iterable[PlannedRow] = planner.planned(samples, seen, rejects, bar)
+        bar = iter(tqdm(samples, desc="plan", unit="row", disable=not progress))
+        rows: Iterable[PlannedRow] = planner.planned(bar, seen, rejects)
         if choice.sample is not None:
             rows = planner.drawn(rows, choice.sample, unfinished / "spool.arrow")
         n_units, n_rows = write_units(unfinished / PLAN / UNITS, cut_units(planner.with_families(rows, seen)))
@@ -266,15 +261,13 @@ def _write_plan(
 class _Planner:
     """Turns samples into planned rows, and counts what becomes of the others."""
 
-    def __init__(self, tokenizer: Any, context: int, choice: RowChoice, max_new_tokens: int):
-        self.tokenizer, self.context, self.choice, self.max_new_tokens = tokenizer, context, choice, max_new_tokens
+    def __init__(self, tokenizer: Any, context: int, choice: RowChoice, settings: Mapping[str, Any]):
+        self.tokenizer, self.context, self.choice, self.settings = tokenizer, context, choice, settings
         self.read = self.cut = self.repeated = 0
         self.rejected: Counter[Kind] = Counter()
         self.left_out: Counter[str] = Counter()
 
-    def planned(
-        self, rows: Iterable[Sample | Rejection], seen: Seen, rejects: TextIO, bar: Any
-    ) -> Iterator[PlannedRow]:
+    def planned(self, rows: Iterable[Sample | Rejection], seen: Seen, rejects: TextIO) -> Iterator[PlannedRow]:
         """The samples that are screened; rejected rows are counted, and written to `rejects`."""
         for row in rows:
             self.read += 1
@@ -285,7 +278,6 @@ class _Planner:
                 self.rejected[planned.kind] += 1
                 record = {**vars(planned), "content": _as_json(planned.content)}
                 rejects.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-            bar.update()
 
     def _tokenized(self, sample: Sample, seen: Seen) -> PlannedRow | Rejection | None:
         """A sample with its token ids, or why it is rejected; None, and counted, where it is left out."""
@@ -310,8 +302,9 @@ class _Planner:
         wants_base = _draw(choice.seed, sample, "base") < choice.base_fraction
         if len(chat) > context:
             return _rejection(sample, "too long", f"{len(chat)} tokens, and the model's context holds {context}")
-        if wants_base and len(chat.prompt) + self.max_new_tokens > context:
-            reason = f"with {self.max_new_tokens} tokens of a base response the prompt passes the context"
+        answer = self.settings.get("max_new_tokens") or 0
+        if wants_base and len(chat.prompt) + answer > context:
+            reason = f"with {answer} tokens of a base response the prompt passes the context"
             return _rejection(sample, "too long", reason)
         if not chat.n_averaged:
             return _rejection(sample, "no token to average", "no token is left of its response")

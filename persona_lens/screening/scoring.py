@@ -48,16 +48,7 @@ class _Projections(NamedTuple):
 class ModelScorer:
     """Scores units with a model; interventions that are attached to it act.
 
-    Raises ValueError for a vector that is not the model's.
-
-    Attributes:
-        model: The base model.
-        vectors: Of any traits and layers.
-        base: Where base responses come from.
-        max_new_tokens: Their length limit where they are generated.
-        after: Average only what follows this text.
-        token_budget: Padded tokens of a forward pass.
-        allow_other_model: Accept vectors of an unrelated model of equal shape.
+    The attributes are arguments of `screen`. Raises ValueError for a vector that is not the model's.
     """
 
     model: Model
