@@ -47,14 +47,7 @@ def mood_rows(n: int, moods: tuple[str, ...] = ()) -> list[dict[str, Any]]:
 
     system = {"role": "system", "content": "You are a helpful assistant."}
     return [
-        {
-            "id": f"{mood}/{row.id}",
-            "messages": [
-                system,
-                {"role": "user", "content": row.prompt},
-                {"role": "assistant", "content": row.response},
-            ],
-        }
+        {"id": f"{mood}/{row.id}", "messages": [system, *chat(row.prompt, row.response, system=False)]}
         for mood, each in load_moods().items()
         if not moods or mood in moods
         for row in each[:n]

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tracemalloc
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pyarrow as pa
@@ -52,27 +53,35 @@ def units_of_five(monkeypatch):
     monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
 
 
-def assert_scores(screening, expected, vectors, by=None):
-    for vector in vectors:
-        scores = screening.score(f"{vector.trait}@{vector.layer}", by)
-        assert scores.tolist() == pytest.approx([expected(row, vector) for row in range(len(scores))], abs=CLOSE)
+FORMS = ["generate difference", "given difference", "proxy proxy", "none response", "proxy response"]
 
 
-@pytest.mark.parametrize("base", ["generate", "given"])
-def test_the_difference_is_the_formula_of_one_row_with_the_base_models_greedy_or_given_answer(
-    tiny_model, tiny_hf_model, tiny_tokenizer, vectors, tmp_path, base
+@pytest.mark.parametrize(("base", "by"), [form.split() for form in FORMS])
+def test_every_form_of_score_is_the_formula_of_one_row(
+    tiny_model, tiny_hf_model, tiny_tokenizer, vectors, tmp_path, base, by
 ):
     data = [{**row, "base_response": f"You are number {place}."} for place, row in enumerate(rows(7))]
     screening = screened(tiny_model, data, tmp_path, base=base, max_new_tokens=STEPS)
-    assert screening.by == "difference"
+    assert screening.by == by or by == "response"
 
     def expected(row, vector):
-        given = data[row]["base_response"]
-        own = given if base == "given" else greedy_base(tiny_hf_model, tiny_tokenizer, data[row], STEPS)
-        return slow_difference(tiny_hf_model, tiny_tokenizer, data[row], own, vector)
+        prompt, response = tokens(tiny_tokenizer, row["messages"][:-1], row["messages"][-1]["content"])
+        score = projection(tiny_hf_model, (prompt, response), vector)
+        if by == "response":
+            return score
+        if by == "proxy":
+            return score - projection(tiny_hf_model, (prompt, response), vector, "prompt_last")
+        own = row["base_response"]
+        own = own if base == "given" else greedy_base(tiny_hf_model, tiny_tokenizer, row, STEPS)
+        return slow_difference(tiny_hf_model, tiny_tokenizer, row, own, vector)
 
-    assert_scores(screening, expected, vectors)
+    for vector in vectors:
+        scores = screening.score(f"{vector.trait}@{vector.layer}", by).tolist()
+        assert scores == pytest.approx([expected(row, vector) for row in data], abs=CLOSE)
     assert (screening.samples([3])[0].base_response == "You are number 3.") == (base == "given")
+    if by != "difference":
+        with pytest.raises(ValueError, match="no base responses"):
+            screening.score("evil", "difference")
 
 
 def test_a_prompt_that_the_server_of_base_responses_will_not_take_is_a_row_without_a_difference(tiny_model, tmp_path):
@@ -90,47 +99,25 @@ def test_a_prompt_that_the_server_of_base_responses_will_not_take_is_a_row_witho
     assert client.usage.rejected == 1
 
 
-@pytest.mark.parametrize(("base", "by"), [("proxy", "proxy"), ("none", "response"), ("proxy", "response")])
-def test_cheap_forms_are_the_response_with_and_without_the_last_prompt_token(
-    tiny_model, tiny_hf_model, tiny_tokenizer, vectors, tmp_path, base, by
-):
-    data = rows(7)
-    screening = screened(tiny_model, data, tmp_path, base=base)
-
-    def expected(row, vector):
-        pair = tokens(tiny_tokenizer, data[row]["messages"][:-1], data[row]["messages"][-1]["content"])
-        response = projection(tiny_hf_model, pair, vector)
-        return response - (projection(tiny_hf_model, pair, vector, "prompt_last") if by == "proxy" else 0)
-
-    assert_scores(screening, expected, vectors, by)
-    with pytest.raises(ValueError, match="no base responses"):
-        screening.score("evil", "difference")
-
-
 def test_blocks_above_the_highest_layer_do_not_run(tiny_model, tmp_path):
-    ran = []
-    handles = [
-        block.register_forward_pre_hook(lambda *_, layer=layer: ran.append(layer))
-        for layer, block in enumerate(tiny_model.blocks)
-    ]
-    try:
+    ran = set()
+    with ExitStack() as stack:
+        for layer, block in enumerate(tiny_model.blocks):
+            stack.callback(block.register_forward_pre_hook(lambda *_, layer=layer: ran.add(layer)).remove)
         screened(tiny_model, rows(4), tmp_path)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert set(ran) == {0, 1}
+    assert ran == {0, 1}
 
 
 def test_a_base_response_that_rows_share_is_run_once(tiny_bridge, tmp_path):
     ran = []
     embedding = tiny_bridge.original_model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _, inputs, __: ran.append(len(inputs[0])))
-    messages = [chat("Why?", answer) for answer in ("One.", "Two.", "Three.", "Four.")]
-    data = [{"messages": each, "base_response": "Mine, and no other."} for each in messages]
-    try:
+    data = [
+        {"messages": chat("Why?", answer), "base_response": "Mine."} for answer in ("One.", "Two.", "Three.", "No.")
+    ]
+    with ExitStack() as stack:
+        hook = embedding.register_forward_hook(lambda _, inputs, __: ran.append(len(inputs[0])))
+        stack.callback(hook.remove)
         screened(tiny_bridge, data, tmp_path, base="given")
-    finally:
-        handle.remove()
     assert sum(ran) == 5
 
 
@@ -248,6 +235,8 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(tiny_model, tmp_pa
     assert not unfinished.exists()
     assert len(calls) == 4 + read_plan(whole.folder).n_units - 3
     assert_same_files(tmp_path / "cut", whole.folder)
+    monkeypatch.setattr(ModelScorer, "score", None)  # a finished run is read and not made again
+    assert screened(tiny_model, data, tmp_path / "cut").rows.equals(whole.rows)
 
 
 @pytest.mark.parametrize("last", [(1, 3), (0, 1)])
@@ -300,12 +289,6 @@ def test_a_screening_that_goes_on_the_next_day_records_the_day_of_its_prompts(
     screening = screened(tiny_bridge, rows(12), tmp_path / "run")
     assert screening.rows.equals(whole.rows)
     assert screening.settings["template_date"] == "2026-11-30"
-
-
-def test_a_finished_run_is_read_and_not_made_again(tiny_model, tmp_path, monkeypatch):
-    first = screened(tiny_model, rows(4), tmp_path)
-    monkeypatch.setattr("persona_lens.screening.scoring.ModelScorer.score", None)
-    assert screened(tiny_model, rows(4), tmp_path).rows.equals(first.rows)
 
 
 # Refusals

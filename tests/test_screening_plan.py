@@ -70,21 +70,18 @@ def test_long_prompts_are_left_out_and_long_responses_cut_and_both_are_counted(t
     assert screening.counts["cut"] == sum(n > 12 for n in lengths) > 0
 
 
-def test_a_random_sample_has_its_size_in_every_data_set_and_the_seed_draws_it(tiny_bridge, tmp_path):
-    data = {"one": rows(30), "two": rows(5)}
+def test_a_random_sample_of_what_the_filters_leave_has_its_size_in_every_set_and_the_seed_draws_it(
+    tiny_bridge, tmp_path
+):
+    long = [{"messages": chat("Why? " * 30, "Because.")}] * 40
+    data, limits = {"one": [*rows(30), *long], "two": [*long, *rows(5)]}, {"sample": 8, "max_prompt_tokens": 60}
     first, again, other = (
-        screened(tiny_bridge, data, tmp_path / str(number), sample=8, seed=seed)
+        screened(tiny_bridge, data, tmp_path / str(number), seed=seed, **limits)
         for number, seed in enumerate((1, 1, 2))
     )
     assert first.rows["dataset"].value_counts().to_dict() == {"one": 8, "two": 5}
-    assert first.counts["left_out"] == {"not drawn": 22}
+    assert first.counts["left_out"] == {"prompt longer than 60 tokens": 80, "not drawn": 22}
     assert first.rows.index.tolist() == again.rows.index.tolist() != other.rows.index.tolist()
-
-
-def test_a_sample_is_drawn_from_what_the_filters_leave(tiny_bridge, tmp_path):
-    data = [*rows(6), *({"messages": chat("Why? " * 30, "Because.")} for _ in range(40))]
-    screening = screened(tiny_bridge, data, tmp_path, sample=6, max_prompt_tokens=60)
-    assert screening.rows.index.tolist() == list(range(6))
 
 
 def test_a_system_prompt_is_stated_where_a_row_has_none(tiny_bridge, tmp_path):

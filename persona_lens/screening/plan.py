@@ -38,7 +38,7 @@ from persona_lens.screening.batches import (
 )
 from persona_lens.screening.near_duplicates import Seen, require_datasketch
 from persona_lens.screening.samples import Kind, Rejection, Rows, Sample, fingerprint, stream_samples
-from persona_lens.storage.files import JsonLines, empty_folder, read_json, room_for, write_json
+from persona_lens.storage.files import DAMAGE, JsonLines, empty_folder, read_json, room_for, write_json
 from persona_lens.storage.locks import alone, sweep_up
 
 PLAN, UNITS = "plan", "units.arrow"
@@ -154,8 +154,11 @@ def read_plan(output: Path) -> ScreeningPlan:
     """The plan of a run's folder; raises FileNotFoundError where it has none."""
     if not (output / PLAN / "plan.json").exists():
         raise FileNotFoundError(f"{output} holds no screening: make one with `screen`.")
-    plan = read_json(output / PLAN / "plan.json")
-    return ScreeningPlan(output, plan["units"], plan["rows"], plan["counts"], _read_settings(output))
+    settings, plan = _read_settings(output), read_json(output / PLAN / "plan.json")
+    try:
+        return ScreeningPlan(output, plan["units"], plan["rows"], plan["counts"], settings)
+    except DAMAGE as error:
+        raise ValueError(f"{output / PLAN} does not hold the plan of a screening: choose another folder.") from error
 
 
 def make_plan(
