@@ -64,7 +64,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "screening": (
         "Screening training data",
-        "screen Screening read_screening",
+        "screen Screening",
     ),
     "replication": (
         "Replicating the paper",

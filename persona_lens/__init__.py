@@ -13,7 +13,7 @@ The pipeline, each step a function of its own:
     with steer(model, vector, coefficient=2.0): ...     # or ablate, cap, or intervene with several
     vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))
     tuned   = finetune(model, "chats.jsonl", during=[Steer(vector, 2.0)])    # preventative steering
-    found   = screen(model, "chats.jsonl", vector, output="runs/screen")     # what training on these chats would do
+    found   = screen(model, "chats.jsonl", vector, output_dir="runs/screen")     # what training on these chats would do
     shift   = finetuning_shift(model, tuned.adapter, trait, vectors)     # and `with adapted(model, tuned.adapter): ...`
 """
 

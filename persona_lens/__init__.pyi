@@ -106,7 +106,6 @@ from .rollouts.rows import Rollout as Rollout
 from .rollouts.rows import read_rollouts as read_rollouts
 from .rollouts.server import ServerEngine as ServerEngine
 from .screening.result import Screening as Screening
-from .screening.result import read_screening as read_screening
 from .screening.run import screen as screen
 from .traits.generation import generate_trait as generate_trait
 from .traits.generation import preview_trait as preview_trait

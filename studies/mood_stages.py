@@ -33,6 +33,7 @@ from persona_lens.replication.set_numbers import (
     screening_in,
 )
 from persona_lens.replication.stages import STAGES, Stage, whole
+from persona_lens.screening.plan import RowChoice
 from persona_lens.screening.run import screen
 from studies.finetuning_materials import Materials, make_materials
 from studies.finetuning_plan import WHILE_ANSWERING, Method, StudyRun, StudySettings
@@ -158,10 +159,10 @@ def screen_moods(run: Context) -> None:
             run.model,
             {run_plan.name: chats},
             [materials.vectors[name].at(layer) for name in materials.vectors for layer in settings.layers],
-            output=output,
-            sample=how.rows,
+            output_dir=output,
             max_new_tokens=how.base_tokens,
-            **run.sampling,
+            rows=RowChoice(sample=how.rows, seed=run.preset.seed),
+            progress=run.progress,
         )
 
 

@@ -159,7 +159,7 @@ def screened_pool(
         for source in dict.fromkeys(row.source for row in rows)
     }
     vectors = [materials.vectors[mood].at(layer) for mood in materials.split.rows for layer in layers]
-    screened = partial(screen, model, datasets, vectors, base="given", output=folder / "screen", progress=progress)
+    screened = partial(screen, model, datasets, vectors, base="given", output_dir=folder / "screen", progress=progress)
     locks = [folder / f"shard-{number}.lock" for number in range(SHARDS)]
     for number, lock in enumerate(locks):
         with taken(lock) as mine, suppress(ShardsMissing):

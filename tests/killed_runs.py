@@ -57,7 +57,7 @@ def screening(model: Any, folder: Path) -> None:
     from tests.screening_cases import QUIET, pair_of_vectors, rows
 
     units.UNIT_ROWS = 4
-    screen(model, rows(60), pair_of_vectors(model), output=folder, max_new_tokens=6, **QUIET)
+    screen(model, rows(60), pair_of_vectors(model), output_dir=folder, max_new_tokens=6, **QUIET)
 
 
 def training(model: Any, folder: Path) -> None:

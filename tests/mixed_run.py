@@ -75,7 +75,7 @@ def calls(model: Any, vectors: Any, trait: Any, judge: Any, folder: Path) -> lis
         trained,
         lambda: pl.monitor(model, CHATS, vector, progress=False),
         lambda: pl.screen(
-            model, [{"messages": chat} for chat in CHATS], vector, max_new_tokens=4, output=folder / "rows", **QUICK
+            model, [{"messages": chat} for chat in CHATS], vector, max_new_tokens=4, output_dir=folder / "rows", **QUICK
         ),
         lambda: pl.measure_capability(model, pl.mmlu_sample()[:2], progress=False),
         lambda: extract(model, trait, judge, folder / "extracted"),

@@ -182,7 +182,7 @@ def test_a_file_system_without_locks_is_said_in_one_warning_and_the_work_goes_on
 def test_a_screening_goes_on_where_the_file_system_has_no_locks(tiny_bridge, tmp_path, no_locks):
     vectors = pair_of_vectors(tiny_bridge)
     with pytest.warns(UserWarning, match="without locks"):
-        found = screen(tiny_bridge, rows(4), vectors, output=tmp_path / "run", base="proxy", **QUIET)
+        found = screen(tiny_bridge, rows(4), vectors, output_dir=tmp_path / "run", base="proxy", **QUIET)
     assert found.counts["planned"] == 4
 
 

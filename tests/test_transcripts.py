@@ -8,7 +8,7 @@ from persona_lens.chat.batches import tokenize_chat
 from persona_lens.extraction.responses import read_messages
 from persona_lens.finetuning.dataset import training_chats
 from persona_lens.monitoring.transcripts import Transcript, chat_segments, read_chats, read_transcripts, text_pieces
-from persona_lens.screening.samples import Turns, named_datasets, stream_samples
+from persona_lens.screening.samples import named_datasets, stream_samples
 from tests.chat_cases import CHATS, FORGETS_THOUGHTS, TRIMS, chat, rendered, with_template
 
 HELLO = chat("Hello.", "Hi.")
@@ -83,7 +83,7 @@ def test_roles_of_other_names_and_cases_are_ours(assistant, keys):
     (found,) = read_chats([{"conversations": given}]).chats
     assert list(found.messages) == HELLO
     assert list(Transcript(given).messages) == HELLO
-    (sample,) = stream_samples(named_datasets([{"conversations": given}]), Turns())
+    (sample,) = stream_samples(named_datasets([{"conversations": given}]))
     assert sample.response == "Hi."
 
 
@@ -124,7 +124,7 @@ def test_a_table_of_chats_is_read_wherever_chats_are(table):
         ("b", CHATS[0][:3]),
     ]
     assert [list(each.messages) for each in training_chats(given)] == [HELLO, CHATS[0][:3]]
-    assert [each.id for each in stream_samples(named_datasets(given), Turns())] == ["a", "b"]
+    assert [each.id for each in stream_samples(named_datasets(given))] == ["a", "b"]
 
 
 TOOL = {"role": "tool", "content": "42"}

@@ -307,19 +307,27 @@ class Context:
 
     def screen(self, name: str, chats: Path, output: Path, traits: Sequence[str], sample: int, **options: Any) -> None:
         """A file of chats screened against the base model's own greedy responses."""
+        from persona_lens.screening.plan import RowChoice
         from persona_lens.screening.run import screen
 
         if not (output / "summary.json").exists():
             vectors = [self.vector(trait) for trait in traits]
-            settings = {"sample": sample, "max_new_tokens": self.preset.projection_difference.base_tokens}
-            screen(self.model, {name: chats}, vectors, output=output, **settings, **options, **self.sampling)
+            screen(
+                self.model,
+                {name: chats},
+                vectors,
+                output_dir=output,
+                max_new_tokens=self.preset.projection_difference.base_tokens,
+                rows=RowChoice(sample=sample, seed=self.preset.seed, **options),
+                progress=self.progress,
+            )
 
     def split(self, screened: Path, output: Path, count: int) -> dict[str, Path]:
         """The samples of highest, random and lowest projection difference, as files of chats."""
         from persona_lens.screening.filtering import write_split
-        from persona_lens.screening.result import read_screening
+        from persona_lens.screening.result import Screening
 
-        return write_split(read_screening(screened), output, count, by="difference", seed=self.preset.seed)
+        return write_split(Screening.load(screened), output, count, by="difference", seed=self.preset.seed)
 
 
 def trait_folder(folder: Path, name: str) -> Path:

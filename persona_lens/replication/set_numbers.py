@@ -14,7 +14,7 @@ from persona_lens.replication.context import CHOICES
 from persona_lens.replication.preset import Preset
 from persona_lens.replication.reported_number import ReportedNumber, correlation, without_interval
 from persona_lens.replication.stages import BASE, grid_folder
-from persona_lens.screening.result import Screening, read_screening
+from persona_lens.screening.result import Screening
 from persona_lens.statistics import Estimate, auc
 from persona_lens.storage.files import read_json
 
@@ -95,7 +95,7 @@ def tuned_sets(preset: Preset, folder: Path) -> list[TunedSet]:
 
 def screening_in(folder: Path) -> Screening | None:
     """The finished screening of a folder."""
-    return read_screening(folder) if (folder / "summary.json").exists() else None
+    return Screening.load(folder) if (folder / "summary.json").exists() else None
 
 
 def grid_contrast(preset: Preset) -> Contrast:
