@@ -5,12 +5,13 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from persona_lens.evaluation.evaluate import Evaluation
+from persona_lens.evaluation.evaluate import Evaluation, evaluate_cells
 from persona_lens.evaluation.layer_selection import LayerSweep
 from persona_lens.interventions.hooks import attachments
 from persona_lens.judges.coherence import CoherenceScale
 from persona_lens.judges.likelihood_ratio import Calibration
 from persona_lens.judges.scores import Score, ScoredRollout
+from persona_lens.rollouts.engines import CellEngine, ModelEngine
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import N_RESAMPLES, question_resamples
 from persona_lens.storage.files import JsonLines
@@ -131,6 +132,12 @@ def naive_resamples(evaluation, seed=0):
         ]
         means.append(sum(drawn) / len(drawn) if drawn else np.nan)
     return np.array(means)
+
+
+def cells_of(model, cells, *, judge=None, at="response", temperature=1.0, batch_size=120, **settings):
+    """`evaluate_cells` of a small trait, in answers of six tokens."""
+    engine = CellEngine(ModelEngine(model, 6, temperature, 1.0, batch_size), {cell.name: cell for cell in cells}, at)
+    return evaluate_cells(engine, TRAIT, judge=judge or LetterJudge(), progress=False, **settings)
 
 
 def texts(evaluation):

@@ -211,8 +211,8 @@ def test_a_file_that_holds_no_capability_is_refused(tmp_path):
     with pytest.raises(ValueError, match="format version 2, and this persona_lens reads 1"):
         Capability.load(path)
     path.write_text(json.dumps({"format_version": 1, "answers": []}))
-    with pytest.raises(ValueError, match="does not hold a capability"):
+    with pytest.raises(ValueError, match="not a whole capability"):
         Capability.load(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="does not hold a capability"):
+    with pytest.raises(ValueError, match="not a whole capability"):
         Capability.load(path)

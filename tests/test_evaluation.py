@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from persona_lens.evaluation.evaluate import evaluate, evaluate_cells
+from persona_lens.evaluation.evaluate import evaluate
 from persona_lens.interventions.hooks import intervene, steer
 from persona_lens.interventions.intervention import Intervention
 from persona_lens.interventions.values import Ablate, Cap, Steer
@@ -23,6 +23,7 @@ from tests.evaluation_cases import (
     TRAIT,
     FittedLetterJudge,
     LetterJudge,
+    cells_of,
     cut,
     judged,
     make_calibration,
@@ -40,7 +41,7 @@ from tests.vector_cases import make_vectors
 
 def test_an_evaluation_repeats_by_its_seed(tiny_model):
     one, again, other = (
-        evaluate(tiny_model, TRAIT, LetterJudge(), per_question=2, seed=seed, **SHORT) for seed in (0, 0, 1)
+        evaluate(tiny_model, TRAIT, judge=LetterJudge(), per_question=2, seed=seed, **SHORT) for seed in (0, 0, 1)
     )
     assert one == again
     assert texts(one) != texts(other)
@@ -49,7 +50,7 @@ def test_an_evaluation_repeats_by_its_seed(tiny_model):
 def test_a_row_has_the_same_random_numbers_under_every_intervention(tiny_model):
     vector = some_vectors(tiny_model).at(1)
     plain, nothing, much = (
-        evaluate(tiny_model, TRAIT, LetterJudge(), per_question=2, interventions=done, **SHORT)
+        evaluate(tiny_model, TRAIT, judge=LetterJudge(), per_question=2, interventions=done, **SHORT)
         for done in ([], [Steer(vector, 1e-9)], [Steer(vector, 4.0)])
     )
     assert judged(nothing) == judged(plain)
@@ -59,7 +60,7 @@ def test_a_row_has_the_same_random_numbers_under_every_intervention(tiny_model):
 def test_rows_are_sampled_as_by_an_engine_inside_the_context(tiny_model):
     vectors = some_vectors(tiny_model)
     done = [Ablate(vectors), Cap(some_vectors(tiny_model, "kind", seed=1).at(2), maximum=0.5)]
-    found = evaluate(tiny_model, TRAIT, LetterJudge(), interventions=done, at="all", **SHORT)
+    found = evaluate(tiny_model, TRAIT, judge=LetterJudge(), interventions=done, at="all", **SHORT)
     prompts = plan_rollouts(TRAIT, polarities=["neutral"], questions=TRAIT.evaluation_questions, per_question=1)
     with intervene(tiny_model, *done, at="all"):
         rollouts = collect_rollouts(ModelEngine(tiny_model, max_new_tokens=6), prompts, progress=False)
@@ -73,11 +74,11 @@ def test_rows_are_sampled_as_by_an_engine_inside_the_context(tiny_model):
 def test_mixed_rows_are_those_of_one_evaluation_a_cell(tiny_model, at, temperature):
     vectors = some_vectors(tiny_model)
     cells = [Cell(vectors.at(layer), amount) for layer in (0, 2) for amount in (-0.3, 2.0)]
-    settings = {"temperature": temperature, "at": at, "batch_rows": 7, "seed": 5, **SHORT}
-    questions = TRAIT.extraction_questions
-    found = evaluate_cells(tiny_model, TRAIT, LetterJudge(), cells, questions=questions, per_question=2, **settings)
+    settings = {"temperature": temperature, "at": at, "batch_size": 7, "seed": 5, "per_question": 2}
+    settings["questions"] = TRAIT.extraction_questions
+    found = cells_of(tiny_model, cells, **settings)
     alone = [
-        evaluate(tiny_model, TRAIT, LetterJudge(), interventions=done, questions=questions, per_question=2, **settings)
+        evaluate(tiny_model, TRAIT, judge=LetterJudge(), interventions=done, **settings, **SHORT)
         for done in ([], *([Steer(cell.vector, cell.coefficient)] for cell in cells))
     ]
     assert [judged(each) for each in found] == [judged(each) for each in alone]
@@ -86,8 +87,8 @@ def test_mixed_rows_are_those_of_one_evaluation_a_cell(tiny_model, at, temperatu
 
 def test_cells_without_any_are_the_baseline_alone(tiny_model):
     questions = TRAIT.evaluation_questions
-    (found,) = evaluate_cells(tiny_model, TRAIT, LetterJudge(), [], questions=questions, **SHORT)
-    assert judged(found) == judged(evaluate(tiny_model, TRAIT, LetterJudge(), **SHORT))
+    (found,) = cells_of(tiny_model, [], questions=questions)
+    assert judged(found) == judged(evaluate(tiny_model, TRAIT, judge=LetterJudge(), **SHORT))
 
 
 def test_coefficients_that_differ_in_a_late_digit_are_cells_of_their_own():
@@ -98,7 +99,7 @@ def test_coefficients_that_differ_in_a_late_digit_are_cells_of_their_own():
 
 def test_questions_are_the_evaluation_questions_that_the_judge_was_not_fitted_on(tiny_model):
     judge = FittedLetterJudge(TRAIT.evaluation_questions[:1])
-    assert evaluate(tiny_model, TRAIT, judge, **SHORT).questions == list(TRAIT.evaluation_questions[1:])
+    assert evaluate(tiny_model, TRAIT, judge=judge, **SHORT).questions == list(TRAIT.evaluation_questions[1:])
 
 
 # --- who judges it -------------------------------------------------------------------------------------------------
@@ -107,8 +108,8 @@ def test_questions_are_the_evaluation_questions_that_the_judge_was_not_fitted_on
 def test_no_intervention_is_attached_while_the_judge_runs(tiny_model):
     vectors = some_vectors(tiny_model)
     judge = LetterJudge(model=tiny_model)
-    evaluate(tiny_model, TRAIT, judge, interventions=[Steer(vectors, 2.0)], **SHORT)
-    evaluate_cells(tiny_model, TRAIT, judge, [Cell(vectors.at(1), 2.0)], questions=["Why?"], **SHORT)
+    evaluate(tiny_model, TRAIT, judge=judge, interventions=[Steer(vectors, 2.0)], **SHORT)
+    cells_of(tiny_model, [Cell(vectors.at(1), 2.0)], judge=judge, questions=["Why?"])
     assert len(judge.judged) == 2 + 2
 
 
@@ -137,10 +138,10 @@ def test_scores_of_fixed_texts_are_bit_equal_with_an_adapter_on_and_off(tiny_tok
     bridge = bridge_from_transformers(tiny.llama(tiny_tokenizer), tiny_tokenizer)
     judge, done = likelihood_judge(bridge), [Steer(some_vectors(bridge).at(1), 2.0)]
     plain = score_rollouts(judge, TRAIT, WRITTEN, progress=False)
-    said = texts(evaluate(bridge, TRAIT, LetterJudge(), interventions=done, **SHORT))
+    said = texts(evaluate(bridge, TRAIT, judge=LetterJudge(), interventions=done, **SHORT))
     config = peft.LoraConfig(r=2, target_modules=r".*(q_proj|down_proj)\._original_component", init_lora_weights=False)
     adapted = peft.get_peft_model(bridge.original_model, config)
-    assert texts(evaluate(bridge, TRAIT, LetterJudge(), interventions=done, **SHORT)) != said  # the adapter acts
+    assert texts(evaluate(bridge, TRAIT, judge=LetterJudge(), interventions=done, **SHORT)) != said  # the adapter acts
     with steer(bridge, some_vectors(bridge), 4.0):
         assert score_rollouts(judge, TRAIT, WRITTEN, progress=False) == plain
     with adapted.disable_adapter():
@@ -166,7 +167,7 @@ def test_an_evaluation_without_any_score_has_no_number():
 def test_empty_answers_are_rows_without_a_score(tiny_model, monkeypatch):
     everything = frozenset(range(len(tiny_model.tokenizer)))
     monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: everything)
-    found = evaluate(tiny_model, TRAIT, LetterJudge(), **SHORT)
+    found = evaluate(tiny_model, TRAIT, judge=LetterJudge(), **SHORT)
     assert (len(found.scored), found.missing, found.trait_score.value, found.diversity) == (2, 2, None, None)
 
 
@@ -200,15 +201,15 @@ def test_diversity_is_the_share_of_distinct_2_grams_of_all_answers(text, diversi
 def test_vectors_of_another_model_are_refused(tiny_model, tiny_gpt2):
     vector, words = some_vectors(tiny_gpt2).at(1), r"the vectors expect d_model 24, and .* has 32"
     with pytest.raises(ValueError, match=words):
-        evaluate(tiny_model, TRAIT, LetterJudge(), interventions=[Steer(vector, 1.0)], **SHORT)
+        evaluate(tiny_model, TRAIT, judge=LetterJudge(), interventions=[Steer(vector, 1.0)], **SHORT)
     with pytest.raises(ValueError, match=words):
-        evaluate_cells(tiny_model, TRAIT, LetterJudge(), [Cell(vector, 1.0)], questions=["Why?"], **SHORT)
+        cells_of(tiny_model, [Cell(vector, 1.0)], questions=["Why?"])
 
 
 def test_a_judge_that_was_fitted_on_every_question_leaves_none(tiny_model):
     judge = FittedLetterJudge(TRAIT.evaluation_questions)
     with pytest.raises(ValueError, match=r"grumpy: the judge was calibrated on all 2 questions: .* pass other"):
-        evaluate(tiny_model, TRAIT, judge, **SHORT)
+        evaluate(tiny_model, TRAIT, judge=judge, **SHORT)
 
 
 @pytest.mark.parametrize("name", ["rollouts.jsonl", "scores.jsonl", "evaluation.json"])
@@ -217,7 +218,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(tiny_mo
     asked = []
     monkeypatch.setattr(ModelEngine, "answer", lambda self, prompts, **_: asked.append(prompts))
     with pytest.raises(OSError, match=rf"Cannot write .*{name}"):
-        evaluate(tiny_model, TRAIT, LetterJudge(), output=tmp_path, **SHORT)
+        evaluate(tiny_model, TRAIT, judge=LetterJudge(), output_dir=tmp_path, **SHORT)
     assert asked == []
 
 
@@ -230,9 +231,9 @@ def kept(tiny_model, tmp_path):
     done = [Steer(some_vectors(tiny_model).at(1), 2.0)]
 
     def run(*, judge=None, model=tiny_model, interventions=done, **changes):
-        settings = {"per_question": 3, "batch_rows": 2, **SHORT, **changes}
+        settings = {"per_question": 3, "batch_size": 2, **SHORT, **changes}
         judge = LetterJudge(batch_rows=2) if judge is None else judge
-        return evaluate(model, TRAIT, judge, interventions=interventions, output=tmp_path, **settings)
+        return evaluate(model, TRAIT, judge=judge, interventions=interventions, output_dir=tmp_path, **settings)
 
     return run
 

@@ -31,8 +31,8 @@ def test_the_order_of_rows_does_not_change_a_vector(tiny_model):
 def test_longer_neighbours_do_not_change_a_row(tiny_model, tmp_path):
     sides = conversations(1, 3), conversations(2, 3)
     long = Conversation("<|im_start|>" + "How would you run a country? " * 4, tuple(range(50, 130)), "long")
-    extract_from_responses(tiny_model, *sides, spool=tmp_path / "alone.npy", **QUICK)
-    extract_from_responses(tiny_model, [*sides[0], long], sides[1], spool=tmp_path / "beside.npy", **QUICK)
+    extract_from_responses(tiny_model, *sides, spool_file=tmp_path / "alone.npy", **QUICK)
+    extract_from_responses(tiny_model, [*sides[0], long], sides[1], spool_file=tmp_path / "beside.npy", **QUICK)
     alone, beside = (torch.from_numpy(np.load(tmp_path / f"{name}.npy")) for name in ("alone", "beside"))
     assert naive.relative_error(beside[[0, 1, 2, 4, 5, 6]], alone) < 1e-5
 
@@ -124,7 +124,7 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_layer(tiny_
 
 def test_row_means_are_spooled_where_asked(tiny_model, tmp_path):
     sides = conversations(1, 5), conversations(2, 4)
-    vectors = extract_from_responses(tiny_model, *sides, spool=tmp_path / "new" / "rows.npy", **QUICK)
+    vectors = extract_from_responses(tiny_model, *sides, spool_file=tmp_path / "new" / "rows.npy", **QUICK)
     rows = np.load(tmp_path / "new" / "rows.npy", mmap_mode="r")
     assert rows.shape == (9, 5, 32)
     assert rows.dtype == np.float32
@@ -140,7 +140,7 @@ def test_without_a_spool_no_file_stays(tiny_model, tmp_path, monkeypatch):
 
 def test_a_spool_that_cannot_be_written_is_refused(tiny_model, tmp_path):
     with pytest.raises(OSError, match="Cannot write"):
-        extract_from_responses(tiny_model, conversations(1), conversations(2), spool=tmp_path, **QUICK)
+        extract_from_responses(tiny_model, conversations(1), conversations(2), spool_file=tmp_path, **QUICK)
 
 
 def test_vectors_remember_their_model_and_settings(tiny_model):

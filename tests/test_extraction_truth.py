@@ -9,7 +9,7 @@ import torch
 
 from persona_lens.chat.batches import Conversation, encode
 from persona_lens.extraction.extract import extract_from_responses
-from persona_lens.extraction.responses import read_reference_csv
+from persona_lens.interop.responses import read_reference_csv
 from tests import naive, tiny
 from tests.extraction_cases import QUICK, VOCABULARY, assert_cosines, conversations, naive_directions, stream
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from persona_lens.clients.requests import ServerError, read_completion
 from persona_lens.evaluation.capability_result import Capability, read_questions
-from persona_lens.extraction.responses import read_messages, read_reference_csv
 from persona_lens.finetuning.dataset import training_chats
 from persona_lens.finetuning.shift import FinetuningShift
 from persona_lens.interop.control_vectors import read_control_vector, write_control_vector
+from persona_lens.interop.responses import read_messages, read_reference_csv
 from persona_lens.interop.sparse_autoencoders import read_sae
 from persona_lens.interop.tensor_files import (
     read_layer_dict,

@@ -244,7 +244,7 @@ def test_a_row_that_is_no_chat_is_left_out_counted_and_kept_with_the_result(tiny
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
     for suffix in (".jsonl", ".parquet"):
         output = tmp_path / f"found{suffix}"
-        found = monitor(tiny_model, path, several(tiny_model), output=output, **QUIET)
+        found = monitor(tiny_model, path, several(tiny_model), output_file=output, **QUIET)
         assert [each.name for each in found.chats] == ["chats:1", "chats:3"]
         assert [(each.row, each.reason[:11]) for each in found.rejected] == [(2, "messages[2]"), (4, "messages[0]")]
         assert "(2 rows could not be read)" in str(found)

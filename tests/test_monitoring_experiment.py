@@ -145,9 +145,7 @@ def test_a_damaged_experiment_is_refused_with_its_file(noisy, tmp_path, change, 
     path = tmp_path / "experiment.json"
     noisy.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(
-        ValueError, match=rf"experiment.json is not a monitoring experiment \(.*{words}\): run it again"
-    ):
+    with pytest.raises(ValueError, match=rf"experiment.json is not a whole monitoring experiment .*{words}"):
         MonitoringExperiment.load(path)
 
 
@@ -211,8 +209,8 @@ def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
     directions = torch.randn(tiny_model.cfg.n_layers, tiny_model.cfg.d_model, generator=generator)
     vectors = PersonaVectors.from_directions(directions, trait="grumpy", model=tiny_model)
     prompts = many_shot(TRAIT, ["Else?", "How?"], EXAMPLES[:3], shots=(0, 2), per_question=3)
-    run = {"judge": LengthJudge(), "layer": 1, "max_new_tokens": 8, "output": tmp_path, "progress": False}
-    found = monitoring_experiment(tiny_model, TRAIT, vectors, prompts, **run)
+    run = {"judge": LengthJudge(), "layer": 1, "max_new_tokens": 8, "output_dir": tmp_path, "progress": False}
+    found = monitoring_experiment(tiny_model, vectors, TRAIT, prompts, **run)
 
     assert [(point.condition, point.question, point.responses) for point in found.points] == [
         ("0 examples", "Else?", 3),
@@ -227,7 +225,7 @@ def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
         expected = [float(vectors.at(layer).project(resid)) for layer, resid in enumerate(last)]
         assert point.projections == pytest.approx(expected, rel=1e-5)
     assert MonitoringExperiment.load(tmp_path / "experiment.json") == found
-    assert monitoring_experiment(tiny_model, TRAIT, vectors, prompts, **run) == found
+    assert monitoring_experiment(tiny_model, vectors, TRAIT, prompts, **run) == found
 
 
 def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(embedded_bridge):
@@ -241,7 +239,7 @@ def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(
     vectors = PersonaVectors.from_directions(directions, trait=trait.name, model=embedded_bridge)
     prompts = system_prompts(trait, trait.evaluation_questions[:2], per_question=1)
     run = {"judge": LengthJudge(), "layer": 22, "max_new_tokens": 8, "progress": False}
-    found = monitoring_experiment(embedded_bridge, trait, vectors, prompts, **run)
+    found = monitoring_experiment(embedded_bridge, vectors, trait, prompts, **run)
 
     at_layer = {round(point.projections[22], 3) for point in found.points}
     assert len(found.points) == len(at_layer) == 16
@@ -256,9 +254,9 @@ def test_a_prompt_that_stands_twice_is_refused_before_anything_is_sampled(tiny_m
     directions = torch.ones(tiny_model.cfg.n_layers, tiny_model.cfg.d_model)
     vectors = PersonaVectors.from_directions(directions, trait="grumpy", model=tiny_model)
     prompts = many_shot(TRAIT, ["Else?"], EXAMPLES, shots=(0,), per_question=1)
-    with pytest.raises(ValueError, match="some stand twice"):
+    with pytest.raises(ValueError, match="are repeated"):
         monitoring_experiment(
-            tiny_model, TRAIT, vectors, [*prompts, *prompts], judge=LengthJudge(), layer=1, output=tmp_path
+            tiny_model, vectors, TRAIT, [*prompts, *prompts], judge=LengthJudge(), layer=1, output_dir=tmp_path
         )
     assert list(tmp_path.iterdir()) == []
 

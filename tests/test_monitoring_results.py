@@ -47,7 +47,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(tiny_m
     def refused(output, error, words):
         def work():
             with pytest.raises(error, match=words):
-                monitor(tiny_model, CHATS, vector, output=output, **QUIET)
+                monitor(tiny_model, CHATS, vector, output_file=output, **QUIET)
 
         assert counted(tiny_model, work)["layer -1"] == 0
 
@@ -68,12 +68,12 @@ def test_a_file_of_something_else_is_not_replaced_by_results(tiny_model, tmp_pat
 
     def work():
         with pytest.raises(ValueError, match="holds something else: expected results of monitoring"):
-            monitor(tiny_model, path if suffix == ".jsonl" else CHATS, vector, output=path, **QUIET)
+            monitor(tiny_model, path if suffix == ".jsonl" else CHATS, vector, output_file=path, **QUIET)
 
     assert counted(tiny_model, work)["layer -1"] == 0
     assert path.read_bytes() == before
-    mine = monitor(tiny_model, CHATS, vector, output=tmp_path / f"new{suffix}", **QUIET)
-    monitor(tiny_model, CHATS[:1], vector, output=tmp_path / f"new{suffix}", **QUIET)  # results replace results
+    mine = monitor(tiny_model, CHATS, vector, output_file=tmp_path / f"new{suffix}", **QUIET)
+    monitor(tiny_model, CHATS[:1], vector, output_file=tmp_path / f"new{suffix}", **QUIET)  # results replace results
     assert len(Monitoring.load(tmp_path / f"new{suffix}").chats) == 1
     mine.save(path)  # replaces any file of its name, as saving does
     assert len(Monitoring.load(path).chats) == len(CHATS)
@@ -91,7 +91,7 @@ def test_results_come_back_from_their_file_as_they_were(tiny_model, tmp_path, su
     chats = [*CHATS, chat("Why?", "<think>")]
     with steer(tiny_model, some_vectors(tiny_model).at(0), 1.0):
         found = monitor(
-            tiny_model, chats, several(tiny_model), tokens=tokens, after="e", window=200, output=path, **QUIET
+            tiny_model, chats, several(tiny_model), tokens=tokens, after="e", window=200, output_file=path, **QUIET
         )
     assert Monitoring.load(path) == found
     assert found.unclosed > 0
@@ -104,7 +104,9 @@ def test_results_say_which_day_a_template_that_reads_the_clock_was_told(tiny_bri
     assert "template_date" not in plain.to_dict()
     monkeypatch.setattr(tiny_bridge.tokenizer, "chat_template", CLOCKED)
     set_clock(monkeypatch, "2026-11-30")
-    found = monitor(tiny_bridge, CHATS, some_vectors(tiny_bridge).at(1), output=tmp_path / f"m{suffix}", progress=False)
+    found = monitor(
+        tiny_bridge, CHATS, some_vectors(tiny_bridge).at(1), output_file=tmp_path / f"m{suffix}", progress=False
+    )
     assert Monitoring.load(tmp_path / f"m{suffix}").template_date == found.template_date == "2026-11-30"
 
 
@@ -140,7 +142,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 )
 def test_a_file_that_somebody_changed_is_refused(tiny_model, tmp_path, keep, words):
     path = tmp_path / "a.jsonl"
-    monitor(tiny_model, CHATS, several(tiny_model), output=path, **QUIET)
+    monitor(tiny_model, CHATS, several(tiny_model), output_file=path, **QUIET)
     path.write_text("\n".join(keep(path.read_text().splitlines())) + "\n")
     with pytest.raises(ValueError, match=rf"a\.jsonl is damaged: ValueError {words}"):
         Monitoring.load(path)

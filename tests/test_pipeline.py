@@ -41,7 +41,7 @@ def run_pipeline():
         engine = ModelEngine(model, max_new_tokens=12, batch_rows=8)
         settings = {"questions": trait.extraction_questions[:4], "per_question": 1, "min_pairs": 2, **choices}
         return extract_persona_vectors(
-            model, trait, judge=judge, engine=engine, output=folder, progress=False, **settings
+            model, trait, judge=judge, engine=engine, output_dir=folder, progress=False, **settings
         )
 
     return run
@@ -119,7 +119,7 @@ def test_a_folder_with_another_trait_is_refused_and_left_alone(tiny_model, tmp_p
     load_trait("humorous").save(tmp_path / "trait.json")
     before = (tmp_path / "trait.json").read_bytes()
     with pytest.raises(ValueError, match=r"trait\.json is another trait than this run's 'evil': choose another output"):
-        extract_persona_vectors(tiny_model, "evil", output=tmp_path, progress=False)
+        extract_persona_vectors(tiny_model, "evil", output_dir=tmp_path, progress=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"trait.json": before}
 
 
@@ -184,9 +184,9 @@ def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_brid
 
     def run():
         if name == "evaluation.json":
-            evaluate(tiny_bridge, TRAIT, LetterJudge(), output=tmp_path, **SHORT)
+            evaluate(tiny_bridge, TRAIT, judge=LetterJudge(), output_dir=tmp_path, **SHORT)
         else:
-            extract_persona_vectors(tiny_bridge, TRAIT, output=tmp_path, progress=False)
+            extract_persona_vectors(tiny_bridge, TRAIT, output_dir=tmp_path, progress=False)
 
     with pytest.raises(ValueError, match=f"{name} holds something else"):
         run()
@@ -208,12 +208,14 @@ def test_an_experiment_replaces_no_result_of_something_else(tiny_bridge, tmp_pat
     vectors, judge = some_vectors(tiny_bridge), LetterJudge()
     (tmp_path / name).write_text('{"mine": 1}')
     runs = {
-        "layer_sweep.json": lambda: select_layer(tiny_bridge, vectors, TRAIT, judge=judge, output=tmp_path, **SHORT),
+        "layer_sweep.json": lambda: select_layer(
+            tiny_bridge, vectors, TRAIT, judge=judge, output_dir=tmp_path, **SHORT
+        ),
         "dose_response.json": lambda: dose_response(
-            tiny_bridge, vectors.at(1), TRAIT, judge=judge, output=tmp_path, **SHORT
+            tiny_bridge, vectors.at(1), TRAIT, judge=judge, output_dir=tmp_path, **SHORT
         ),
         "experiment.json": lambda: monitoring.monitoring_experiment(
-            tiny_bridge, TRAIT, vectors, [], judge=judge, layer=1, output=tmp_path
+            tiny_bridge, vectors, TRAIT, [], judge=judge, layer=1, output_dir=tmp_path
         ),
         "shift.json": lambda: finetuning_shift(tiny_bridge, tiny_bridge, ["Why?"], vectors, output=tmp_path / name),
         "preset.json": lambda: replicate("embedded", tmp_path, model=tiny_bridge, progress=False),

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from persona_lens.extraction.responses import pair_by_row, read_messages, read_reference_csv
+from persona_lens.interop.responses import pair_by_row, read_messages, read_reference_csv
 
 COLUMNS = ["question", "prompt", "answer", "question_id", "evil", "coherence"]
 ROW = {

@@ -173,7 +173,7 @@ def test_a_condition_of_its_intervention_still_holds(tiny_model, prompts, vector
 def test_every_firing_is_a_line_of_the_audit_file(tiny_model, prompts, vectors, other, tmp_path):
     value, path, before = Steer(other.at(3), 3.0), tmp_path / "audit.jsonl", datetime.now(UTC)
     guards = [Safeguard(vectors.at(1), 0.0, value), Safeguard(vectors.at(0), 0.0)]
-    replies = generate_watched(tiny_model, prompts, vectors, safeguards=guards, audit=path, **SAMPLED)
+    replies = generate_watched(tiny_model, prompts, vectors, safeguards=guards, audit_file=path, **SAMPLED)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     of_replies = [alert.to_dict() for reply in replies for alert in reply.alerts]
     assert sorted(lines, key=str) == sorted(of_replies, key=str)
@@ -193,7 +193,7 @@ def test_a_file_that_is_no_audit_is_left_as_it_was(tiny_model, prompts, vectors,
     path.write_text('{"mine": 1}')
     guard = Safeguard(vectors.at(1), 0.0)
     with pytest.raises(ValueError, match=r"audit.json holds something else: expected rows with time, key"):
-        generate_watched(tiny_model, prompts, vectors.at(1), safeguards=[guard], audit=path, **SAMPLED)
+        generate_watched(tiny_model, prompts, vectors.at(1), safeguards=[guard], audit_file=path, **SAMPLED)
     assert path.read_text() == '{"mine": 1}'
 
 
@@ -206,7 +206,7 @@ def test_the_line_is_there_when_the_token_is(tiny_model, prompts, vectors, tmp_p
     guard = Safeguard(vectors.at(1), peak - 1e-6)
     index = read(plain)[:, 0].tolist().index(peak) - 1
     stream = stream_watched(
-        tiny_model, prompts[0], vectors.at(1), safeguards=[guard], audit=path, max_new_tokens=8, seed=3
+        tiny_model, prompts[0], vectors.at(1), safeguards=[guard], audit_file=path, max_new_tokens=8, seed=3
     )
     for token in stream:
         lines = path.read_text(encoding="utf-8").splitlines()

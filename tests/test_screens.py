@@ -9,11 +9,10 @@ from scipy import stats
 
 from persona_lens.chat.batches import chat_messages, tokenize_chat
 from persona_lens.evaluation.layer_proxies import (
-    SCREENS,
     FixedTexts,
     fixed_texts,
     likelihood_ratio_changes,
-    screen_layers,
+    stored_screens,
 )
 from persona_lens.interventions.hooks import intervene
 from persona_lens.interventions.values import Steer
@@ -107,7 +106,7 @@ def test_the_other_screens_are_the_vectors_own_statistics(tiny_model):
     norms = torch.tensor([2.0, 4.0, float("nan"), 8.0])
     plain = some_vectors(tiny_model, residual_norm=norms)
     vectors = replace(plain, statistics=make_statistics(embedding=False))
-    found = screen_layers(tiny_model, vectors, TRAIT, layers=[1, 2, 3], coefficient=1.0, progress=False)
+    found = stored_screens(vectors, [1, 2, 3])
     statistics = vectors.statistics
     assert list(found) == ["held_out_auc", "relative_norm", "split_half"]
     assert found["held_out_auc"] == pytest.approx(statistics.held_out_auc[1:].tolist())
@@ -118,14 +117,8 @@ def test_the_other_screens_are_the_vectors_own_statistics(tiny_model):
 
 
 def test_without_statistics_and_texts_only_the_norm_is_a_screen(tiny_model):
-    found = screen_layers(tiny_model, some_vectors(tiny_model), TRAIT, layers=[0, 1], coefficient=1.0, progress=False)
+    found = stored_screens(some_vectors(tiny_model), [0, 1])
     assert found == {"relative_norm": (None, None)}
-
-
-def test_screens_stand_in_one_order(tiny_model):
-    vectors = replace(some_vectors(tiny_model), statistics=make_statistics(embedding=False))
-    found = screen_layers(tiny_model, vectors, TRAIT, layers=[0], coefficient=1.0, texts=TEXTS, progress=False)
-    assert tuple(found) == SCREENS
 
 
 # --- the fixed texts of a run --------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_two_thresholds_for_the_same_are_refused_and_nothing_is_written(tmp_path
 def test_a_damaged_file_is_refused_and_kept(tmp_path):
     (tmp_path / "thresholds.json").write_text('{"format_version": 1, "thresholds": [{}]}')
     before = (tmp_path / "thresholds.json").read_bytes()
-    with pytest.raises(ValueError, match="move it away"):
+    with pytest.raises(ValueError, match="not a whole file of thresholds"):
         save_thresholds(tmp_path, [threshold()])
     assert (tmp_path / "thresholds.json").read_bytes() == before
 

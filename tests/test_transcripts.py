@@ -5,8 +5,8 @@ import json
 import pytest
 
 from persona_lens.chat.batches import tokenize_chat
-from persona_lens.extraction.responses import read_messages
 from persona_lens.finetuning.dataset import training_chats
+from persona_lens.interop.responses import read_messages
 from persona_lens.monitoring.transcripts import Transcript, chat_segments, read_chats, read_transcripts, text_pieces
 from persona_lens.screening.samples import Turns, named_datasets, stream_samples
 from tests.chat_cases import CHATS, FORGETS_THOUGHTS, TRIMS, chat, rendered, with_template

@@ -73,7 +73,7 @@ def select_layer(
         "judge": make_judge(lambda: loaded.likelihood_judge(model, folder, seed)),
         "per_question": per_question,
         "max_new_tokens": loaded.max_new_tokens,
-        "output": folder,
+        "output_dir": folder,
         "seed": seed,
     }
     sweep = sweep_layers(

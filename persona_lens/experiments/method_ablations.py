@@ -28,7 +28,7 @@ from persona_lens.experiments.method_variants import (
 )
 from persona_lens.judges.scores import Judge, ScoredRollout, scorable_questions
 from persona_lens.models.structure import Model
-from persona_lens.rollouts.engines import Cell
+from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
 from persona_lens.statistics import Estimate, auc, question_resamples, resampled_auc
 from persona_lens.storage.files import refuse_other_json, write_json
 from persona_lens.storage.locks import writes_output
@@ -147,19 +147,20 @@ def method_ablations(
     read: set[Position] = {each.position for each in made}
     means: dict[Position, np.ndarray] = {position: _means(model, rows, layer, position) for position in read}
     directions = {each: fitted_direction(each, chosen[each], means[each.position]) for each in made}
+    cells = {each: Cell(_at_norm(vector, directions[each]), coefficient) for each in made}
+    by_name = {cell.name: cell for cell in cells.values()}
     plain, *found = evaluate_cells(
-        model,
+        CellEngine(ModelEngine(model, max_new_tokens, batch_rows=120), by_name),
         trait,
-        judge,
-        [Cell(_at_norm(vector, directions[each]), coefficient) for each in made],
+        judge=judge,
         questions=scorable_questions(judge, trait, trait.evaluation_questions if questions is None else questions),
-        max_new_tokens=max_new_tokens,
         folder=Path(output),
         name="ablations",
         seed=seed,
         progress=progress,
     )
-    steered = dict(zip(made, found, strict=True))
+    evaluations = dict(zip(by_name, found, strict=True))
+    steered = {each: evaluations[cell.name] for each, cell in cells.items()}
     aucs = {each: _held_out_auc(each, chosen[each], pairs, means, seed) for each in made}
     measured = tuple(
         Measured(

@@ -99,12 +99,12 @@ def answer(
         return evaluate(
             run.model,
             trait,
-            judge,
+            judge=judge,
             interventions=acting,
             questions=asked(run, name),
             per_question=how.per_question,
             max_new_tokens=how.max_new_tokens,
-            output=output,
+            output_dir=output,
             **run.sampling,
         )
 

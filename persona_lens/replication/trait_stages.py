@@ -33,7 +33,7 @@ def extract(run: Context, name: str) -> None:
         threshold=how.threshold,
         min_coherence=how.min_coherence,
         min_pairs=how.min_pairs,
-        output=folder,
+        output_dir=folder,
         **run.sampling,
     )
 
@@ -55,7 +55,7 @@ def sweep_layers(run: Context, name: str) -> None:
         per_question=how.per_question,
         max_new_tokens=how.max_new_tokens,
         likelihood_screen=False,
-        output=folder,
+        output_dir=folder,
         **run.sampling,
     )
 
@@ -76,7 +76,7 @@ def measure_doses(run: Context, name: str) -> None:
         questions=_asked(run, name, how.questions),
         per_question=how.per_question,
         max_new_tokens=how.max_new_tokens,
-        output=folder,
+        output_dir=folder,
         **run.sampling,
     )
 
@@ -117,13 +117,13 @@ def _monitor(run: Context, name: str, plan: Callable[[Sequence[str]], list[Promp
     judge = run.judge_of(trait)
     monitoring_experiment(
         run.model,
-        trait,
         vectors,
+        trait,
         plan(_asked(run, name, how.questions)),
         judge=judge,
         layer=layer,
         max_new_tokens=how.max_new_tokens,
-        output=folder,
+        output_dir=folder,
         **run.sampling,
     )
 
