@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from persona_lens.monitoring.result import MonitoredVector
 from persona_lens.monitoring.thresholds import Threshold, calibrate_threshold
 from persona_lens.screening.plan import SETTINGS, read_plan
 from persona_lens.screening.samples import Sample
@@ -154,7 +155,7 @@ class Screening:
         trait, _, layer = name.rpartition("@")
         return calibrate_threshold(
             scores.to_numpy(),
-            vector=_Named(trait, int(layer), self.settings["fingerprints"][self.vectors.index(name)]),
+            vector=MonitoredVector(trait, int(layer), self.settings["fingerprints"][self.vectors.index(name)]),
             percentile=percentile,
             of=by,
             chats=self._rows["group"][scores.index].tolist(),
@@ -193,13 +194,6 @@ class Screening:
                     }
                 )
         return pandas.DataFrame(found)
-
-
-@dataclass(frozen=True)
-class _Named:
-    trait: str
-    layer: int
-    fingerprint: str
 
 
 def write_summary(folder: Path) -> None:
