@@ -232,7 +232,7 @@ def test_the_record_is_strict_json_and_gives_back_the_evaluation(kept, tmp_path,
     fewer = kept(interventions=done, seed=4, questions=TRAIT.evaluation_questions[:1], per_question=2)
     assert Evaluation.load(tmp_path) == fewer
     (tmp_path / "evaluation.json").write_text(json.dumps(record | {"rows": 5}))
-    with pytest.raises(ValueError, match="rollouts.jsonl has 6 of 5 rows"):
+    with pytest.raises(ValueError, match="has 6 of 5 rows"):
         Evaluation.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="No evaluation at "):
         Evaluation.load(tmp_path / "absent")
