@@ -7,6 +7,7 @@ coherent; its interval resamples questions. Use other questions than those that 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -150,13 +151,8 @@ class DoseResponse:
         Raises FileNotFoundError where there is none, ValueError where it is of another version or damaged.
         """
         folder = Path(folder)
-        return read_result(
-            folder / DOSE_FILE,
-            FORMAT_VERSION,
-            lambda record: cls._from_record(folder, record),
-            "dose-response",
-            "dose_response",
-        )
+        parse = partial(cls._from_record, folder)
+        return read_result(folder / DOSE_FILE, FORMAT_VERSION, parse, "dose-response", "dose_response")
 
     @classmethod
     def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> "DoseResponse":

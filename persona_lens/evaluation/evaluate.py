@@ -6,7 +6,7 @@ rows mixed in batched generation; layer sweeps and dose-responses are made of th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,13 +153,8 @@ class Evaluation:
         Raises FileNotFoundError where there is none, ValueError where it is damaged or of another version.
         """
         folder = Path(folder)
-        return read_result(
-            folder / "evaluation.json",
-            FORMAT_VERSION,
-            lambda record: cls._from_record(folder, record),
-            "evaluation",
-            "evaluate",
-        )
+        parse = partial(cls._from_record, folder)
+        return read_result(folder / "evaluation.json", FORMAT_VERSION, parse, "evaluation", "evaluate")
 
     @classmethod
     def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> "Evaluation":

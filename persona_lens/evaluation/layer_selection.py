@@ -7,6 +7,7 @@ see which of them would have predicted its result. Source: arXiv:2507.21509, sec
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,13 +205,8 @@ class LayerSweep:
         Raises FileNotFoundError where there is none, ValueError where it is of another version or damaged.
         """
         folder = Path(folder)
-        return read_result(
-            folder / SWEEP_FILE,
-            FORMAT_VERSION,
-            lambda record: cls._from_record(folder, record),
-            "layer sweep",
-            "select_layer",
-        )
+        parse = partial(cls._from_record, folder)
+        return read_result(folder / SWEEP_FILE, FORMAT_VERSION, parse, "layer sweep", "select_layer")
 
     @classmethod
     def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> "LayerSweep":

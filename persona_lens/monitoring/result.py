@@ -7,6 +7,7 @@ A turn has the last prompt token's projection, which is known before the model s
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -160,8 +161,13 @@ class Monitoring:
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"No file {path}.")
-        if _suffix(path) == ".parquet":
-            head, rows = _read_parquet(path)
+        if path.suffix == ".parquet":
+            arrow = _pyarrow()
+            try:
+                table = arrow.parquet.read_table(path)
+            except arrow.ArrowInvalid as error:
+                raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
+            head, rows = json.loads((table.schema.metadata or {}).get(FORMAT.encode(), b"{}")), table.to_pylist()
         else:
             head, *rows = JsonLines(path).read() or [{}]
         if head.get("format") != FORMAT or head.get("version") != FORMAT_VERSION:
@@ -231,6 +237,16 @@ def checked_output(path: str | Path) -> Path:
     return path
 
 
+def _writable(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"Monitoring is kept in .jsonl or .parquet files, got {path.name!r}: name one of these.")
+    ensure_writable(path)
+    if path.suffix == ".parquet":
+        _pyarrow()
+    return path
+
+
 def _is_monitoring(path: Path) -> bool:
     """Whether a file's first line, or Parquet's own metadata, says that it holds results of monitoring."""
     if path.suffix == ".parquet":
@@ -239,27 +255,9 @@ def _is_monitoring(path: Path) -> bool:
             return FORMAT.encode() in (arrow.parquet.read_schema(path).metadata or {})
         except arrow.ArrowException:
             return False
-    with path.open("rb") as file:
-        line = file.readline()
-    try:
-        return json.loads(line)["format"] == FORMAT
-    except DAMAGE:
-        return False
-
-
-def _writable(path: str | Path) -> Path:
-    path = Path(path)
-    _suffix(path)
-    ensure_writable(path)
-    if path.suffix == ".parquet":
-        _pyarrow()
-    return path
-
-
-def _suffix(path: Path) -> str:
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"Monitoring is kept in .jsonl or .parquet files, got {path.name!r}: name one of these.")
-    return path.suffix
+    with path.open("rb") as file, suppress(*DAMAGE):
+        return json.loads(file.readline())["format"] == FORMAT
+    return False
 
 
 def _columns(vector: MonitoredVector) -> tuple[str, str]:
@@ -294,15 +292,6 @@ def _parquet(rows: Sequence[Mapping[str, Any]], head: str) -> bytes:
     return buffer.getvalue()
 
 
-def _read_parquet(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    arrow = _pyarrow()
-    try:
-        table = arrow.parquet.read_table(path)
-    except arrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
-    return json.loads((table.schema.metadata or {}).get(FORMAT.encode(), b"{}")), table.to_pylist()
-
-
 def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Monitoring:
     vectors = tuple(MonitoredVector(**vector) for vector in head["vectors"])
     turns: list[list[TurnProjections]] = [[] for _ in head["chats"]]
@@ -327,7 +316,7 @@ def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         turns[row["chat_index"]].append(TurnProjections(prompt=prompt, response=response, tokens=tokens, **counts))
     if not all(turns):
         raise ValueError(f"chat {turns.index([])} has no turns")
-    chats = tuple(ChatProjections(name, tuple(rows)) for name, rows in zip(head["chats"], turns, strict=True))
+    chats = tuple(ChatProjections(name, tuple(of_chat)) for name, of_chat in zip(head["chats"], turns, strict=True))
     day = checked(head.get("template_date", ""), str)
     rejected = tuple(RejectedChat(**row) for row in head.get("rejected", ()))
     return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]), day, rejected)
