@@ -95,7 +95,7 @@ def make_evaluation(scores, *, coherence: float | None = 90.0, questions=None, i
     return Evaluation("grumpy", tuple(rows), (intervention,) if intervention else (), "response", 0)
 
 
-def make_sweep(cells, *, screens=None, baseline=(5.0, 5.0, 5.0, 5.0), questions=None):
+def make_sweep(cells, *, proxies=None, baseline=(5.0, 5.0, 5.0, 5.0), questions=None):
     """A sweep of `cells`, scores by (layer, coefficient), or (scores, coherence)."""
     found = {}
     for (layer, coefficient), cell in cells.items():
@@ -105,7 +105,7 @@ def make_sweep(cells, *, screens=None, baseline=(5.0, 5.0, 5.0, 5.0), questions=
     layers, coefficients = (tuple(dict.fromkeys(each)) for each in zip(*cells, strict=True))
     start = make_evaluation(baseline, questions=None if questions is None else questions[: len(baseline)])
     doses = {(layer, coefficient): coefficient / 10 for layer, coefficient in cells}
-    return LayerSweep("grumpy", "made up", layers, coefficients, start, found, doses, screens or {})
+    return LayerSweep("grumpy", "made up", layers, coefficients, start, found, doses, proxies or {})
 
 
 def keep_rows(evaluations, folder):

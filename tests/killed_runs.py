@@ -45,7 +45,7 @@ def sweep(model: Any, folder: Path) -> None:
     from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
     from tests.intervention_cases import some_vectors
 
-    choices = {"layers": [2, 0], "coefficients": (2.0, -1.0), "batch_rows": 3, "per_question": 4, **SHORT}
+    choices = {"layers": [2, 0], "coefficients": (2.0, -1.0), "batch_size": 3, "per_question": 4, **SHORT}
     vectors = some_vectors(model)
     select_layer(model, vectors, TRAIT, judge=LetterJudge(batch_rows=3), output_dir=folder, **choices)
 

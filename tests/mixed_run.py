@@ -64,7 +64,7 @@ def calls(model: Any, vectors: Any, trait: Any, judge: Any, folder: Path) -> lis
             "questions": asked,
             "per_question": 1,
             "max_new_tokens": 8,
-            "output": folder / "evaluated",
+            "output_dir": folder / "evaluated",
         }
         pl.evaluate(model, trait, judge=judge, interventions=[pl.Steer(vector, 1.0)], **how, **QUICK)
 

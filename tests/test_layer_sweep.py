@@ -140,14 +140,14 @@ def test_a_layers_dose_response_is_sorted_and_has_the_baseline():
 @pytest.fixture
 def saved(tmp_path):
     """A sweep's folder and the sweep, with what is missing and what is undefined."""
-    screens = {"held_out_auc": (None, 0.5), "relative_norm": (0.25, 0.125)}
+    proxies = {"held_out_auc": (None, 0.5), "relative_norm": (0.25, 0.125)}
     cells = {
         (2, 1.0): [10.0, None, 40.0, 1.0],
         (2, -0.3): [None] * 4,
         (7, 1.0): [1.0, 2.0, 3.0, 4.0],
         (7, -0.3): ([4.0, 4.0, 4.0, 4.0], None),
     }
-    sweep = make_sweep(cells, screens=screens)
+    sweep = make_sweep(cells, proxies=proxies)
     keep_rows([sweep.baseline, *sweep.evaluations.values()], tmp_path)
     sweep.save(tmp_path)
     return tmp_path, sweep
@@ -164,7 +164,7 @@ def test_a_saved_sweep_is_strict_json_and_read_back_as_it_was(saved):
     loaded = LayerSweep.load(folder)
     assert loaded == sweep
     pandas.testing.assert_frame_equal(loaded.table(), sweep.table())
-    pandas.testing.assert_frame_equal(loaded.screen_correlations(), sweep.screen_correlations())
+    pandas.testing.assert_frame_equal(loaded.proxy_correlations(), sweep.proxy_correlations())
 
 
 @pytest.mark.parametrize(

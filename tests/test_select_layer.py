@@ -82,7 +82,7 @@ def test_doses_are_relative_to_the_stored_residual_norm(tiny_model, sweep):
     found = sweep(vectors=vectors)
     assert found.doses[0, -1.0] == pytest.approx(-float(vectors.norms[0]) / 2)
     assert found.doses[2, 2.0] is None
-    assert found.screens["relative_norm"] == (pytest.approx(float(vectors.norms[0]) / 2), None)
+    assert found.proxies["relative_norm"] == (pytest.approx(float(vectors.norms[0]) / 2), None)
 
 
 def test_the_layer_whose_direction_makes_the_model_say_a_letter_is_chosen(tiny_model, tiny_hf_model, sweep):

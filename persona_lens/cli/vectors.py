@@ -69,7 +69,7 @@ def demo(
         coefficients=(2.0, 4.0, 6.0),
         questions=trait.extraction_questions[:4],
         max_new_tokens=32,
-        likelihood_screen=False,
+        likelihood_proxy=False,
         output_dir=output,
         seed=seed,
     )

@@ -2,7 +2,7 @@
 
 Three are statistics of the extraction. The fourth steers the model while it reads fixed texts: how much likelier, per
 token, the texts that show the trait become than those that do not. The sweep itself says whether a proxy is any good
-(`LayerSweep.screen_correlations`).
+(`LayerSweep.proxy_correlations`).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from persona_lens.rollouts.rows import Rollout, read_rollouts
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.persona_vectors import PersonaVectors
 
-SCREENS = ("held_out_auc", "relative_norm", "split_half", "likelihood_ratio_change")
+PROXIES = ("held_out_auc", "relative_norm", "split_half", "likelihood_ratio_change")
 
 
 class FixedTexts(NamedTuple):
@@ -43,12 +43,12 @@ def fixed_texts(folder: str | Path, trait: Trait, *, pairs: int = 8) -> FixedTex
     return FixedTexts([one.rollout for one, _ in kept[:pairs]], [other.rollout for _, other in kept[:pairs]])
 
 
-def stored_screens(vectors: PersonaVectors, layers: Sequence[int]) -> dict[str, tuple[float | None, ...]]:
+def stored_proxies(vectors: PersonaVectors, layers: Sequence[int]) -> dict[str, tuple[float | None, ...]]:
     """The proxies that the vectors carry with them; None for a layer where one was not measured."""
     statistics = {"relative_norm": vectors.relative_norms}
     if vectors.statistics is not None:
         statistics |= {name: getattr(vectors.statistics, name) for name in ("held_out_auc", "split_half")}
-    by_layer = {name: statistics[name].tolist() for name in SCREENS if name in statistics}
+    by_layer = {name: statistics[name].tolist() for name in PROXIES if name in statistics}
     return {
         name: tuple(None if isnan(values[layer]) else values[layer] for layer in layers)
         for name, values in by_layer.items()
@@ -74,13 +74,13 @@ def likelihood_ratio_changes(
     """
     texts = FixedTexts(*([row for row in side if not row.is_empty] for side in texts))
     if not (texts.positive and texts.negative):
-        raise ValueError(f"{trait.name}: the likelihood screen needs texts of both sides that are not empty.")
+        raise ValueError(f"{trait.name}: the likelihood proxy needs texts of both sides that are not empty.")
     neutral = trait.system_prompt("neutral", None)
     rows = [row.tokenize(model.tokenizer, system_prompt=neutral) for row in [*texts.positive, *texts.negative]]
     n_positive = len(texts.positive)
     unsteered = mean_log_likelihoods(model, rows)
     changes: list[float] = []
-    for layer in tqdm(layers, desc="screen layers", unit="layer", leave=False, disable=not progress):
+    for layer in tqdm(layers, desc="likelihood proxy", unit="layer", leave=False, disable=not progress):
         with steer(model, vectors.at(layer), coefficient, at=at, allow_other_model=allow_other_model):
             change = intervened_log_likelihoods(model, rows) - unsteered
         changes.append(float(change[:n_positive].mean() - change[n_positive:].mean()))

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from persona_lens.evaluation.evaluate import Evaluation, evaluate_cells, read_cells
-from persona_lens.evaluation.layer_proxies import FixedTexts, fixed_texts, likelihood_ratio_changes, stored_screens
+from persona_lens.evaluation.layer_proxies import FixedTexts, fixed_texts, likelihood_ratio_changes, stored_proxies
 from persona_lens.interventions.positions import NamedPositions
 from persona_lens.interventions.values import Steer
 from persona_lens.judges.scores import Judge, scorable_questions
@@ -71,7 +71,7 @@ class LayerSweep:
         baseline: The evaluation without steering.
         evaluations: By (layer, coefficient).
         doses: Coefficient times |v| over the stored residual norm, by (layer, coefficient); None where unknown.
-        screens: Cheap proxies of each layer, in the order of `layers`; see `layer_proxies.SCREENS`.
+        proxies: Cheap proxies of each layer, in the order of `layers`; see `layer_proxies.PROXIES`.
     """
 
     trait: str
@@ -81,7 +81,7 @@ class LayerSweep:
     baseline: Evaluation
     evaluations: Mapping[tuple[int, float], Evaluation] = field(repr=False)
     doses: Mapping[tuple[int, float], float | None] = field(repr=False)
-    screens: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict, repr=False)
+    proxies: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict, repr=False)
 
     def best(self, min_coherence: float | None = 75.0) -> LayerChoice:
         """The cell with the highest mean trait score among those with a mean coherence of at least `min_coherence`.
@@ -154,7 +154,7 @@ class LayerSweep:
             for place, cell in self.evaluations.items()
         ]
 
-    def screen_correlations(self) -> "pandas.DataFrame":
+    def proxy_correlations(self) -> "pandas.DataFrame":
         """How well each proxy ranks the layers: its Spearman correlation with the trait score, at every coefficient.
 
         Intervals resample the sweep's questions; None where a proxy was not measured or does not vary.
@@ -162,11 +162,11 @@ class LayerSweep:
         import pandas
 
         rows = [
-            {"screen": name, "coefficient": coefficient, **self._rank_correlation(values, coefficient)}
-            for name, values in self.screens.items()
+            {"proxy": name, "coefficient": coefficient, **self._rank_correlation(values, coefficient)}
+            for name, values in self.proxies.items()
             for coefficient in self.coefficients
         ]
-        return pandas.DataFrame(rows, columns=["screen", "coefficient", "spearman", "low", "high", "layers"])
+        return pandas.DataFrame(rows, columns=["proxy", "coefficient", "spearman", "low", "high", "layers"])
 
     def _rank_correlation(self, proxy: Sequence[float | None], coefficient: float) -> dict[str, Any]:
         """Spearman of a proxy with the trait score at one coefficient, over the layers that have both."""
@@ -192,7 +192,7 @@ class LayerSweep:
             "plan": self.baseline.plan,
             "layers": list(self.layers),
             "coefficients": list(self.coefficients),
-            "screens": {name: list(values) for name, values in self.screens.items()},
+            "screens": {name: list(values) for name, values in self.proxies.items()},
             "baseline": self.baseline.summary(),
             "cells": [{**place, **cell.summary()} for place, cell in self._rows()],
         }
@@ -245,7 +245,7 @@ def select_layer(
     questions: Sequence[str] | None = None,
     per_question: int = 1,
     texts: FixedTexts | None = None,
-    likelihood_screen: bool = True,
+    likelihood_proxy: bool = True,
     at: NamedPositions = "response",
     max_new_tokens: int = 1000,
     temperature: float = 1.0,
@@ -260,7 +260,7 @@ def select_layer(
 
     `layers` default to all, `questions` to the trait's extraction questions; confirm the recommended layer on
     evaluation questions with `dose_response`. The unsteered answers are sampled once. `texts` are what the likelihood
-    proxy reads (default: the kept pairs of an extraction in `output_dir`); `likelihood_screen=False` leaves it out.
+    proxy reads (default: the kept pairs of an extraction in `output_dir`); `likelihood_proxy=False` leaves it out.
     `output_dir` keeps sweep_rollouts.jsonl, sweep_scores.jsonl and layer_sweep.json; a second call continues where the
     first stopped.
 
@@ -276,7 +276,7 @@ def select_layer(
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         refuse_other_json(folder / SWEEP_FILE, ("format_version", "trait", "cells"))
-        texts = fixed_texts(folder, trait) if texts is None and likelihood_screen else texts
+        texts = fixed_texts(folder, trait) if texts is None and likelihood_proxy else texts
     if progress:
         rows = len(questions) * per_question * (len(cells) + 1)
         tqdm.write(
@@ -296,7 +296,7 @@ def select_layer(
         seed=seed,
         progress=progress,
     )
-    screens = stored_screens(vectors, layers)
+    proxies = stored_proxies(vectors, layers)
     if texts is not None:
         changes = likelihood_ratio_changes(
             model,
@@ -309,7 +309,7 @@ def select_layer(
             allow_other_model=allow_other_model,
             progress=progress,
         )
-        screens["likelihood_ratio_change"] = tuple(changes)
+        proxies["likelihood_ratio_change"] = tuple(changes)
     sweep = LayerSweep(
         trait.name,
         judge.name(trait),
@@ -318,7 +318,7 @@ def select_layer(
         baseline,
         dict(zip(cells, evaluations, strict=True)),
         {place: Steer(cell.vector, cell.coefficient).doses[0] for place, cell in cells.items()},
-        screens,
+        proxies,
     )
     if folder is not None:
         sweep.save(folder)

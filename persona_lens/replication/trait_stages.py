@@ -54,7 +54,7 @@ def sweep_layers(run: Context, name: str) -> None:
         questions=trait.extraction_questions[: how.questions],
         per_question=how.per_question,
         max_new_tokens=how.max_new_tokens,
-        likelihood_screen=False,
+        likelihood_proxy=False,
         output_dir=folder,
         **run.sampling,
     )

@@ -1,4 +1,4 @@
-"""Cheap screens of layers: what each of them is, and what its agreement with a sweep is worth."""
+"""Cheap proxies of a sweep: their values, and how well they rank the layers."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from persona_lens.evaluation.layer_proxies import (
     FixedTexts,
     fixed_texts,
     likelihood_ratio_changes,
-    stored_screens,
+    stored_proxies,
 )
 from persona_lens.interventions.hooks import intervene
 from persona_lens.interventions.values import Steer
@@ -53,7 +53,7 @@ def naive_likelihood(model, rollout, done, at):
 
 
 @pytest.mark.parametrize("at", ["response", "all", "prompt"])
-def test_the_likelihood_screen_is_the_change_of_the_ratio_under_steering(tiny_model, at):
+def test_the_likelihood_proxy_is_the_change_of_the_ratio_under_steering(tiny_model, at):
     vectors = some_vectors(tiny_model)
     found = likelihood_ratio_changes(
         tiny_model, vectors, TRAIT, TEXTS, layers=[0, 2, 3], coefficient=1.5, at=at, progress=False
@@ -77,7 +77,7 @@ def test_a_direction_towards_the_positive_texts_raises_their_ratio(tiny_model, t
     assert up > 0.5 > -0.5 > down
 
 
-def test_a_text_that_is_empty_takes_no_part_in_the_screen(tiny_model):
+def test_a_text_that_is_empty_takes_no_part_in_the_proxy(tiny_model):
     settings = {"layers": [1], "coefficient": 1.0, "progress": False}
     more = FixedTexts(TEXTS.positive, [*TEXTS.negative, written("", "negative")])
     one, other = (
@@ -87,11 +87,11 @@ def test_a_text_that_is_empty_takes_no_part_in_the_screen(tiny_model):
     assert other == pytest.approx(one, abs=1e-6)
 
 
-def test_the_other_screens_are_the_vectors_own_statistics(tiny_model):
+def test_the_stored_proxies_are_the_vectors_own_statistics(tiny_model):
     norms = torch.tensor([2.0, 4.0, float("nan"), 8.0])
     plain = some_vectors(tiny_model, residual_norm=norms)
     vectors = replace(plain, statistics=make_statistics(embedding=False))
-    found = stored_screens(vectors, [1, 2, 3])
+    found = stored_proxies(vectors, [1, 2, 3])
     statistics = vectors.statistics
     assert list(found) == ["held_out_auc", "relative_norm", "split_half"]
     assert found["held_out_auc"] == pytest.approx(statistics.held_out_auc[1:].tolist())
@@ -99,7 +99,7 @@ def test_the_other_screens_are_the_vectors_own_statistics(tiny_model):
     assert found["relative_norm"][::2] == pytest.approx((float(vectors.norms[1]) / 4, float(vectors.norms[3]) / 8))
     assert found["split_half"][1] is None  # NaN among the statistics is what was not measured
     assert found["split_half"][2] == pytest.approx(float(statistics.split_half[3]))
-    assert stored_screens(some_vectors(tiny_model), [0, 1]) == {"relative_norm": (None, None)}
+    assert stored_proxies(some_vectors(tiny_model), [0, 1]) == {"relative_norm": (None, None)}
 
 
 class PolarJudge(LetterJudge):
@@ -150,35 +150,35 @@ def test_a_folder_without_an_extraction_or_kept_pairs_has_no_fixed_texts(tmp_pat
 SWEPT = {(layer, 1.0): [10.0 * layer, 30.0 - 5 * layer, 2.0 * layer**2, 50.0] for layer in range(4)}
 
 
-def test_a_screen_is_worth_its_rank_correlation_with_the_sweep():
+def test_a_proxy_is_worth_its_rank_correlation_with_the_sweep():
     values = (0.2, 0.1, 0.4, 0.3)
-    sweep = make_sweep(SWEPT, screens={"split_half": values})
-    (row,) = sweep.screen_correlations().to_dict("records")
+    sweep = make_sweep(SWEPT, proxies={"split_half": values})
+    (row,) = sweep.proxy_correlations().to_dict("records")
     swept = [sweep.evaluations[layer, 1.0].trait_score.value for layer in range(4)]
-    assert (row["screen"], row["coefficient"], row["layers"]) == ("split_half", 1.0, 4)
+    assert (row["proxy"], row["coefficient"], row["layers"]) == ("split_half", 1.0, 4)
     assert row["spearman"] == pytest.approx(stats.spearmanr(values, swept).statistic)
     resamples = np.stack([naive_resamples(cell) for cell in sweep.evaluations.values()], axis=1)[:500]
     drawn = [stats.spearmanr(values, scores).statistic for scores in resamples if np.ptp(scores) > 0]
     assert [row["low"], row["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]).tolist())
-    (row,) = make_sweep(SWEPT, screens={"held_out_auc": (0.9, None, 0.2, 0.1)}).screen_correlations().to_dict("records")
+    (row,) = make_sweep(SWEPT, proxies={"held_out_auc": (0.9, None, 0.2, 0.1)}).proxy_correlations().to_dict("records")
     assert row["layers"] == 3  # a layer where the proxy was not measured is left out
     assert row["spearman"] == pytest.approx(stats.spearmanr([0.9, 0.2, 0.1], [swept[0], *swept[2:]]).statistic)
 
 
 @pytest.mark.parametrize("values", [(0.5,) * 4, (None,) * 4, (0.1, 0.2, None, None)])
-def test_a_screen_that_cannot_rank_the_layers_has_no_correlation(values):
-    table = make_sweep(SWEPT, screens={"relative_norm": values}).screen_correlations()
+def test_a_proxy_that_cannot_rank_the_layers_has_no_correlation(values):
+    table = make_sweep(SWEPT, proxies={"relative_norm": values}).proxy_correlations()
     assert table[["spearman", "low", "high"]].isna().all(axis=None)
 
 
 def test_correlations_are_missing_without_scores_questions_or_proxies():
     incoherent = {(layer, 4.0): ([None] * 4, 10.0) for layer in range(4)}
-    table = make_sweep(SWEPT | incoherent, screens={"relative_norm": (0.1, 0.2, 0.3, 0.4)}).screen_correlations()
+    table = make_sweep(SWEPT | incoherent, proxies={"relative_norm": (0.1, 0.2, 0.3, 0.4)}).proxy_correlations()
     assert table.set_index("coefficient").spearman.isna().to_dict() == {1.0: False, 4.0: True}
     cells = {(layer, 1.0): [10.0 * layer] for layer in range(4)}
-    table = make_sweep(cells, baseline=(1.0,), screens={"split_half": (1.0, 2.0, 3.0, 4.0)}).screen_correlations()
+    table = make_sweep(cells, baseline=(1.0,), proxies={"split_half": (1.0, 2.0, 3.0, 4.0)}).proxy_correlations()
     assert table.spearman.tolist() == [pytest.approx(1)]
     assert table[["low", "high"]].isna().all(axis=None)
-    table = make_sweep(SWEPT).screen_correlations()
+    table = make_sweep(SWEPT).proxy_correlations()
     assert table.empty
     assert "spearman" in table.columns
