@@ -103,10 +103,6 @@ def test_the_table_has_a_row_for_each_dose_and_the_range_of_the_random_direction
     assert make_response(CELLS, [empty]).table().random_mean.isna().all()
 
 
-def test_the_sentence_counts_the_random_directions_that_were_exceeded():
-    text = str(make_response(CELLS, [CELLS[::-1], CELLS, [[None] * 3] * 4]))
-    assert text.startswith(f"grumpy at layer 3: {make_response(CELLS).slope()} points for each 1.0")
-    assert "Spearman 1.00 over coherent doses; it exceeds 1 of 2 random directions of equal norm (made up)" in text
 
 
 def test_random_directions_have_the_vectors_norm_and_layer():

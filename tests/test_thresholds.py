@@ -53,13 +53,9 @@ def test_the_value_is_the_percentile_of_the_benign_projections(values, percentil
     found = calibrate_threshold(values, vector=vector(), percentile=percentile)
     assert found.value == pytest.approx(naive_percentile(values, percentile))
     assert found.n == len(values)
+    assert found.exceeded(values).mean() <= 1 - percentile / 100 + 1e-12
 
 
-@settings(max_examples=40)
-@given(st.lists(NUMBERS, min_size=20, max_size=120))
-def test_at_most_the_chosen_share_of_the_benign_projections_exceeds_it(values):
-    found = calibrate_threshold(values, vector=vector())
-    assert found.exceeded(values).mean() <= 0.05
 
 
 def test_the_interval_resamples_whole_chats():
