@@ -103,8 +103,6 @@ def test_the_table_has_a_row_for_each_dose_and_the_range_of_the_random_direction
     assert make_response(CELLS, [empty]).table().random_mean.isna().all()
 
 
-
-
 def test_random_directions_have_the_vectors_norm_and_layer():
     vector = make_vectors().at(2)
     for each in random_directions(vector, 5, seed=1):

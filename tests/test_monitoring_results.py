@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from persona_lens.chat.batches import Conversation
+from persona_lens.chat.batches import Conversation, RenderedPrompt
 from persona_lens.interventions.hooks import steer
 from persona_lens.monitoring.projection import monitor
 from persona_lens.monitoring.result import Monitoring
@@ -27,6 +27,9 @@ def test_what_cannot_be_monitored_is_refused_in_words(tiny_model, tiny_gpt2, tmp
         monitor(tiny_model, CHATS, [vector, replace(vector)], **QUIET)
     with pytest.raises(ValueError, match=r"Chat 2: messages\[1\] has role 'critic'"):
         monitor(tiny_model, [CHATS[0], [*CHATS[1][:1], {"role": "critic", "content": "Hm"}]], vector, **QUIET)
+    for rendered in (RenderedPrompt("<|im_start|>user", False), Conversation("<|im_start|>user", "So.")):
+        with pytest.raises(ValueError, match="Chat 1: expected messages, got rendered text"):
+            monitor(tiny_model, [rendered], vector, **QUIET)
     with pytest.raises(ValueError, match=r"pass \[messages\]"):
         monitor(tiny_model, CHATS[0], vector, **QUIET)
     long = Transcript(chat(*["one two three four five six"] * 40), "long")

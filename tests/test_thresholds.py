@@ -56,8 +56,6 @@ def test_the_value_is_the_percentile_of_the_benign_projections(values, percentil
     assert found.exceeded(values).mean() <= 1 - percentile / 100 + 1e-12
 
 
-
-
 def test_the_interval_resamples_whole_chats():
     values, chats = drawn(60), [f"chat {place % 12}" for place in range(60)]
     found = calibrate_threshold(values, vector=vector(), percentile=90.0, chats=chats, seed=3)

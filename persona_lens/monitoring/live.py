@@ -100,7 +100,7 @@ def generate_watched(
     after: str | None = None,
     audit_file: str | Path | None = None,
     allow_other_model: bool = False,
-    progress: bool = False,
+    progress: bool = True,
 ) -> list[WatchedReply]:
     """The model's reply to each chat, with every token's projection on every vector, read while it is generated.
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.activations.means import NotFinite, attached_projections, check_vectors
 from persona_lens.activations.prefixes import length_sorted_batches, pad
-from persona_lens.chat.batches import Conversation, Message
+from persona_lens.chat.batches import Conversation, Message, RenderedPrompt
 from persona_lens.chat.rows import Table, chat_rows
 from persona_lens.chat.templates import date_told, fixed_date
 from persona_lens.interventions.hooks import attachments
@@ -158,8 +158,8 @@ def _transcript(chat: Any, number: int) -> Transcript:
         return chat
     if isinstance(chat, str):
         chat = [{"role": "user", "content": chat}]
-    if isinstance(chat, Conversation):
-        if isinstance(chat.prompt, str) or not isinstance(chat.response, str):
+    if isinstance(chat, Conversation | RenderedPrompt):
+        if isinstance(chat, RenderedPrompt) or isinstance(chat.prompt, str) or not isinstance(chat.response, str):
             raise ValueError(f"Chat {number}: expected messages, got rendered text or token ids: pass its messages.")
         chat = [*chat.prompt, *([{"role": "assistant", "content": chat.response}] if chat.response else [])]
     try:
