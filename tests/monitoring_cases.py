@@ -2,6 +2,8 @@
 
 import random
 
+import torch
+
 from persona_lens.judges.scores import Score
 from persona_lens.monitoring.experiment import MonitoringExperiment, Point
 
@@ -37,3 +39,8 @@ class LengthJudge:
     def score(self, trait, rollouts, *, progress=False):
 
         return [Score(float(len(row.response) % 101), 90.0) for row in rollouts]
+
+
+def read(reply):
+    """The projections of a watched reply, that of the prompt's last token first."""
+    return torch.cat([reply.prompt_projection[None], reply.projections])

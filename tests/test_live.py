@@ -12,6 +12,7 @@ from persona_lens.monitoring.live import generate_watched, stream_watched
 from persona_lens.monitoring.watch import Safeguard
 from tests import naive, tiny
 from tests.intervention_cases import hooks, some_vectors
+from tests.monitoring_cases import read
 from tests.vector_cases import random_tensor
 
 STEPS = 7
@@ -41,10 +42,6 @@ def taught(hf_model, prompt, tokens, vectors):
     stream = naive.residual_stream(hf_model, [*prompt, *tokens])[:, len(prompt) - 1 :]
     units = [vector.direction.double() / vector.direction.double().norm() for vector in vectors]
     return torch.stack([stream[vector.layer + 1] @ unit for vector, unit in zip(vectors, units, strict=True)], dim=-1)
-
-
-def read(reply):
-    return torch.cat([reply.prompt_projection[None], reply.projections])
 
 
 def assert_taught(replies, hf_model, prompts, vectors, model=None):

@@ -73,7 +73,6 @@ def test_the_correlation_within_is_the_mean_over_conditions(noisy):
 
 
 def test_intervals_resample_questions_and_not_points(noisy):
-
     drawn = question_resamples(6, N_RESAMPLES, 0)[:200]
     questions = [f"Question {number}?" for number in range(6)]
     naive = []
@@ -97,14 +96,6 @@ def test_a_condition_whose_scores_hardly_vary_is_left_out_within(noisy):
     assert experiment(flat).summary()["conditions_within"] == 2
 
 
-def test_an_experiment_is_read_back_as_it_was(noisy, tmp_path):
-
-    noisy.save(tmp_path / "experiment.json")
-    again = MonitoringExperiment.load(tmp_path / "experiment.json")
-    assert again == noisy
-    assert again.summary() == noisy.summary()
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -113,17 +104,17 @@ def test_an_experiment_is_read_back_as_it_was(noisy, tmp_path):
         ({"seed": None}, "got None"),
     ],
 )
-def test_a_damaged_experiment_is_refused_with_its_file(noisy, tmp_path, change, words):
-
+def test_an_experiment_is_read_back_as_it_was_and_a_damaged_one_refused(noisy, tmp_path, change, words):
     path = tmp_path / "experiment.json"
     noisy.save(path)
+    again = MonitoringExperiment.load(path)
+    assert (again, again.summary()) == (noisy, noisy.summary())
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=rf"experiment.json is not a whole monitoring experiment .*{words}"):
         MonitoringExperiment.load(path)
 
 
 def test_every_question_is_asked_under_each_of_the_eight_prompts():
-
     trait = load_trait("optimistic")
     planned = system_prompts(trait, trait.evaluation_questions[:3], per_question=2)
     assert len({prompt.key for prompt in planned}) == len(planned) == 8 * 3 * 2
@@ -135,7 +126,6 @@ def test_every_question_is_asked_under_each_of_the_eight_prompts():
 
 
 def test_a_longer_context_begins_with_the_examples_of_a_shorter_one():
-
     planned = many_shot(TRAIT, ["Question 0?", "Else?"], EXAMPLES, shots=(0, 3, 6), per_question=1)
     by_count = {prompt.condition: prompt for prompt in planned if prompt.question == "Question 0?"}
 
@@ -150,13 +140,11 @@ def test_a_longer_context_begins_with_the_examples_of_a_shorter_one():
     ("shots", "said"), [((0, 20), "20 examples are wanted and 8 are there"), ((5, 0), "ascending"), ((), "ascending")]
 )
 def test_shots_that_cannot_be_shown_are_refused(shots, said):
-
     with pytest.raises(ValueError, match=said):
         many_shot(TRAIT, ["Else?"], EXAMPLES, shots=shots)
 
 
 def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
-
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(tiny_model.cfg.n_layers, tiny_model.cfg.d_model, generator=generator)
     vectors = PersonaVectors.from_directions(directions, trait="grumpy", model=tiny_model)
@@ -185,7 +173,6 @@ def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
 
 
 def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(embedded_bridge):
-
     trait = load_trait("optimistic")
     shape = (embedded_bridge.cfg.n_layers, embedded_bridge.cfg.d_model)
     directions = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -201,7 +188,6 @@ def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(
 
 
 def test_examples_are_the_highest_judged_positive_response_to_each_question(tmp_path):
-
     def row(question, sample, polarity="positive"):
         text = f"{question} {sample}"
         return Rollout("grumpy", polarity, 0, "Be so.", question, sample, text, None, "stop", "by hand", 0)

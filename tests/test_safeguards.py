@@ -16,6 +16,7 @@ from persona_lens.monitoring.watch import Alert, Safeguard
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import naive, tiny
 from tests.intervention_cases import hooks, some_vectors
+from tests.monitoring_cases import read
 from tests.vector_cases import random_tensor
 
 KEYS = [f"row {index}" for index in range(6)]
@@ -37,10 +38,6 @@ def vectors(tiny_model):
 @pytest.fixture(scope="module")
 def other(tiny_model):
     return some_vectors(tiny_model, "kind", seed=1)
-
-
-def read(reply):
-    return torch.cat([reply.prompt_projection[None], reply.projections])
 
 
 def alike(one, another):
