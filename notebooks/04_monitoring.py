@@ -68,8 +68,8 @@ engine = ModelEngine(model, max_new_tokens=24)
 judge.calibrate(trait, collect_rollouts(engine, judge.plan_calibration(trait), progress=False))
 found = monitoring_experiment(
     model,
-    trait,
     vectors,
+    trait,
     system_prompts(trait, trait.evaluation_questions[10:13], per_question=1),
     judge=judge,
     layer=LAYER,

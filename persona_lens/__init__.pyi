@@ -20,8 +20,6 @@ from .evaluation.layer_selection import select_layer as select_layer
 from .evaluation.lm_eval import lm_eval_accuracy as lm_eval_accuracy
 from .extraction.extract import extract_from_responses as extract_from_responses
 from .extraction.pipeline import extract_persona_vectors as extract_persona_vectors
-from .extraction.responses import read_messages as read_messages
-from .extraction.responses import read_reference_csv as read_reference_csv
 from .finetuning.finetune import finetune as finetune
 from .finetuning.result import Finetuning as Finetuning
 from .finetuning.shift import FinetuningShift as FinetuningShift
@@ -37,6 +35,8 @@ from .interop.conversion import write_vectors as write_vectors
 from .interop.hub import pull_vectors as pull_vectors
 from .interop.hub import push_vectors as push_vectors
 from .interop.inspect_scorer import persona_scorer as persona_scorer
+from .interop.responses import read_messages as read_messages
+from .interop.responses import read_reference_csv as read_reference_csv
 from .interop.sparse_autoencoders import decompose as decompose
 from .interop.sparse_autoencoders import read_sae as read_sae
 from .interop.tensor_files import read_reference_vectors as read_reference_vectors

@@ -18,7 +18,7 @@ from persona_lens.activations.means import stream_means
 from persona_lens.evaluation.evaluate import Evaluation, evaluate_cells
 from persona_lens.judges.scores import Judge, ScoredRollout, scorable_questions
 from persona_lens.models.structure import Model
-from persona_lens.rollouts.engines import Cell
+from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
 from persona_lens.statistics import Estimate, auc, question_resamples, resampled_auc
 from persona_lens.storage.files import refuse_other_json, write_json
 from persona_lens.storage.locks import writes_output
@@ -150,19 +150,20 @@ def method_ablations(
     read: set[Position] = {variant.position for variant in fitted}
     means: dict[Position, np.ndarray] = {position: _means(model, rows, layer, position) for position in read}
     directions = {variant: fitted_direction(variant, pairs_of[variant], means[variant.position]) for variant in fitted}
+    cells = {variant: Cell(_at_norm(vector, directions[variant]), coefficient) for variant in fitted}
+    by_name = {cell.name: cell for cell in cells.values()}
     plain, *evaluations = evaluate_cells(
-        model,
+        CellEngine(ModelEngine(model, max_new_tokens, batch_rows=120), by_name),
         trait,
-        judge,
-        [Cell(_at_norm(vector, directions[variant]), coefficient) for variant in fitted],
+        judge=judge,
         questions=scorable_questions(judge, trait, trait.evaluation_questions if questions is None else questions),
-        max_new_tokens=max_new_tokens,
         folder=Path(output),
         name="ablations",
         seed=seed,
         progress=progress,
     )
-    steered = dict(zip(fitted, evaluations, strict=True))
+    evaluation_of = dict(zip(by_name, evaluations, strict=True))
+    steered = {variant: evaluation_of[cell.name] for variant, cell in cells.items()}
     aucs = {variant: _held_out_auc(variant, pairs_of[variant], pairs, means, seed) for variant in fitted}
     measured = tuple(
         Measured(

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from persona_lens.chat.batches import ChatTokens
 from persona_lens.clients.requests import ServerError, read_completion
 from persona_lens.evaluation.capability_result import Capability, read_questions
-from persona_lens.extraction.responses import read_messages, read_reference_csv
 from persona_lens.finetuning.dataset import training_chats
 from persona_lens.finetuning.shift import FinetuningShift
 from persona_lens.interop.control_vectors import read_control_vector, write_control_vector
+from persona_lens.interop.responses import read_messages, read_reference_csv
 from persona_lens.interop.sparse_autoencoders import read_sae
 from persona_lens.interop.tensor_files import (
     read_layer_dict,
@@ -56,18 +56,17 @@ from persona_lens.storage.files import read_json
 from persona_lens.traits.trait import load_trait, read_reference_trait
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import judge_servers, tiny
+from tests.capability_cases import made as made_capability
 from tests.classifier_cases import fit
 from tests.evaluation_cases import TRAIT, make_rollout
 from tests.finetuning_cases import peft_adapter
 from tests.hostile import Reader, hostile
+from tests.monitoring_cases import drawn, experiment, points
 from tests.report_cases import keep_confirmation, make_run
 from tests.sae_cases import sae_folder
 from tests.screening_cases import chat
 from tests.shift_cases import make_shift
-from tests.test_capability_results import made as made_capability
-from tests.test_monitoring_experiment import experiment, points
 from tests.test_monitoring_plots import monitoring
-from tests.test_thresholds import drawn
 from tests.trait_cases import reference_content
 from tests.vector_cases import make_provenance, make_statistics, make_vectors
 

@@ -36,12 +36,14 @@ def refused(name, holder):
 @pytest.mark.parametrize(
     "command",
     [
-        lambda model, run: extract_persona_vectors(model, TRAIT, output=run, progress=False),
-        lambda model, run: select_layer(model, some_vectors(model), TRAIT, judge=LetterJudge(), output=run, **SHORT),
-        lambda model, run: dose_response(
-            model, some_vectors(model).at(1), TRAIT, judge=LetterJudge(), output=run, **SHORT
+        lambda model, run: extract_persona_vectors(model, TRAIT, output_dir=run, progress=False),
+        lambda model, run: select_layer(
+            model, some_vectors(model), TRAIT, judge=LetterJudge(), output_dir=run, **SHORT
         ),
-        lambda model, run: evaluate(model, TRAIT, LetterJudge(), output=run, **SHORT),
+        lambda model, run: dose_response(
+            model, some_vectors(model).at(1), TRAIT, judge=LetterJudge(), output_dir=run, **SHORT
+        ),
+        lambda model, run: evaluate(model, TRAIT, judge=LetterJudge(), output_dir=run, **SHORT),
         lambda model, run: train(model, output=run),
         lambda model, run: replicate("embedded", run, model=model, progress=False),
     ],

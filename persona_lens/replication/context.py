@@ -148,7 +148,7 @@ class Context:
             judge=self.unfitted_judge,
             engine=ModelEngine(self.model, how.max_new_tokens),
             questions=trait.extraction_questions[: how.questions],
-            output=folder,
+            output_dir=folder,
             **how.keywords("threshold", "min_coherence", "min_pairs"),
             **self.sampling,
         )
@@ -167,8 +167,8 @@ class Context:
             judge=self.judge_of(trait),
             layers=how.layers or None,
             questions=trait.extraction_questions[: how.questions],
-            likelihood_screen=False,
-            output=folder,
+            likelihood_proxy=False,
+            output_dir=folder,
             **how.keywords("coefficients"),
             **self.sampling,
         )
@@ -186,7 +186,7 @@ class Context:
             trait,
             judge=self.judge_of(trait),
             questions=self.questions(name, how.questions),
-            output=folder,
+            output_dir=folder,
             **how.keywords("coefficients", "random"),
             **self.sampling,
         )
@@ -200,13 +200,13 @@ class Context:
             return
         monitoring_experiment(
             self.model,
-            trait,
             self.vectors(name),
+            trait,
             self._conditions(trait, kind),
             judge=self.judge_of(trait),
             layer=selected_layer(self.folder, name, self.preset),
             max_new_tokens=self.preset.monitoring.max_new_tokens,
-            output=folder,
+            output_dir=folder,
             **self.sampling,
         )
 
@@ -273,7 +273,7 @@ class Context:
                 judge=judge,
                 interventions=acting,
                 questions=questions,
-                output=output,
+                output_dir=output,
                 **how.keywords(),
                 **self.sampling,
             )

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from persona_lens.monitoring.result import MonitoredVector
 from persona_lens.monitoring.thresholds import Threshold, calibrate_threshold
 from persona_lens.screening.batches import TEXTS, score_schema
 from persona_lens.screening.plan import SUMMARY, ScreeningPlan, read_plan
@@ -195,10 +195,9 @@ class Screening:
         scored = table[(table["dataset"] == benign) & table["score"].notna()]
         trait, _, layer = name.rpartition("@")
         fingerprint = self.settings["fingerprints"][self.vectors.index(name)]
-        vector_of: Any = SimpleNamespace(trait=trait, layer=int(layer), fingerprint=fingerprint)
         return calibrate_threshold(
             scored["score"].to_numpy(),
-            vector=vector_of,
+            vector=MonitoredVector(trait, int(layer), fingerprint),
             percentile=percentile,
             of=by,
             chats=scored["group"].tolist(),

@@ -2,7 +2,6 @@
 
 The reference writes a positive and a negative file whose rows pair in order (it stores no sample index), with the
 prompt as rendered text, which is used verbatim (arXiv:2507.21509, section 2.2 and its reference code).
-Knows nothing about models.
 """
 
 import re
@@ -59,8 +58,8 @@ def read_reference_csv(path: str | Path, trait: str) -> list[JudgedResponse]:
 
 def _instruction(question_id: str) -> str:
     """The instruction's number in an id such as `evil_3_pos_1` (trait, question, side, instruction)."""
-    found = re.search(r"_(?:pos|neg)_(\d+)$", question_id)
-    return found.group(1) if found else ""
+    match = re.search(r"_(?:pos|neg)_(\d+)$", question_id)
+    return match.group(1) if match else ""
 
 
 def _score(text: str, place: str) -> float | None:

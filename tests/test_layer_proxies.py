@@ -1,4 +1,4 @@
-"""Cheap screens of layers: what each of them is, and what its agreement with a sweep is worth."""
+"""Cheap proxies of a sweep: their values, and how well they rank the layers."""
 
 from dataclasses import replace
 
@@ -9,15 +9,13 @@ from scipy import stats
 
 from persona_lens.chat.batches import chat_messages, tokenize_chat
 from persona_lens.evaluation.layer_proxies import (
-    SCREENS,
     FixedTexts,
     fixed_texts,
     likelihood_ratio_changes,
-    screen_layers,
+    stored_proxies,
 )
 from persona_lens.interventions.hooks import intervene
 from persona_lens.interventions.values import Steer
-from persona_lens.judges.likelihood_ratio import intervened_log_likelihoods, mean_log_likelihoods
 from persona_lens.judges.scores import Judge, Score, score_rollouts
 from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts
 from persona_lens.rollouts.rows import Rollout
@@ -39,9 +37,6 @@ TEXTS = FixedTexts(
 )
 
 
-# --- the likelihood screen -----------------------------------------------------------------------------------------
-
-
 def naive_likelihood(model, rollout, done, at):
     """The mean log-likelihood per token by one plain forward pass of the whole text."""
     row = tokenize_chat(model.tokenizer, chat_messages(NEUTRAL, rollout.question), rollout.response)
@@ -58,7 +53,7 @@ def naive_likelihood(model, rollout, done, at):
 
 
 @pytest.mark.parametrize("at", ["response", "all", "prompt"])
-def test_the_likelihood_screen_is_the_change_of_the_ratio_under_steering(tiny_model, at):
+def test_the_likelihood_proxy_is_the_change_of_the_ratio_under_steering(tiny_model, at):
     vectors = some_vectors(tiny_model)
     found = likelihood_ratio_changes(
         tiny_model, vectors, TRAIT, TEXTS, layers=[0, 2, 3], coefficient=1.5, at=at, progress=False
@@ -82,7 +77,7 @@ def test_a_direction_towards_the_positive_texts_raises_their_ratio(tiny_model, t
     assert up > 0.5 > -0.5 > down
 
 
-def test_a_text_that_is_empty_takes_no_part_in_the_screen(tiny_model):
+def test_a_text_that_is_empty_takes_no_part_in_the_proxy(tiny_model):
     settings = {"layers": [1], "coefficient": 1.0, "progress": False}
     more = FixedTexts(TEXTS.positive, [*TEXTS.negative, written("", "negative")])
     one, other = (
@@ -92,22 +87,11 @@ def test_a_text_that_is_empty_takes_no_part_in_the_screen(tiny_model):
     assert other == pytest.approx(one, abs=1e-6)
 
 
-def test_likelihoods_under_an_intervention_are_not_those_without(tiny_model):
-    rows = [row.tokenize(tiny_model.tokenizer) for row in TEXTS.positive]
-    plain = intervened_log_likelihoods(tiny_model, rows)
-    assert torch.equal(plain, mean_log_likelihoods(tiny_model, rows))
-    with intervene(tiny_model, Steer(some_vectors(tiny_model), 1.0)):
-        assert not torch.allclose(intervened_log_likelihoods(tiny_model, rows), plain)
-
-
-# --- all screens ---------------------------------------------------------------------------------------------------
-
-
-def test_the_other_screens_are_the_vectors_own_statistics(tiny_model):
+def test_the_stored_proxies_are_the_vectors_own_statistics(tiny_model):
     norms = torch.tensor([2.0, 4.0, float("nan"), 8.0])
     plain = some_vectors(tiny_model, residual_norm=norms)
     vectors = replace(plain, statistics=make_statistics(embedding=False))
-    found = screen_layers(tiny_model, vectors, TRAIT, layers=[1, 2, 3], coefficient=1.0, progress=False)
+    found = stored_proxies(vectors, [1, 2, 3])
     statistics = vectors.statistics
     assert list(found) == ["held_out_auc", "relative_norm", "split_half"]
     assert found["held_out_auc"] == pytest.approx(statistics.held_out_auc[1:].tolist())
@@ -115,20 +99,7 @@ def test_the_other_screens_are_the_vectors_own_statistics(tiny_model):
     assert found["relative_norm"][::2] == pytest.approx((float(vectors.norms[1]) / 4, float(vectors.norms[3]) / 8))
     assert found["split_half"][1] is None  # NaN among the statistics is what was not measured
     assert found["split_half"][2] == pytest.approx(float(statistics.split_half[3]))
-
-
-def test_without_statistics_and_texts_only_the_norm_is_a_screen(tiny_model):
-    found = screen_layers(tiny_model, some_vectors(tiny_model), TRAIT, layers=[0, 1], coefficient=1.0, progress=False)
-    assert found == {"relative_norm": (None, None)}
-
-
-def test_screens_stand_in_one_order(tiny_model):
-    vectors = replace(some_vectors(tiny_model), statistics=make_statistics(embedding=False))
-    found = screen_layers(tiny_model, vectors, TRAIT, layers=[0], coefficient=1.0, texts=TEXTS, progress=False)
-    assert tuple(found) == SCREENS
-
-
-# --- the fixed texts of a run --------------------------------------------------------------------------------------
+    assert stored_proxies(some_vectors(tiny_model), [0, 1]) == {"relative_norm": (None, None)}
 
 
 class PolarJudge(LetterJudge):
@@ -176,57 +147,38 @@ def test_a_folder_without_an_extraction_or_kept_pairs_has_no_fixed_texts(tmp_pat
     assert fixed_texts(tmp_path, TRAIT) is None
 
 
-# --- what the screens are worth ------------------------------------------------------------------------------------
-
 SWEPT = {(layer, 1.0): [10.0 * layer, 30.0 - 5 * layer, 2.0 * layer**2, 50.0] for layer in range(4)}
 
 
-def test_a_screen_is_worth_its_rank_correlation_with_the_sweep():
+def test_a_proxy_is_worth_its_rank_correlation_with_the_sweep():
     values = (0.2, 0.1, 0.4, 0.3)
-    sweep = make_sweep(SWEPT, screens={"split_half": values})
-    (row,) = sweep.screen_correlations().to_dict("records")
+    sweep = make_sweep(SWEPT, proxies={"split_half": values})
+    (row,) = sweep.proxy_correlations().to_dict("records")
     swept = [sweep.evaluations[layer, 1.0].trait_score.value for layer in range(4)]
-    assert (row["screen"], row["coefficient"], row["layers"]) == ("split_half", 1.0, 4)
+    assert (row["proxy"], row["coefficient"], row["layers"]) == ("split_half", 1.0, 4)
     assert row["spearman"] == pytest.approx(stats.spearmanr(values, swept).statistic)
-
-
-def test_the_interval_of_a_screen_is_that_of_a_loop_over_resamples_of_questions():
-    values = (0.2, 0.1, 0.4, 0.3)
-    sweep = make_sweep(SWEPT, screens={"split_half": values})
     resamples = np.stack([naive_resamples(cell) for cell in sweep.evaluations.values()], axis=1)[:500]
-    drawn = [stats.spearmanr(values, row).statistic for row in resamples if np.ptp(row) > 0]
-    (row,) = sweep.screen_correlations().to_dict("records")
+    drawn = [stats.spearmanr(values, scores).statistic for scores in resamples if np.ptp(scores) > 0]
     assert [row["low"], row["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]).tolist())
-
-
-def test_a_screen_that_was_not_measured_at_a_layer_is_judged_on_the_others():
-    sweep = make_sweep(SWEPT, screens={"held_out_auc": (0.9, None, 0.2, 0.1)})
-    (row,) = sweep.screen_correlations().to_dict("records")
-    swept = [sweep.evaluations[layer, 1.0].trait_score.value for layer in (0, 2, 3)]
-    assert row["layers"] == 3
-    assert row["spearman"] == pytest.approx(stats.spearmanr([0.9, 0.2, 0.1], swept).statistic)
+    (row,) = make_sweep(SWEPT, proxies={"held_out_auc": (0.9, None, 0.2, 0.1)}).proxy_correlations().to_dict("records")
+    assert row["layers"] == 3  # a layer where the proxy was not measured is left out
+    assert row["spearman"] == pytest.approx(stats.spearmanr([0.9, 0.2, 0.1], [swept[0], *swept[2:]]).statistic)
 
 
 @pytest.mark.parametrize("values", [(0.5,) * 4, (None,) * 4, (0.1, 0.2, None, None)])
-def test_a_screen_that_cannot_rank_the_layers_has_no_correlation(values):
-    table = make_sweep(SWEPT, screens={"relative_norm": values}).screen_correlations()
+def test_a_proxy_that_cannot_rank_the_layers_has_no_correlation(values):
+    table = make_sweep(SWEPT, proxies={"relative_norm": values}).proxy_correlations()
     assert table[["spearman", "low", "high"]].isna().all(axis=None)
 
 
-def test_a_coefficient_at_which_no_layer_has_a_score_has_no_correlation():
+def test_correlations_are_missing_without_scores_questions_or_proxies():
     incoherent = {(layer, 4.0): ([None] * 4, 10.0) for layer in range(4)}
-    table = make_sweep(SWEPT | incoherent, screens={"relative_norm": (0.1, 0.2, 0.3, 0.4)}).screen_correlations()
+    table = make_sweep(SWEPT | incoherent, proxies={"relative_norm": (0.1, 0.2, 0.3, 0.4)}).proxy_correlations()
     assert table.set_index("coefficient").spearman.isna().to_dict() == {1.0: False, 4.0: True}
-
-
-def test_the_correlation_over_one_question_has_no_interval():
     cells = {(layer, 1.0): [10.0 * layer] for layer in range(4)}
-    table = make_sweep(cells, baseline=(1.0,), screens={"split_half": (1.0, 2.0, 3.0, 4.0)}).screen_correlations()
+    table = make_sweep(cells, baseline=(1.0,), proxies={"split_half": (1.0, 2.0, 3.0, 4.0)}).proxy_correlations()
     assert table.spearman.tolist() == [pytest.approx(1)]
     assert table[["low", "high"]].isna().all(axis=None)
-
-
-def test_a_sweep_without_screens_has_an_empty_table_of_them():
-    table = make_sweep(SWEPT).screen_correlations()
+    table = make_sweep(SWEPT).proxy_correlations()
     assert table.empty
     assert "spearman" in table.columns
