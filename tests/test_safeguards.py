@@ -125,6 +125,7 @@ def test_what_never_fires_or_only_alerts_leaves_everything_bit_equal(tiny_model,
         [Safeguard(vectors.at(1), -1e9, Steer(other.at(3), 30.0, when=When(other.at(3), above=1e9)))],
         guards,
     ]
+    found = plain
     for safeguards in idle:
         found = generate_watched(tiny_model, prompts, vectors, safeguards=safeguards, **SAMPLED)
         assert all(alike(one, another) for one, another in zip(found, plain, strict=True))
