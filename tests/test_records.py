@@ -308,3 +308,29 @@ def test_a_number_that_no_measurement_has_is_refused(value):
     with pytest.raises(ValueError, match="expected a number that float32 has"):
         checked(value, float)
     assert checked(3e38, float) == 3e38
+
+
+def read_trait(records, path):
+    with records.read_result(path, version=1, kind="layer sweep", remedy="run it again") as record:
+        return records.checked(record["trait"], str)
+
+
+def test_a_result_file_is_read_or_refused_in_one_sentence(records, tmp_path):
+    path = tmp_path / "sweep.json"
+    with pytest.raises(FileNotFoundError, match=r"no layer sweep at .*sweep\.json: run it again\.$"):
+        read_trait(records, path)
+    records.write_json(path, {"format_version": 1, "trait": "evil"})
+    assert read_trait(records, path) == "evil"
+    records.write_json(path, {"format_version": 2, "traits": ["evil"]})
+    with pytest.raises(ValueError, match="format version 2, and this persona_lens reads 1: install"):
+        read_trait(records, path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "trait": 3}', "\x00", "[" * 9999]
+)
+def test_a_damaged_result_file_is_named_with_its_remedy(records, tmp_path, content):
+    path = tmp_path / "sweep.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"sweep\.json is not a whole layer sweep \(.*\): run it again\.$"):
+        read_trait(records, path)

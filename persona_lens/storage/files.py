@@ -217,6 +217,36 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+@contextmanager
+def read_result(file: str | os.PathLike[str], *, version: int, kind: str, remedy: str) -> Iterator[dict[str, Any]]:
+    """The JSON object of a result file, for a block that builds the result out of it.
+
+        with read_result(file, version=1, kind="layer sweep", remedy="run `persona-lens select-layer` again") as record:
+            return cls(record["trait"], tuple(record["layers"]))
+
+    Whatever the block trips over in the record (`DAMAGE`) becomes one sentence that names the file and the remedy.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It has another `format_version`, or is damaged.
+    """
+    path = Path(file)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {kind} at {path}: {remedy}.")
+    try:
+        record = json.loads(path.read_bytes())
+        written = record["format_version"]
+        if written == version:
+            yield record
+    except DAMAGE as error:
+        raise ValueError(f"{path} is not a whole {kind} ({error}): {remedy}.") from error
+    if written != version:
+        raise ValueError(
+            f"{path} has format version {written!r:.60}, and this persona_lens reads {version}: "
+            "install the persona_lens that wrote it, or a newer one."
+        )
+
+
 LARGEST = 3.4028234663852886e38
 """The largest float32: what is measured is no larger, and a sum of squares of such numbers is still one in float64."""
 
