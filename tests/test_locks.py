@@ -91,7 +91,10 @@ def test_the_thread_that_holds_a_folder_may_take_it_again_and_another_may_not(tm
         thread.start()
         thread.join()
     take()
-    assert told == [f"{tmp_path} is being written by another thread of this process: wait for it.", "took it"]
+    assert told == [
+        f"{tmp_path} is being written by another thread of this process: wait until it ends, or name another output.",
+        "took it",
+    ]
 
 
 def test_a_folder_is_free_again_after_an_error(tmp_path):
@@ -177,7 +180,7 @@ def test_a_file_system_without_locks_is_said_in_one_warning_and_the_work_goes_on
         with taken(tmp_path / "run" / "b") as mine:
             assert mine
     assert [str(each.message) for each in said] == [
-        f"{tmp_path / 'run'} is on a file system without locks: let no other process write there."
+        f"{tmp_path / 'run'} is on a file system without locks: let nothing else write there meanwhile."
     ]
 
 
