@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.chat.batches import Message, tokenize_chat
+from persona_lens.chat.batches import Chat, prompt_tokens
 from persona_lens.generation.decoding import (
     Decoder,
     FinishReason,
@@ -83,7 +83,7 @@ class WatchedToken:
 
 def generate_watched(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    chats: Sequence[Chat | Sequence[int]],
     vectors: Vectors,
     *,
     max_new_tokens: int = 64,
@@ -113,6 +113,7 @@ def generate_watched(
     Raises ValueError where nothing is to be watched, a vector or an intervention does not belong to the model, or for
     what `generate` refuses.
     """
+    prompts = [prompt_tokens(model.tokenizer, chat) for chat in chats]
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     check_sampling(model, prompts, keys, max_new_tokens, temperature, top_p)
     watch = Watch(
@@ -157,7 +158,7 @@ def generate_watched(
 
 def stream_watched(
     model: Model,
-    prompt: str | Sequence[Message] | Sequence[int],
+    chat: Chat | Sequence[int],
     vectors: Vectors,
     *,
     max_new_tokens: int = 64,
@@ -170,12 +171,12 @@ def stream_watched(
     audit: str | Path | None = None,
     allow_other_model: bool = False,
 ) -> Iterator[WatchedToken]:
-    """One reply of `generate_watched`, token by token: to messages, to rendered text, or to token ids.
+    """One reply of `generate_watched`, token by token, to a chat or to token ids.
 
     First comes the last token of the prompt, with index -1 and no text; the texts join to the reply's. The model
     carries hooks only while it computes a token, so whoever stops asking leaves it as it was.
     """
-    ids = _token_ids(model, prompt)
+    ids = prompt_tokens(model.tokenizer, chat)
     check_sampling(model, [ids], [key], max_new_tokens, temperature, top_p)
     watch = Watch(
         model,
@@ -191,13 +192,6 @@ def stream_watched(
     sharing = prefix_sharing(model, [ids])
     decoder = Decoder(model, [ids], torch.tensor([0]), uniforms, temperature, top_p, sharing, watch.top)
     return _stream(decoder, watch)
-
-
-def _token_ids(model: Model, prompt: str | Sequence[Message] | Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return tuple(int(token) for token in prompt if isinstance(token, int))
-    chat = prompt if isinstance(prompt, str) else [turn for turn in prompt if not isinstance(turn, int)]
-    return tokenize_chat(model.tokenizer, chat).prompt
 
 
 def _stream(decoder: Decoder, watch: Watch) -> Iterator[WatchedToken]:
