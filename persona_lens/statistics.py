@@ -75,7 +75,7 @@ def auc(positive: Any, negative: Any) -> float | None:
 def resampled_auc(
     positive: np.ndarray, negative: np.ndarray, positive_weights: np.ndarray, negative_weights: np.ndarray
 ) -> np.ndarray:
-    """The AUC in every resample; weights [resample, row] say how often it drew each row. NaN without a row of a side."""
+    """The AUC in every resample; weights are [resample, row]. NaN for a resample that drew no row of a side."""
     wins = np.heaviside(positive[:, None] - negative[None, :], 0.5)
     with np.errstate(invalid="ignore"):
         total = positive_weights.sum(axis=1) * negative_weights.sum(axis=1)
@@ -157,8 +157,8 @@ def pearson(first: Scores, second: Scores) -> float | None:
 
 def resampled_pearson(first: Scores, second: Scores, weights: Weights) -> Resamples:
     """Pearson's correlation in every resample; NaN where undefined."""
-    sides = (np.broadcast_to(side, weights.shape) for side in (first, second))
-    return np.where(has_correlation(first, second, weights), weighted_correlations(*sides, weights), np.nan)
+    x, y = (np.broadcast_to(side, weights.shape) for side in (first, second))
+    return np.where(has_correlation(first, second, weights), weighted_correlations(x, y, weights), np.nan)
 
 
 def weighted_correlations(

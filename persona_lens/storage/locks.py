@@ -33,8 +33,15 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NOTE = b'{"process"'
 """The first bytes of the note in a lock file that says who holds it."""
 
-_thread = threading.local()
-"""Per thread and process number, the lock files that it holds: it may take them again. A forked child holds none."""
+
+class _OfThread(threading.local):
+    """The lock files that this thread holds and may take again, by process number: a forked child holds none."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, set[Path]] = {}
+
+
+_of_thread = _OfThread()
 _warned: set[Path] = set()
 
 
@@ -161,7 +168,7 @@ def _holding(lock: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     # One folder may be named in several ways.
     lock = Path(os.path.realpath(lock.parent), lock.name)
     process = os.getpid()
-    mine: set[Path] = vars(_thread).setdefault(process, set())
+    mine = _of_thread.held.setdefault(process, set())
     if lock in mine:
         yield
         return
