@@ -4,9 +4,7 @@ import _thread
 import asyncio
 import copy
 import gc
-import sys
 import threading
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -24,6 +22,7 @@ from persona_lens.models.structure import suspended
 from persona_lens.monitoring.live import stream_watched
 from tests import tiny
 from tests.finetuning_cases import random_adapter
+from tests.interrupted_run import Interrupter
 from tests.intervention_cases import TOKENS, logits, some_vectors
 
 ROWS = [ChatTokens(tuple(range(5, 5 + n)), tuple(range(40, 40 + m))) for n, m in [(6, 4), (3, 9), (8, 2)]]
@@ -344,33 +343,6 @@ def test_suspensions_of_two_threads_that_end_in_the_order_they_began_leave_no_ga
 # --- interrupts ----------------------------------------------------------------------------------------------------
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt at the `at`-th line that this package or contextlib runs; counts them without."""
-
-    FILES = ("persona_lens", "contextlib.py")
-
-    def __init__(self, at=None):
-        self.at, self.lines = at, 0
-
-    def __enter__(self):
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
-
-    def _trace(self, frame, event, _):
-        return self._trace_line if any(part in frame.f_code.co_filename for part in self.FILES) else None
-
-    def _trace_line(self, frame, event, _):
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._trace_line
-
-
 def use(model, vector):
     with steer(model, vector, 2.0), attached_projections(model, [vector]) as found, suspended(model):
         forward(model, TOKENS[:1], torch.ones_like(TOKENS[:1]).bool())
@@ -383,24 +355,19 @@ def test_an_interrupt_at_any_line_of_attaching_and_detaching_leaves_nothing(fres
     model = fresh_tiny_model
     vector = some_vectors(model).at(1)
     use(model, vector)
-    with Interrupter() as whole:
-        use(model, vector)
+    whole = Interrupter()
+    whole.run(lambda: use(model, vector))
     before, plain = tiny.hook_counts(model), logits(model)
     left = []
     gc.collect()
     gc.freeze()
     for at in range(1, whole.lines, max(1, whole.lines // 100)):
-        where = None
-        try:
-            with Interrupter(at):
-                use(model, vector)
-        except KeyboardInterrupt as error:
-            where = [(line.name, line.lineno) for line in traceback.extract_tb(error.__traceback__)[-2:]]
+        Interrupter(at).run(lambda: use(model, vector))
         gc.collect()  # frames under executed annotations refer to each other
         acting = not torch.equal(logits(model), plain)
         forward(model, TOKENS[:1], torch.ones_like(TOKENS[:1]).bool())  # whoever uses it next repairs it
         if acting or tiny.hook_counts(model) != before:
-            left.append((at, where))
+            left.append(at)
     gc.unfreeze()
     assert left == []
 
