@@ -104,14 +104,14 @@ def _texts(value: Any) -> list[str]:
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [text for each in value for text in _texts(each)] if isinstance(value, list | tuple) else []
+    return [text for part in value for text in _texts(part)] if isinstance(value, list | tuple) else []
 
 
 def _marked(value: Any, tokens: _ControlTokens, marks: Marks) -> Any:
     if isinstance(value, Mapping):
-        return {key: _marked(each, tokens, marks) for key, each in value.items()}
+        return {key: _marked(part, tokens, marks) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_marked(each, tokens, marks) for each in value]
+        return [_marked(part, tokens, marks) for part in value]
     if not isinstance(value, str):
         return value
     for start, stop in reversed(tokens.spans(value)):

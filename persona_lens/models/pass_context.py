@@ -191,17 +191,17 @@ def _readers(model: Model, layers: Sequence[int]) -> list[tuple[nn.Module, Calla
 
 
 def _read_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CurrentPass:
-    given = signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
-    cache = given.get("past_key_values")
+    arguments = signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    arguments |= arguments.pop("kwargs", {})
+    cache = arguments.get("past_key_values")
     # With `use_cache` and no cache yet, the pass makes an empty one.
-    without_cache = 0 if given.get("use_cache") is True else None
-    mask = _plain_mask(given.get("attention_mask"))
+    without_cache = 0 if arguments.get("use_cache") is True else None
+    mask = _plain_mask(arguments.get("attention_mask"))
     return CurrentPass(
         without_cache if cache is None else int(cache.get_seq_length()),
         mask,
         given=given_to_generate(decoder),
-        shows_padding=mask is not None or given.get("attention_mask") is None,
+        shows_padding=mask is not None or arguments.get("attention_mask") is None,
     )
 
 

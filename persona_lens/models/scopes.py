@@ -196,10 +196,10 @@ class ScopedHook:
     def __init__(self, scope: Scope, function: Callable[..., Any]):
         self.scope, self.function = scope, function
 
-    def __call__(self, *given: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         """Called by torch; None leaves the module's output unchanged."""
         if self.scope.acts():
-            return self.function(*given)
+            return self.function(*args)
         self.scope.note_foreign_pass()
         return None
 
@@ -265,8 +265,8 @@ class _Gate:
         """Whether the hook behind the gate would act in a pass that runs now."""
         return not self.suspension.acts() and would_act(self.behind)
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return None if self.suspension.acts() else self.behind(*given, **named)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self.suspension.acts() else self.behind(*args, **kwargs)
 
 
 class ForwardGate:
@@ -298,13 +298,13 @@ class ForwardGate:
             return copy.deepcopy(self.behind, memo)
         return partial(type(module).forward, memo[id(module)])
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called by torch in place of the module's forward."""
         instead = self.inside if self.scope.acts() else self.outside
         if (forward := self.behind if instead is None else instead) is not None:
-            return forward(*given, **named)
+            return forward(*args, **kwargs)
         module = self._module()
-        return type(module).forward(module, *given, **named)  # type: ignore[union-attr]
+        return type(module).forward(module, *args, **kwargs)  # type: ignore[union-attr]
 
 
 def gate_hooks(modules: Sequence[nn.Module], suspension: Scope, silenced: Callable[[nn.Module, Any], bool]) -> None:

@@ -148,10 +148,10 @@ def sweep_up(folder: Path) -> None:
         lock = _lock_of(unfinished)
         # A Timeout (an OSError) means that somebody is still writing it.
         with suppress(OSError):
-            held = _acquire(lock, timeout=0)
-            with _released(held):
+            file_lock = _acquire(lock, timeout=0)
+            with _released(file_lock):
                 # Without locks nobody can tell whether it is still written, so it stays.
-                if held is not None:
+                if file_lock is not None:
                     unfinished.unlink(missing_ok=True)
                 lock.unlink()
 
@@ -173,12 +173,12 @@ def _holding(lock: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
         yield
         return
     try:
-        held = _take(lock, what, wait=wait)
+        file_lock = _take(lock, what, wait=wait)
     except Timeout:
         raise OSError(
             f"{what} is being written by {_holder(lock)}: wait until it ends, or name another output."
         ) from None
-    with _released(held):
+    with _released(file_lock):
         mine.add(lock)
         try:
             _sign(lock)
@@ -200,43 +200,43 @@ def _take(lock: Path, what: Path, *, wait: bool) -> "BaseFileLock | None":
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         _refuse_other_file(lock, what)
-        held = _acquire(lock, timeout=-1 if wait else 0)
+        file_lock = _acquire(lock, timeout=-1 if wait else 0)
     except OSError as error:
         if error.errno is None:
             raise
         reason = "a symbolic link stands there" if error.errno == errno.ELOOP else error.strerror
         raise OSError(f"Cannot write to {what} ({reason}): name an output that you may write to.") from error
-    if held is None and lock.parent not in _warned:
+    if file_lock is None and lock.parent not in _warned:
         _warned.add(lock.parent)
         warnings.warn(
             f"{lock.parent} is on a file system without locks: let nothing else write there meanwhile.", stacklevel=2
         )
-    return held
+    return file_lock
 
 
 def _acquire(lock: Path, *, timeout: float) -> "BaseFileLock | None":
     """The acquired lock; None if the file system has none. Raises filelock's Timeout if somebody else holds it."""
     from filelock import FileLock  # here, since its import takes longer than printing the command line's help
 
-    held = FileLock(lock, timeout=timeout, thread_local=False, fallback_to_soft=False)
+    file_lock = FileLock(lock, timeout=timeout, thread_local=False, fallback_to_soft=False)
     try:
-        held.acquire()
+        file_lock.acquire()
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return None
         raise
-    return held
+    return file_lock
 
 
 @contextmanager
-def _released(held: "BaseFileLock | None") -> Iterator[None]:
+def _released(file_lock: "BaseFileLock | None") -> Iterator[None]:
     """Release a lock on leaving, but not a parent's in its forked child."""
     process = os.getpid()
     try:
         yield
     finally:
-        if held is not None and os.getpid() == process:
-            held.release()
+        if file_lock is not None and os.getpid() == process:
+            file_lock.release()
 
 
 def _refuse_other_file(lock: Path, what: Path) -> None:
