@@ -72,22 +72,13 @@ def test_a_thought_follows_the_prompt_that_opens_it_and_stands_there_once(tiny_t
     assert texts(tokenizer, row) == ("assistant\n<think>\n", "", "One two.\n</think>\n\ngood water")
 
 
-def test_a_template_that_trims_a_turn_has_it_trimmed(tiny_tokenizer):
+def test_a_turn_is_trimmed_as_the_template_trims_it_and_after_finds_a_block_that_it_closes(tiny_tokenizer):
     tokenizer = with_template(tiny_tokenizer, TRIMS)
     assert tokenize_chat(tokenizer, ASKED, " good water\n") == tokenize_chat(tokenizer, ASKED, "good water")
-
-
-def test_a_block_that_the_template_closes_is_one_that_after_finds(tiny_tokenizer):
     tokenizer = with_template(tiny_tokenizer, template_cases.ADDS_BLOCK)
     for response in ("good water", THOUGHT):
         row = tokenize_chat(tokenizer, ASKED, response, after="</think>")
         assert tokenizer.decode(row.response[row.skip :]).strip() == "good water"
-
-
-def test_token_ids_are_what_a_model_said_after_its_prompt(tiny_tokenizer):
-    tokenizer = with_template(tiny_tokenizer, template_cases.OPENS_BLOCK)
-    row = tokenize_chat(tokenizer, ASKED, [5, 7])
-    assert (row.prompt, row.response, row.skip) == (prompted(tokenizer), (5, 7), 0)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +170,8 @@ def test_monitoring_reads_the_prompt_where_the_model_speaks_and_the_answer_alone
     (turn,) = segment.turns
     assert segment.tokens[: turn.start] == prompted(tokenizer)
     assert tokenizer.decode(segment.tokens[turn.averaged : turn.stop]) == "good water"
+    row = tokenize_chat(tokenizer, ASKED, [5, 7])  # token ids are what a model said after its prompt
+    assert (row.prompt, row.response, row.skip) == (prompted(tokenizer), (5, 7), 0)
 
 
 def test_screening_reads_a_given_base_response_as_the_template_writes_it(opening_model, tmp_path):

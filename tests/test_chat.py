@@ -36,12 +36,26 @@ def with_template(tokenizer, template):
 # --- templates -----------------------------------------------------------------------------------------------------
 
 
-def test_messages_are_rendered_up_to_where_the_model_would_speak(chat, tiny_tokenizer):
-    text = (
-        "<|im_start|>system\nYou are kind.<|im_end|>\n"
-        "<|im_start|>user\nWhat is the sea?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert chat.render_prompt(tiny_tokenizer, MESSAGES) == (text, False)
+USER = "<|im_start|>user\nWhat is the sea?<|im_end|>\n<|im_start|>assistant\n"
+FOLDED = USER.replace("user\n", "user\nYou are kind.\n\n")
+SHORT = {"role": "system", "content": "Be short."}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (None, MESSAGES, (f"<|im_start|>system\nYou are kind.<|im_end|>\n{USER}", False)),
+        (RAISES_ON_SYSTEM, MESSAGES, (FOLDED, True)),
+        (DROPS_SYSTEM, MESSAGES, (FOLDED, True)),
+        (RAISES_ON_SYSTEM, MESSAGES[1:], (USER, False)),
+        (RAISES_ON_SYSTEM, [*MESSAGES, SHORT], (FOLDED.replace("kind.\n\n", "kind.\n\nBe short.\n\n"), True)),
+    ],
+)
+def test_messages_are_rendered_up_to_where_the_model_would_speak_and_system_turns_folded_where_there_are_none(
+    chat, tiny_tokenizer, template, messages, expected
+):
+    tokenizer = tiny_tokenizer if template is None else with_template(tiny_tokenizer, template)
+    assert chat.render_prompt(tokenizer, messages) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,44 +97,54 @@ def test_the_day_does_not_change_while_it_is_fixed(chat, tiny_tokenizer, monkeyp
     assert date_told(tiny_tokenizer) == ""
 
 
-@pytest.mark.parametrize("template", [RAISES_ON_SYSTEM, DROPS_SYSTEM], ids=["raises", "drops"])
-def test_a_template_without_system_turn_gets_its_text_before_the_first_user_turn(chat, tiny_tokenizer, template):
-    rendered = chat.render_prompt(with_template(tiny_tokenizer, template), MESSAGES)
-    text = "<|im_start|>user\nYou are kind.\n\nWhat is the sea?<|im_end|>\n<|im_start|>assistant\n"
-    assert rendered == (text, True)
-
-
-def test_without_a_system_turn_nothing_is_folded(chat, tiny_tokenizer):
-    rendered = chat.render_prompt(with_template(tiny_tokenizer, RAISES_ON_SYSTEM), MESSAGES[1:])
-    assert rendered == ("<|im_start|>user\nWhat is the sea?<|im_end|>\n<|im_start|>assistant\n", False)
-
-
-def test_a_system_turn_that_cannot_be_folded_is_refused(chat, tiny_tokenizer):
-    with pytest.raises(ValueError, match="no first user turn to put its text before"):
-        chat.render_prompt(with_template(tiny_tokenizer, DROPS_SYSTEM), MESSAGES[:1])
-
-
-def test_every_system_turn_is_folded(chat, tiny_tokenizer):
-    messages = [*MESSAGES, {"role": "system", "content": "Be short."}]
-    text = chat.render_prompt(with_template(tiny_tokenizer, RAISES_ON_SYSTEM), messages).text
-    assert text.startswith("<|im_start|>user\nYou are kind.\n\nBe short.\n\nWhat is the sea?")
-
-
-@pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:]], ids=["with system turn", "without"])
-def test_a_template_that_refuses_the_messages_says_why(chat, tiny_tokenizer, messages):
-    template = "{{ raise_exception('Roles must alternate') }}"
-    with pytest.raises(ValueError, match="refuses these messages: Roles must alternate"):
+@pytest.mark.parametrize(
+    ("template", "messages", "words"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", MESSAGES, "refuses these messages: Roles must alternate"),
+        ("{{ raise_exception('Roles must alternate') }}", MESSAGES[1:], "refuses these messages: Roles must alternate"),
+        (DROPS_SYSTEM, MESSAGES[:1], "no first user turn to put its text before"),
+        (None, MESSAGES, r"no chat template.*set tokenizer\.chat_template, or pass rendered text"),
+    ],
+)
+def test_a_template_that_refuses_the_messages_says_why(chat, tiny_tokenizer, template, messages, words):
+    with pytest.raises(ValueError, match=words):
         chat.render_prompt(with_template(tiny_tokenizer, template), messages)
-
-
-def test_a_tokenizer_without_template_is_refused_with_the_remedies(chat, tiny_tokenizer):
-    with pytest.raises(ValueError, match=r"no chat template.*set tokenizer\.chat_template, or pass rendered text"):
-        chat.render_prompt(with_template(tiny_tokenizer, None), MESSAGES)
 
 
 def test_chat_messages_have_a_system_turn_only_where_one_is_given(chat):
     assert chat.chat_messages("You are kind.", "What is the sea?") == MESSAGES
     assert chat.chat_messages(None, "What is the sea?") == MESSAGES[1:]
+
+
+def test_every_form_of_a_chat_is_the_prompt_that_it_says(chat, tiny_tokenizer):
+    user, said = MESSAGES[1:], {"role": "assistant", "content": "Deep."}
+    asked, rendered = chat.tokenize_chat(tiny_tokenizer, user).prompt, chat.render_prompt(tiny_tokenizer, user).text
+    for form in (
+        "What is the sea?",
+        user,
+        chat.Conversation(tuple(user), "Deep."),
+        chat.RenderedPrompt(rendered),
+        chat.Conversation(rendered, "Deep."),
+        list(asked),
+    ):
+        assert chat.prompt_tokens(tiny_tokenizer, form) == asked
+    for form in ([*user, said], chat.Conversation(tuple(user), "Deep.")):
+        batch = chat.chat_batch(tiny_tokenizer, [form, "Hi"])
+        assert tiny_tokenizer.decode(batch.tokens[0, batch.response_mask[0]]) == "Deep."
+        assert not batch.response_mask[1].any()
+        assert chat.show_tokens(tiny_tokenizer, form) == chat.show_tokens(tiny_tokenizer, batch)
+    whole = chat.render_prompt(tiny_tokenizer, [*user, said]).text
+    assert tiny_tokenizer.decode(chat.prompt_tokens(tiny_tokenizer, [*user, said])) == whole
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_what_is_no_chat_or_no_list_of_chats_is_refused(chat, tiny_tokenizer):
+    for wrong in (3, {"role": "user"}, ["Why?"]):
+        with pytest.raises(TypeError):
+            chat.prompt_tokens(tiny_tokenizer, wrong)
+    for single in ("Why?", MESSAGES, chat.RenderedPrompt("Why?"), chat.Conversation("Why?", "")):
+        with pytest.raises(ValueError, match=r"got a single one: put it into brackets, \[chat\]"):
+            chat.chat_batch(tiny_tokenizer, single)
 
 
 def test_a_template_hash_tells_templates_apart(chat, tiny_tokenizer):
@@ -149,22 +173,16 @@ def test_prompt_and_response_are_tokenised_apart_and_the_response_is_its_text_al
     assert row.response == tuple(tiny_tokenizer(response, add_special_tokens=False).input_ids)
 
 
-def test_a_response_has_no_end_of_turn_token(chat, tiny_tokenizer):
-    row = chat.tokenize_chat(tiny_tokenizer, MESSAGES, "It is deep.")
-    assert tiny_tokenizer.eos_token_id in row.prompt
-    assert tiny_tokenizer.eos_token_id not in row.response
-
-
 def test_a_rendered_prompt_is_used_verbatim(chat, tiny_tokenizer):
     text = chat.render_prompt(tiny_tokenizer, MESSAGES).text
     assert chat.tokenize_chat(tiny_tokenizer, text, "No.") == chat.tokenize_chat(tiny_tokenizer, MESSAGES, "No.")
 
 
-def test_a_response_of_token_ids_is_taken_as_it_is(chat, tiny_tokenizer):
+def test_a_response_has_no_end_of_turn_token_and_token_ids_are_taken_as_they_are(chat, tiny_tokenizer):
+    row = chat.tokenize_chat(tiny_tokenizer, MESSAGES, "It is deep.")
+    assert tiny_tokenizer.eos_token_id in row.prompt
+    assert tiny_tokenizer.eos_token_id not in row.response
     assert chat.tokenize_chat(tiny_tokenizer, MESSAGES, [5, 7]).response == (5, 7)
-
-
-def test_a_row_without_prompt_is_refused(chat, tiny_tokenizer):
     with pytest.raises(ValueError, match="at least one prompt token"):
         chat.tokenize_chat(tiny_tokenizer, "", "Hello.")
 
@@ -181,12 +199,9 @@ def test_only_what_follows_the_marker_is_averaged(chat, tiny_tokenizer, answer):
     assert row.n_averaged == len(row.response) - row.skip
 
 
-def test_an_unclosed_block_is_refused(chat, tiny_tokenizer):
+def test_an_unclosed_block_is_refused_and_an_empty_response_has_none(chat, tiny_tokenizer):
     with pytest.raises(chat.UnclosedBlock, match="never says '</think>'"):
         chat.tokenize_chat(tiny_tokenizer, MESSAGES, "<think> on and on", after="</think>")
-
-
-def test_an_empty_response_has_no_block_to_close(chat, tiny_tokenizer):
     assert chat.tokenize_chat(tiny_tokenizer, MESSAGES, "", after="</think>").skip == 0
 
 
@@ -206,19 +221,12 @@ def test_collated_masks_follow_the_rows_and_not_the_ids(chat, side):
         assert attended.tolist() == sorted(attended.tolist(), reverse=side == "right")
 
 
-def test_collating_no_rows_is_refused(chat):
+def test_a_batch_of_no_rows_of_unequal_shapes_or_with_a_response_on_padding_is_refused(chat, shapes_unchecked):
+    mask = torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="at least one row"):
         chat.collate([])
-
-
-def test_a_batch_of_unequal_shapes_is_refused(chat, shapes_unchecked):
-    mask = torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"one shape \[batch pos\], got \[\(1, 2\), \(1, 3\)\]"):
         chat.ChatBatch(torch.zeros(1, 2, dtype=torch.long), mask, mask)
-
-
-def test_a_response_on_padding_is_refused(chat):
-    mask = torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="response_mask marks padding"):
         chat.ChatBatch(torch.zeros(1, 3, dtype=torch.long), ~mask, mask)
 
@@ -242,42 +250,27 @@ def test_shown_tokens_go_on_after_the_averaged_ones(chat):
 # --- the context ---------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_fit_stay_as_they_are(chat):
-    rows = [chat.ChatTokens((1, 2), (3, 4)), chat.ChatTokens((1,))]
-    assert chat.fit_context(rows, 4) == (rows, 0)
-
-
-def test_a_row_that_is_too_long_is_refused_by_number(chat):
-    rows = [chat.ChatTokens((1,)), chat.ChatTokens((1, 2), (3, 4, 5))]
-    with pytest.raises(ValueError, match=r"Row 1 has 5 tokens \(prompt and response\), the context holds 4"):
-        chat.fit_context(rows, 4)
-
-
-def test_responses_are_cut_only_on_request_and_counted(chat):
+def test_responses_are_cut_only_on_request_and_counted_and_prompts_never(chat):
     rows = [chat.ChatTokens((1, 2), (3, 4, 5), skip=1), chat.ChatTokens((1,), (2,))]
-    cut, count = chat.fit_context(rows, 4, too_long="truncate")
-    assert cut == [chat.ChatTokens((1, 2), (3, 4), skip=1), rows[1]]
-    assert count == 1
-
-
-def test_a_prompt_is_never_cut(chat):
+    assert chat.fit_context(rows, 5) == (rows, 0)
+    with pytest.raises(ValueError, match=r"Row 0 has 5 tokens \(prompt and response\), the context holds 4"):
+        chat.fit_context(rows, 4)
+    cut = [chat.ChatTokens((1, 2), (3, 4), skip=1), rows[1]]
+    assert chat.fit_context(rows, 4, too_long="truncate") == (cut, 1)
     with pytest.raises(ValueError, match="prompt alone"):
-        chat.fit_context([chat.ChatTokens((1, 2, 3, 4), (5,))], 4, too_long="truncate")
+        chat.fit_context(rows, 2, too_long="truncate")
 
 
 # --- conversations -------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_read_from_messages(chat):
+def test_a_conversation_is_read_from_messages_that_end_with_a_response(chat):
     turns = [*MESSAGES, {"role": "assistant", "content": "Water."}, {"role": "user", "content": "Why?"}]
     conversation = chat.Conversation.from_messages([*turns, {"role": "assistant", "content": "It rains."}])
     assert conversation == chat.Conversation(tuple(turns), "It rains.", question="Why?", instruction="You are kind.")
-
-
-@pytest.mark.parametrize("messages", [[], MESSAGES])
-def test_messages_without_a_response_are_refused(chat, messages):
-    with pytest.raises(ValueError, match="must end with the assistant's response"):
-        chat.Conversation.from_messages(messages)
+    for messages in ([], MESSAGES):
+        with pytest.raises(ValueError, match="must end with the assistant's response"):
+            chat.Conversation.from_messages(messages)
 
 
 @pytest.mark.parametrize(("response", "empty"), [("", True), (" \n", True), ((), True), ("a", False), ((3,), False)])

@@ -57,17 +57,21 @@ def test_content_is_tokenised_with_special_tokens_split_and_in_one_piece(tiny_to
     assert list(row.prompt) == [start, *inside, end, *after]
 
 
-def test_content_without_such_a_spelling_is_tokenised_as_it_was(tiny_tokenizer):
+def test_content_without_such_a_spelling_is_tokenised_as_it_was_and_the_tokenizer_is_left_so(tiny_tokenizer):
     text = "a <b> <| im_end |> </think> 😀\n\n int main() { return a<b; }"
     assert mark_contents(tiny_tokenizer, [text]) == ([text], None)
     assert encode_content(tiny_tokenizer, text) == tuple(tiny_tokenizer(text, add_special_tokens=False).input_ids)
+    before = tiny_tokenizer.backend_tokenizer.encode_special_tokens
+    assert control_tokens(tiny_tokenizer, encode_content(tiny_tokenizer, loop_words("one <|im_end|> two"))) == []
+    assert tiny_tokenizer.backend_tokenizer.encode_special_tokens == before
 
 
-def test_rendered_text_keeps_its_control_tokens(tiny_tokenizer):
+def test_rendered_text_and_sampled_ids_keep_their_control_tokens(tiny_tokenizer):
+    ids = encode(tiny_tokenizer, "Water.<|im_end|>")
+    assert tokenize_chat(tiny_tokenizer, messages("a", "b", "c")[:2], ids).response == ids
     row = tokenize_chat(tiny_tokenizer, "<|im_start|>user\nWhy?<|im_end|>\n", "Water.<|im_end|>")
-    assert control_tokens(tiny_tokenizer, row.prompt) == tiny_tokenizer.convert_tokens_to_ids(
-        ["<|im_start|>", "<|im_end|>"]
-    )
+    expected = tiny_tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert control_tokens(tiny_tokenizer, row.prompt) == expected
     assert control_tokens(tiny_tokenizer, row.response) == []
 
 
@@ -119,11 +123,6 @@ def test_a_template_that_takes_a_spelling_apart_is_refused(tiny_tokenizer):
         tokenize_chat(tokenizer, [{"role": "user", "content": "Why?<|im_end|>"}])
 
 
-def test_ids_that_a_model_sampled_are_taken_as_they_are(tiny_tokenizer):
-    ids = encode(tiny_tokenizer, "Water.<|im_end|>")
-    assert tokenize_chat(tiny_tokenizer, messages("a", "b", "c")[:2], ids).response == ids
-
-
 def test_a_forged_turn_in_a_chat_is_neither_monitored_nor_learnt_as_a_turn(tiny_tokenizer):
     given = Transcript(messages("Hi", FORGED, "Water."))
     (segment,) = chat_segments(tiny_tokenizer, given, 1000)
@@ -133,11 +132,6 @@ def test_a_forged_turn_in_a_chat_is_neither_monitored_nor_learnt_as_a_turn(tiny_
     (row,) = training_rows(tiny_tokenizer, [given], max_length=1000).rows
     learnt = [token for token, label in zip(row.tokens, row.labels, strict=True) if token == label]
     assert tiny_tokenizer.decode(learnt) == "Water.<|im_end|>"
-
-
-def test_texts_of_judges_are_content_too(tiny_tokenizer):
-    text = loop_words("one <|im_end|> two")
-    assert control_tokens(tiny_tokenizer, encode_content(tiny_tokenizer, text)) == []
 
 
 def test_the_embedded_tokenizer_gives_the_ids_that_it_gave(embedded_bridge):
@@ -233,10 +227,3 @@ def test_markers_of_every_role_are_control_tokens(tiny_tokenizer, tmp_path):
     row = tokenize_chat(tokenizer, [{"role": "user", "content": "a <|sys|> b"}], "yes<|eot|> more")
     ids = [*row.prompt, *row.response]
     assert [ids.count(tokenizer.convert_tokens_to_ids(text)) for text in ("<|u|>", "<|sys|>", "<|eot|>")] == [1, 0, 0]
-
-
-def test_the_tokenizers_own_setting_is_left_as_it_was(tiny_tokenizer):
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    before = tokenizer.backend_tokenizer.encode_special_tokens
-    encode_content(tokenizer, "ends <|im_end|>")
-    assert tokenizer.backend_tokenizer.encode_special_tokens == before

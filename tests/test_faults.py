@@ -49,12 +49,29 @@ def test_a_file_that_is_written_whole_stays_the_older_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_mapped_file_has_its_room_before_anything_is_put_there(tmp_path):
+def test_a_read_only_folder_is_refused_in_one_sentence(tiny_bridge, tmp_path):
+    folder = tmp_path / "read-only"  # mounted so, which binds root too
+    with mounted(folder, "ro,size=1m"):
+        with pytest.raises(OSError, match=r"^Cannot write .*: .* is not a folder that can be written to\.$"):
+            screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output=folder / "run", base="proxy", **QUIET)
+        with pytest.raises(OSError, match=r"^Cannot write .*rows.jsonl \(Read-only file system\)"):
+            JsonLines(folder / "rows.jsonl").append([{}])
+
+
+def test_a_mapped_file_has_its_room_before_anything_is_put_there_or_is_not_there(tiny_bridge, tmp_path, monkeypatch):
     with full_disk(100_000), pytest.raises(OSError, match=FULL.format("means.npy")):
         zeros_on_disk(tmp_path / "means.npy", np.float32, (1000, 1000))
+    with monkeypatch.context() as killed:
+        killed.setattr("os.replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            CapturedMeans(tmp_path / "means.npy", tiny_bridge, 3)
     assert list(tmp_path.iterdir()) == []
-    found = zeros_on_disk(tmp_path / "means.npy", np.float32, (100, 100))
-    assert os.stat(tmp_path / "means.npy").st_blocks * 512 >= found.nbytes
+    zeros = zeros_on_disk(tmp_path / "means.npy", np.float32, (100, 100))
+    assert os.stat(tmp_path / "means.npy").st_blocks * 512 >= zeros.nbytes
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_a_screening_on_a_full_disk_goes_on_to_the_same_files(tiny_bridge, tmp_path, monkeypatch):
@@ -76,13 +93,7 @@ def test_a_screening_on_a_full_disk_goes_on_to_the_same_files(tiny_bridge, tmp_p
     assert_same_files(tmp_path / "full", tmp_path / "whole")
 
 
-def test_what_a_killed_screening_left_of_a_file_is_taken_away(tiny_bridge, tmp_path):
-    (tmp_path / ".settings.json.4711.unfinished").write_text("{")
-    screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output_dir=tmp_path, base="proxy", **QUIET)
-    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
-
-
-def test_an_answer_that_finds_no_room_is_told_and_the_others_stay(tmp_path):
+def test_an_answer_that_finds_no_room_is_told_the_others_stay_and_a_damaged_one_is_refused(tmp_path):
     cache = CallCache(tmp_path / "calls.sqlite")
     cache.put("first", ChatCompletion("one", "stop", "m"))
     with full_disk(20_000), pytest.raises(OSError, match=r"as a cache of calls \(.*\): free disk space"):
@@ -90,42 +101,22 @@ def test_an_answer_that_finds_no_room_is_told_and_the_others_stay(tmp_path):
     assert cache.get("first").text == "one"
     cache.put("last", ChatCompletion("two", "stop", "m"))
     assert CallCache(tmp_path / "calls.sqlite").get("last").text == "two"
-
-
-# A folder that cannot be written to
-
-
-@pytest.fixture
-def read_only(tmp_path):
-    """A folder on a file system that is mounted read-only, which binds root too."""
-    with mounted(tmp_path / "read-only", "ro,size=1m"):
-        yield tmp_path / "read-only"
-
-
-def test_a_read_only_folder_is_refused_in_one_sentence(tiny_bridge, read_only):
-    with pytest.raises(OSError, match=r"^Cannot write .*read-only.*: .* is not a folder that can be written to\.$"):
-        screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output_dir=read_only / "run", base="proxy", **QUIET)
-    with pytest.raises(OSError, match=r"^Cannot write .*rows.jsonl \(Read-only file system\)"):
-        JsonLines(read_only / "rows.jsonl").append([{}])
+    cache._one("INSERT INTO answers VALUES (?, ?)", "key", '{"text": 1')
+    with pytest.raises(ValueError, match=r"calls.sqlite has a damaged answer at key: move it away"):
+        cache.get("key")
 
 
 # Damaged files
 
 
+@pytest.mark.parametrize("line", [b'{"key": 2, "tr', b"[" * 100_000], ids=["cut short", "nested too deeply"])
 @pytest.mark.parametrize("read", [read_rollouts, lambda path: read_scores(path, [make_rollout("Why?", 0)])])
-def test_a_corrupt_line_in_the_middle_is_refused_with_file_and_line(tmp_path, read):
+def test_a_corrupt_line_in_the_middle_is_refused_with_file_and_line(tmp_path, read, line):
     path = tmp_path / "rows.jsonl"
     JsonLines(path).append([{"key": 1}])
-    path.write_bytes(path.read_bytes() + b'{"key": 2, "tr\n' + path.read_bytes())
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: expected a JSON object, got b'\{\"key\": 2"):
+    path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: expected a JSON object, got b'[\[{]"):
         read(path)
-
-
-def test_json_that_is_nested_too_deeply_is_a_line_like_any_other_that_is_damaged(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("{}\n" + "[" * 100_000 + "\n")
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: expected a JSON object"):
-        JsonLines(path).read()
     with pytest.raises(ValueError, match=r"rows.jsonl is not JSON that can be read"):
         read_json(path)
 
@@ -137,23 +128,6 @@ def test_vectors_that_were_cut_short_are_refused_with_the_file(tmp_path, left):
     (tmp_path / "vectors.safetensors").write_bytes(whole[:left])
     with pytest.raises(ValueError, match=r"vectors.safetensors is not a whole safetensors file"):
         PersonaVectors.load(tmp_path / "vectors.safetensors")
-
-
-def test_means_whose_making_was_killed_are_not_there_at_all(tiny_bridge, tmp_path, monkeypatch):
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        CapturedMeans(tmp_path / "means.npy", tiny_bridge, 3)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_cache_with_a_damaged_answer_is_refused_with_its_file(tmp_path):
-    cache = CallCache(tmp_path / "calls.sqlite")
-    cache._one("INSERT INTO answers VALUES (?, ?)", "key", '{"text": 1')
-    with pytest.raises(ValueError, match=r"calls.sqlite has a damaged answer at key: move it away"):
-        cache.get("key")
 
 
 # Clocks
@@ -218,28 +192,21 @@ def interrupted(tmp_path):
     return press
 
 
-def test_an_interrupt_ends_a_command_with_130_and_one_line_and_what_is_written_stays(interrupted):
-    told = "persona-lens: interrupted. What was written is kept, and the same command goes on from it.\n"
-    assert interrupted("once") == (130, told, [{"row": 1}])
+@pytest.mark.parametrize("started", ["in the foreground", "in the background"])
+def test_an_interrupt_ends_a_command_with_130_and_one_line_and_what_is_written_stays(interrupted, started):
+    # A shell starts background jobs with SIGINT ignored, which children inherit.
+    ignored = started == "in the background"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
+    try:
+        code, words, rows = interrupted("once")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, rows) == (130, [{"row": 1}])
+    assert words == "persona-lens: interrupted. What was written is kept, and the same command goes on from it.\n"
 
 
 def test_a_second_interrupt_ends_it_at_once(interrupted):
     assert interrupted("slow") == (130, "persona-lens: interrupted twice, and stopped at once.\n", [{"row": 1}])
-
-
-@pytest.fixture
-def in_the_background():
-    """This process ignores SIGINT, as one that a shell has started in the background does."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("in_the_background")
-def test_a_child_is_interrupted_although_its_tests_run_in_the_background(interrupted):
-    code, _, rows = interrupted("once")
-    assert (code, rows) == (130, [{"row": 1}])
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_child_does_not_outlive_the_test_that_started_it():
@@ -277,10 +244,6 @@ def test_a_command_whose_parent_ignores_interrupts_goes_on_as_nohup_means_it_to(
 def test_an_interrupt_in_the_middle_of_a_line_leaves_no_half_of_it(tmp_path, monkeypatch):
     file = JsonLines(tmp_path / "rows.jsonl")
     file.append([{"row": 1}])
-
-    def interrupt(_):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         file.append([{"row": 2}])

@@ -54,11 +54,15 @@ def test_a_device_without_float64_draws_the_tokens_that_the_cpu_draws(temperatur
 
 
 def test_a_model_there_generates_the_tokens_that_it_generates_on_the_cpu(on_cpu, placed):
+    from persona_lens.models.loading import _probe_logits
+
     prompts = [(1, 60, 70), (1, 80, 90, 100, 110)]
     settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 1, "keys": ["a", "b"], "progress": False}
-    expected = [each.tokens for each in generate(on_cpu, prompts, **settings)]
+    expected = [row.tokens for row in generate(on_cpu, prompts, **settings)]
     with float32_device():
-        assert [each.tokens for each in generate(placed, prompts, **settings)] == expected
+        assert [row.tokens for row in generate(placed, prompts, **settings)] == expected
+        probe = _probe_logits(placed.original_model, placed.original_model)
+    assert (probe.device.type, probe.dtype) == ("cpu", torch.float64)
 
 
 def some_vectors(model):
@@ -106,12 +110,3 @@ def test_means_and_projections_there_are_those_of_the_cpu(on_cpu, placed):
         assert not isinstance(one, Placed)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert identity == identify(on_cpu)
-
-
-def test_the_load_probe_takes_no_float64_there(placed):
-    from persona_lens.models.loading import _probe_logits
-
-    with float32_device():
-        found = _probe_logits(placed.original_model, placed.original_model)
-    assert found.device.type == "cpu"
-    assert found.dtype == torch.float64

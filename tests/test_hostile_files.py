@@ -277,18 +277,13 @@ def fuzz(readers, folder, examples):
     return counts
 
 
+@pytest.mark.parametrize("examples", [QUICK, pytest.param(MANY, marks=pytest.mark.soak)])
 @pytest.mark.usefixtures("shapes_unchecked")
-def test_any_changed_file_is_read_or_refused_by_its_name(readers, tmp_path):
-    counts = fuzz(readers, tmp_path, QUICK)
+def test_any_changed_file_is_read_or_refused_by_its_name(readers, tmp_path, examples):
+    counts = fuzz(readers, tmp_path, examples)
+    print(f"{len(readers)} kinds of file, {sum(counts.values())} inputs: {dict(counts)}")
     assert counts["refused"] > 2 * len(readers)
     assert counts["read"] > 0
-
-
-@pytest.mark.soak
-@pytest.mark.usefixtures("shapes_unchecked")
-def test_any_of_many_changed_files_is_read_or_refused_by_its_name(readers, tmp_path):
-    counts = fuzz(readers, tmp_path, MANY)
-    print(f"{len(readers)} kinds of file, {sum(counts.values())} inputs: {dict(counts)}")
 
 
 @pytest.mark.soak

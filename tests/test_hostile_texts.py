@@ -101,26 +101,14 @@ def test_a_pickle_runs_nothing_whatever_its_name_is(tmp_path, ending, monkeypatc
 # Pages and pictures
 
 
-def test_a_picture_has_no_tag_of_a_chats_name():
-    figure = plot_turns(monitoring(name=NASTY), vector=None)
+def test_a_picture_and_a_page_have_no_tag_of_a_chats_name_or_text():
+    found = monitoring(name=NASTY)
+    figure = plot_turns(found, vector=None)
     figure.update_traces(legendgroup=None)  # which is never shown
     assert "<b>bold" not in str(figure.to_dict())
-    page = figure.to_html(include_plotlyjs=False)
-    assert "<script>alert" not in page
-
-
-def test_a_page_of_tokens_has_no_tag_of_its_text():
-    found = monitoring(name=NASTY)
-    page = monitoring_html(found, chat=1, title=NASTY)
-    assert "<script>alert" not in page
-    assert "<b>bold" not in page
-
-
-def test_results_have_no_html_form_of_their_own():
-    import persona_lens
-
-    public = [getattr(persona_lens, name) for name in persona_lens.__all__]
-    assert not [each for each in public if isinstance(each, type) and hasattr(each, "_repr_html_")]
+    for page in (figure.to_html(include_plotlyjs=False), monitoring_html(found, chat=1, title=NASTY)):
+        assert "<script>alert" not in page
+        assert "<b>bold" not in page
 
 
 # Terminals

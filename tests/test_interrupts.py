@@ -27,15 +27,8 @@ def interrupt(model_class, seed, interrupts):
 
 
 @pytest.mark.parametrize("model_class", list(INTERRUPTS))
-def test_a_few_interrupts_leave_nothing_and_the_next_result_is_equal(model_class):
-    found = interrupt(model_class, seed=0, interrupts=28)
-    assert found["left"] == []
-    assert found["unequal"] == []
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("model_class", list(INTERRUPTS))
-def test_hundreds_of_interrupts_leave_nothing_and_the_next_results_are_equal(model_class):
-    found = interrupt(model_class, seed=1, interrupts=INTERRUPTS[model_class])
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_interrupts_leave_nothing_and_the_next_results_are_equal(model_class, many):
+    found = interrupt(model_class, seed=int(many), interrupts=INTERRUPTS[model_class] if many else 28)
     assert found["left"] == []
     assert found["unequal"] == []

@@ -57,9 +57,13 @@ def test_a_folder_that_another_process_writes_is_refused_and_left_alone(tiny_bri
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {".lock": before}
 
 
-def test_a_file_of_rollouts_or_scores_that_another_process_writes_is_refused(tiny_bridge, tmp_path):
+def test_a_file_of_rollouts_or_scores_that_another_process_writes_is_refused_and_another_is_not(tiny_bridge, tmp_path):
     rollouts, scores = tmp_path / "rollouts.jsonl", tmp_path / "scores.jsonl"
-    with another_process(tmp_path / ".rollouts.jsonl.lock") as holder, refused("rollouts.jsonl", holder):
+    with (
+        another_process(tmp_path / ".rollouts.jsonl.lock") as holder,
+        writes_file(scores),
+        refused("rollouts.jsonl", holder),
+    ):
         collect_rollouts(ModelEngine(tiny_bridge), plan_rollouts(TRAIT), output=rollouts, progress=False)
     with another_process(tmp_path / ".scores.jsonl.lock") as holder, refused("scores.jsonl", holder):
         score_rollouts(LetterJudge(), TRAIT, [make_rollout("Why?", 0)], output=scores, progress=False)
@@ -74,54 +78,51 @@ def test_the_lock_of_a_process_that_was_killed_holds_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_thread_that_holds_a_folder_may_take_it_again_and_another_may_not(tmp_path):
-    told = []
+def in_thread(work):
+    """What a new thread's work gives, or the words of its OSError."""
+    answers = []
 
-    def take():
+    def run():
         try:
-            with writes_folder(tmp_path):
-                told.append("took it")
+            answers.append(work())
         except OSError as error:
-            told.append(str(error))
+            answers.append(str(error))
 
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return answers[0]
+
+
+def take(context):
+    with context:
+        return "took it"
+
+
+BY_A_THREAD = "is being written by another thread of this process: wait until it ends, or name another output."
+
+
+def test_the_thread_that_holds_a_folder_may_take_it_again_and_another_may_not(tmp_path):
     with writes_folder(tmp_path):
-        with writes_folder(tmp_path):
-            pass
-        thread = threading.Thread(target=take)
-        thread.start()
-        thread.join()
-    take()
-    assert told == [f"{tmp_path} is being written by another thread of this process: wait for it.", "took it"]
+        assert take(writes_folder(tmp_path)) == "took it"
+        assert in_thread(lambda: take(writes_folder(tmp_path))) == f"{tmp_path} {BY_A_THREAD}"
+    assert in_thread(lambda: take(writes_folder(tmp_path))) == "took it"
 
 
-def test_a_folder_is_free_again_after_an_error(tmp_path):
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError), writes_folder(tmp_path):
+def test_after_an_error_a_folder_is_free_again_and_gone_if_it_was_new(tmp_path):
+    for folder in (tmp_path, tmp_path, tmp_path / "a" / "b"):
+        with pytest.raises(ZeroDivisionError), writes_folder(folder):
             raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_that_was_refused_leaves_no_folder(tmp_path):
-    with pytest.raises(ZeroDivisionError), writes_folder(tmp_path / "a" / "b"):
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [".summary.json.4711.unfinished", ".summary.json.0123456789abcdef.unfinished"])
-def test_what_a_killed_process_left_of_a_file_is_taken_away(tmp_path, name):
-    (tmp_path / name).write_text("{")
-    (tmp_path / f"{name}.lock").touch()
+def test_what_a_killed_process_left_of_a_file_is_taken_away_and_no_file_of_the_users(tmp_path, name):
+    mine = [".notes.old.unfinished", ".thesis.unfinished", "a.json.4711.unfinished"]
+    for path in (name, f"{name}.lock", *mine):
+        (tmp_path / path).write_text("")
     with writes_folder(tmp_path):
-        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_a_file_of_the_users_is_not_taken_for_an_unfinished_one(tmp_path):
-    names = [".thesis.unfinished", "a.json.4711.unfinished", ".notes.old.unfinished"]
-    for name in names:
-        (tmp_path / name).write_text("mine")
-    with writes_folder(tmp_path):
-        pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", *mine]
 
 
 @pytest.mark.parametrize("who", ["this process", "another process"])
@@ -177,7 +178,7 @@ def test_a_file_system_without_locks_is_said_in_one_warning_and_the_work_goes_on
         with taken(tmp_path / "run" / "b") as mine:
             assert mine
     assert [str(each.message) for each in said] == [
-        f"{tmp_path / 'run'} is on a file system without locks: let no other process write there."
+        f"{tmp_path / 'run'} is on a file system without locks: let nothing else write there meanwhile."
     ]
 
 
@@ -197,28 +198,23 @@ LOCKED = {
 
 
 @pytest.mark.parametrize("name", LOCKED)
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_link_in_a_locks_place_is_refused_and_what_it_points_to_is_left_as_it_was(tmp_path, name, is_there):
-    victim, run = tmp_path / "victim", tmp_path / "run"
-    if is_there:
-        victim.write_text("mine")
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [("link", "a symbolic link"), ("link to nothing", "a symbolic link"), ("notes", "a file with other contents")],
+)
+def test_what_is_no_lock_in_a_locks_place_is_refused_and_left_as_it_was(tmp_path, name, there, words):
+    run, victim = tmp_path / "run", tmp_path / "victim"
     run.mkdir()
-    (run / name).symlink_to(victim)
-    with (
-        pytest.raises(OSError, match=r"expected a lock of persona_lens at .*, got a symbolic link"),
-        LOCKED[name](run / name),
-    ):
+    lock = run / name
+    mine = lock if there == "notes" else victim
+    if there != "link to nothing":
+        mine.write_text("my notes")
+    if there != "notes":
+        lock.symlink_to(victim)
+    with pytest.raises(OSError, match=rf"expected a lock of persona_lens at .*, got {words}: see"), LOCKED[name](lock):
         pass
-    assert victim.read_text() == "mine" if is_there else not victim.exists()
-    assert (run / name).is_symlink()
-
-
-@pytest.mark.parametrize("name", LOCKED)
-def test_a_file_of_the_users_in_a_locks_place_is_left_as_it_was(tmp_path, name):
-    (tmp_path / name).write_text("my notes")
-    with pytest.raises(OSError, match=r"got a file with other contents: see what it is"), LOCKED[name](tmp_path / name):
-        pass
-    assert (tmp_path / name).read_text() == "my notes"
+    assert mine.read_text() == "my notes" if there != "link to nothing" else not victim.exists()
+    assert lock.is_symlink() == (there != "notes")
 
 
 def test_a_forked_child_does_not_hold_what_its_parent_holds_and_leaves_it_alone(tmp_path):
@@ -258,23 +254,15 @@ def test_who_waits_for_a_file_gets_it_when_the_thread_that_holds_it_is_done(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_files_of_one_folder_are_written_side_by_side(tmp_path):
-    with another_process(tmp_path / ".one.jsonl.lock"), writes_file(tmp_path / "two.jsonl"):
-        pass
-
-
-def test_a_command_is_refused_before_a_model_is_loaded(cli, tmp_path):
-    with another_process(tmp_path / "run" / ".lock") as holder:
-        told = cli("extract", "--trait", "evil", "--model", "no-such-model", "--output", tmp_path / "run")
-    words = f"{tmp_path / 'run'} is being written by process {holder}: wait until it ends, or name another output."
-    assert told == (1, "", f"persona-lens: {words}\n")
-
-
-def test_a_command_lets_its_folder_go(cli, tmp_path):
+def test_a_command_is_refused_before_a_model_is_loaded_and_lets_its_folder_go(cli, tmp_path):
+    command = ("extract", "--trait", "evil", "--model", "no-such-model", "--output", tmp_path / "run")
     for _ in range(2):
-        code, _, told = cli("extract", "--trait", "evil", "--model", "no-such-model", "--output", tmp_path / "run")
-        assert (code, "no-such-model" in told) == (1, True)
+        code, _, words = cli(*command)
+        assert (code, "no-such-model" in words) == (1, True)
     assert list(tmp_path.iterdir()) == []
+    with another_process(tmp_path / "run" / ".lock") as holder:
+        code, _, words = cli(*command)
+    assert (code, f"{tmp_path / 'run'} is being written by process {holder}: wait" in words) == (1, True)
 
 
 def test_a_file_is_locked_under_every_name_that_leads_to_it(tmp_path):
@@ -283,22 +271,9 @@ def test_a_file_is_locked_under_every_name_that_leads_to_it(tmp_path):
     other.parent.mkdir()
     link.symlink_to(file)
     other.symlink_to(link)
-    refusals = []
-
-    def write(path):
-        try:
-            with writes_file(path):
-                pass
-        except OSError as error:
-            refusals.append(str(error))
-
     with writes_file(file):
         for path in (link, other):
-            thread = threading.Thread(target=write, args=(path,))
-            thread.start()
-            thread.join()
-    assert len(refusals) == 2
-    assert all("is being written by another thread" in each for each in refusals)
+            assert in_thread(lambda path=path: take(writes_file(path))) == f"{path} {BY_A_THREAD}"
     assert sorted(tmp_path.rglob("*.lock")) == []
 
 
@@ -312,24 +287,9 @@ def test_a_link_to_no_file_makes_nothing_where_it_leads(tiny_bridge, tmp_path):
 
 
 def test_a_thread_that_ended_with_a_lock_does_not_share_it_with_the_next_one(tmp_path):
-    open_contexts, refused = [], []
-
-    def hold():
-        context = writes_folder(tmp_path)
-        context.__enter__()
-        open_contexts.append(context)
-
-    def try_to_hold():
-        try:
-            with writes_folder(tmp_path):
-                refused.append(False)
-        except OSError:
-            refused.append(True)
-
-    for target in (hold, *[try_to_hold] * 10):
-        thread = threading.Thread(target=target)
-        thread.start()
-        thread.join()
-        del thread
-    open_contexts[0].__exit__(None, None, None)
-    assert refused == [True] * 10
+    context = writes_folder(tmp_path)
+    in_thread(context.__enter__)
+    for _ in range(10):  # the numbers of threads are used again
+        assert in_thread(lambda: take(writes_folder(tmp_path))) == f"{tmp_path} {BY_A_THREAD}"
+    context.__exit__(None, None, None)
+    assert take(writes_folder(tmp_path)) == "took it"

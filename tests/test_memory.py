@@ -75,12 +75,9 @@ def test_a_row_that_does_not_fit_alone_is_told_with_its_length_and_the_remedy(wo
         work[kind]()
 
 
-def test_what_memory_does_not_suffice_for_alone_is_not_tried_with_less():
-    assert not is_out_of_memory(DoesNotFit("A row of 9 tokens."))
-
-
 @pytest.mark.parametrize("words", ["MPS backend out of memory", "not enough memory: you tried to allocate 8 bytes"])
-def test_the_words_of_other_devices_are_known(words):
+def test_the_words_of_other_devices_are_known_and_a_row_that_failed_alone_is_not_tried_again(words):
     assert is_out_of_memory(RuntimeError(words))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(ValueError(words))
+    assert not is_out_of_memory(DoesNotFit(words))

@@ -130,17 +130,15 @@ REPEATING = [5, 17, 100, 33, 8, 5, 17]
 
 
 @NAMED
-def test_guessed_tokens_in_the_prompts_pass_are_refused(tiny_bridge, at):
+def test_guessed_tokens_in_the_prompts_pass_are_refused_and_with_prompt_lengths_steered_as_the_response(
+    tiny_bridge, tiny_hf_model, at
+):
+    vectors, hf_model = some_vectors(tiny_bridge), tiny_bridge.original_model
     refused = pytest.raises(ValueError, match=rf"{UNKNOWN}: `generate` was given a prompt of 7 .*prompt_lengths=")
-    with refused, steer(tiny_bridge, some_vectors(tiny_bridge), 1.5, at=at):
-        hf_generate(tiny_bridge.original_model, REPEATING, prompt_lookup_num_tokens=3)
-
-
-@NAMED
-def test_with_prompt_lengths_guessed_tokens_are_steered_as_the_response(tiny_bridge, tiny_hf_model, at):
-    vectors = some_vectors(tiny_bridge)
+    with refused, steer(tiny_bridge, vectors, 1.5, at=at):
+        hf_generate(hf_model, REPEATING, prompt_lookup_num_tokens=3)
     with steer(tiny_bridge, vectors, 1.5, at=at, prompt_lengths=[len(REPEATING)]):
-        found = hf_generate(tiny_bridge.original_model, REPEATING, prompt_lookup_num_tokens=3)
+        found = hf_generate(hf_model, REPEATING, prompt_lookup_num_tokens=3)
     assert found[0] == slow(tiny_hf_model, REPEATING, vectors, at)[0]
 
 
@@ -171,43 +169,30 @@ def onto(model, first, second):
 
 
 @NAMED
-def test_several_tokens_onto_a_filled_cache_are_refused(tiny_model, at):
-    refused = pytest.raises(ValueError, match=rf"{UNKNOWN} where 4 tokens at once follow 5.*prompt_lengths=")
-    with refused, steer(tiny_model, some_vectors(tiny_model), 1.5, at=at):
+def test_several_tokens_onto_a_filled_cache_are_refused_also_in_our_own_pass(tiny_model, at):
+    words = rf"{UNKNOWN} where 4 tokens at once follow 5.*prompt_lengths="
+    with pytest.raises(ValueError, match=words), steer(tiny_model, some_vectors(tiny_model), 1.5, at=at):
         onto(tiny_model, PROMPT[:5], PROMPT[5:])
+    mask = torch.ones_like(TOKENS).bool()
+    _, past = forward(tiny_model, TOKENS[:, :4], mask[:, :4], keep_past=True)
+    with pytest.raises(ValueError, match=UNKNOWN), steer(tiny_model, some_vectors(tiny_model), 1.5, at=at):
+        forward(tiny_model, TOKENS[:, 4:], mask[:, 4:], past=past)
 
 
 @NAMED
-@pytest.mark.parametrize("n_cached", [5, 7])
-def test_with_prompt_lengths_they_are_told_apart(tiny_model, tiny_hf_model, at, n_cached):
-    vectors, length = some_vectors(tiny_model), 7
-    with steer(tiny_model, vectors, 1.5, at=at, prompt_lengths=[length]):
+@pytest.mark.parametrize(("n_cached", "length"), [(5, 7), (7, 7), (len(PROMPT) - 1, None)])
+def test_with_prompt_lengths_they_are_told_apart_and_one_token_is_of_the_response(
+    tiny_model, tiny_hf_model, at, n_cached, length
+):
+    vectors = some_vectors(tiny_model)
+    with steer(tiny_model, vectors, 1.5, at=at, prompt_lengths=None if length is None else [length]):
         found = onto(tiny_model, PROMPT[:n_cached], PROMPT[n_cached:])
+    length = n_cached if length is None else length
     additions = {layer: 1.5 * vector for layer, vector in enumerate(vectors.directions.double())}
     place = {"response": slice(length - 1, None), "prompt": slice(length)}[at]
     with naive.added_at(tiny_hf_model, additions, place):
         expected = naive.logits(tiny_hf_model, PROMPT)[n_cached:]
     assert naive.relative_error(found, expected) < 1e-5
-
-
-@NAMED
-def test_one_token_onto_a_filled_cache_is_of_the_response(tiny_model, tiny_hf_model, at):
-    vectors = some_vectors(tiny_model)
-    with steer(tiny_model, vectors, 1.5, at=at):
-        found = onto(tiny_model, PROMPT[:-1], PROMPT[-1:])
-    additions = {layer: 1.5 * vector for layer, vector in enumerate(vectors.directions.double())}
-    place = {"response": slice(len(PROMPT) - 2, None), "prompt": slice(len(PROMPT) - 1)}[at]
-    with naive.added_at(tiny_hf_model, additions, place):
-        expected = naive.logits(tiny_hf_model, PROMPT)[-1:]
-    assert naive.relative_error(found, expected) < 1e-5
-
-
-@NAMED
-def test_our_own_pass_without_an_announcement_is_refused_too(tiny_model, at):
-    mask = torch.ones_like(TOKENS).bool()
-    _, past = forward(tiny_model, TOKENS[:, :4], mask[:, :4], keep_past=True)
-    with pytest.raises(ValueError, match=UNKNOWN), steer(tiny_model, some_vectors(tiny_model), 1.5, at=at):
-        forward(tiny_model, TOKENS[:, 4:], mask[:, 4:], past=past)
 
 
 # --- padding --------------------------------------------------------------------------------------------------------

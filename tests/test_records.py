@@ -24,14 +24,10 @@ FIELDS = ("text", "score")
 ROWS = [{"text": "one\ntwo\u2028three", "score": 1.5}, {"text": "é", "score": None}]
 
 
-def test_rows_come_back_as_they_were_appended(file):
+def test_rows_come_back_as_they_were_appended_one_a_line(file):
     file.append(ROWS[:1])
     file.append(ROWS[1:])
     assert file.read() == ROWS
-
-
-def test_one_row_is_one_line(file):
-    file.append(ROWS)
     assert file.path.read_bytes().count(b"\n") == len(ROWS)
 
 
@@ -40,32 +36,16 @@ def test_a_missing_file_has_no_rows_and_is_not_made(file):
     assert not file.path.exists()
 
 
-def test_a_line_left_unfinished_is_moved_aside_on_resume_and_none_is_overwritten(file):
+@pytest.mark.parametrize("rows", [ROWS, []], ids=["after rows", "the first row"])
+def test_a_line_left_unfinished_is_moved_aside_on_resume_and_none_is_overwritten(file, rows):
     file.append(ROWS)
-    whole = file.path.read_bytes()
-    for tail in (b'{"text": "half a ro', b"\0\0"):
+    whole = file.path.read_bytes() if rows else b""
+    for tail in (b'{"text": "half a ro', b'{"text": '):
         file.path.write_bytes(whole + tail)
-        assert file.resume(FIELDS) == ROWS
+        assert file.resume(FIELDS) == rows
         assert file.path.read_bytes() == whole
     aside = {path.name: path.read_bytes() for path in file.path.parent.iterdir() if path != file.path}
-    assert aside == {"rows.jsonl.damaged": b'{"text": "half a ro\n', "rows.jsonl.damaged-2": b"\0\0\n"}
-
-
-def test_a_first_row_left_unfinished_is_moved_aside_too(file):
-    file.append(ROWS[:1])
-    file.path.write_bytes(file.path.read_bytes()[:-3])
-    assert file.resume(FIELDS) == []
-    assert file.path.read_bytes() == b""
-    assert file.path.with_name("rows.jsonl.damaged").read_bytes().startswith(b'{"text": "one')
-
-
-def test_a_last_row_without_its_end_of_line_is_kept(file):
-    file.append(ROWS)
-    whole = file.path.read_bytes()
-    file.path.write_bytes(whole[:-1])
-    assert file.whole() == list(file.stream()) == file.resume(FIELDS) == ROWS
-    assert file.path.read_bytes() == whole
-    assert list(file.path.parent.iterdir()) == [file.path]
+    assert aside == {"rows.jsonl.damaged": b'{"text": "half a ro\n', "rows.jsonl.damaged-2": b'{"text": \n'}
 
 
 @pytest.mark.parametrize(
@@ -89,39 +69,38 @@ def test_a_file_that_is_not_ours_is_left_as_it_was(file, content):
     assert {path.name: path.read_bytes() for path in file.path.parent.iterdir()} == {"rows.jsonl": content}
 
 
-def test_a_file_with_a_malformed_line_is_left_as_it_was(file):
-    file.append(ROWS)
-    content = file.path.read_bytes() + b"hello\n{"
-    file.path.write_bytes(content)
-    with pytest.raises(ValueError, match="line 3"):
-        file.resume(FIELDS)
-    assert {path.name: path.read_bytes() for path in file.path.parent.iterdir()} == {"rows.jsonl": content}
-
-
 @pytest.mark.parametrize("kept", range(1, 12))
 def test_wherever_a_write_stops_a_resume_goes_on(file, kept):
     file.append(ROWS)
-    file.path.write_bytes(file.path.read_bytes()[:-kept])
-    file.append(ROWS[len(file.resume(FIELDS)) :])
-    assert file.read() == ROWS
-
-
-def test_reading_changes_nothing(file):
-    file.append(ROWS)
-    file.path.write_bytes(file.path.read_bytes() + b"{")
-    with pytest.raises(ValueError, match="line 3"):
-        file.read()
-    assert file.path.read_bytes().endswith(b"{")
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole[:-kept])
+    rows = ROWS if kept == 1 else ROWS[:1]  # a row that lacks only its end of line is kept
+    assert file.whole() == list(file.stream()) == rows
+    assert file.resume(FIELDS) == rows
+    file.append(ROWS[len(rows) :])
+    assert file.path.read_bytes() == whole
+    assert len(list(file.path.parent.iterdir())) == 1 + (kept > 1)
 
 
 @pytest.mark.parametrize(
-    ("line", "words"), [(b"not json", r"got b'not json'"), (b"[1]", "got list"), (b"\xff{}", "expected a JSON object")]
+    ("line", "words"),
+    [
+        (b"not json\n", r"got b'not json'"),
+        (b"[1]\n", "got list"),
+        (b"\xff{}\n", "expected a JSON object"),
+        (b"{", "got b'{'"),
+    ],
 )
-def test_a_malformed_line_is_named(file, line, words):
+def test_a_malformed_line_is_named_and_left_there(file, line, words):
     file.append(ROWS[:1])
-    file.path.write_bytes(file.path.read_bytes() + line + b"\n")
+    content = file.path.read_bytes() + line
+    file.path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"rows.jsonl, line 2: .*{words}"):
         file.read()
+    if line.endswith(b"\n"):
+        with pytest.raises(ValueError, match="line 2"):
+            file.resume(FIELDS)
+    assert {path.name: path.read_bytes() for path in file.path.parent.iterdir()} == {"rows.jsonl": content}
 
 
 def test_a_number_that_json_does_not_have_is_refused_and_nothing_is_written(file):
@@ -163,20 +142,17 @@ def test_many_threads_write_one_file_and_every_reader_finds_it_whole(records, tm
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_is_written_whole_and_its_folder_are_flushed_to_the_disk(records, tmp_path, monkeypatch):
-    flushed = []
+def test_a_file_that_is_written_whole_and_its_folder_are_flushed_and_have_the_usual_permissions(
+    records, tmp_path, monkeypatch
+):
+    flushed, before = [], os.umask(0o027)
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode)))
-    records.write_whole(tmp_path / "a.json", b"1")
-    assert flushed == [False, True]
-
-
-def test_a_file_that_is_written_whole_has_the_permissions_of_any_new_file(records, tmp_path):
-    before = os.umask(0o027)
     try:
         records.write_whole(tmp_path / "a.json", b"1")
         (tmp_path / "plain").touch()
     finally:
         os.umask(before)
+    assert flushed == [False, True]
     assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -230,20 +206,13 @@ def test_a_mapped_file_begins_with_the_rows_it_is_given(records, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.npy"]
 
 
-def test_a_path_that_can_be_written_passes_and_is_not_made(records, tmp_path):
-    records.ensure_writable(tmp_path / "a" / "b" / "rows.jsonl")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_path_below_a_file_cannot_be_written(records, tmp_path):
+def test_whether_a_path_can_be_written_is_known_before(records, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"Cannot write .*rows.jsonl: .*file is not a folder that can be written to"):
-        records.ensure_writable(tmp_path / "file" / "rows.jsonl")
-
-
-def test_a_folder_cannot_be_written_as_a_file(records, tmp_path):
-    with pytest.raises(OSError, match="Cannot write"):
-        records.ensure_writable(tmp_path)
+    records.ensure_writable(tmp_path / "a" / "b" / "rows.jsonl")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    for path, words in [(tmp_path / "file" / "rows.jsonl", "file is not a folder that can"), (tmp_path, "is a folder")]:
+        with pytest.raises(OSError, match=f"Cannot write .*{words}"):
+            records.ensure_writable(path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -302,9 +271,33 @@ def test_a_result_of_something_else_is_left_as_it_was(records, tmp_path, content
 
 
 @pytest.mark.parametrize("value", [1e39, -1e308, 10**39])
-def test_a_number_that_no_measurement_has_is_refused(value):
-    from persona_lens.storage.files import checked
-
+def test_a_number_that_no_measurement_has_is_refused(records, value):
     with pytest.raises(ValueError, match="expected a number that float32 has"):
-        checked(value, float)
-    assert checked(3e38, float) == 3e38
+        records.checked(value, float)
+    assert records.checked(3e38, float) == 3e38
+
+
+def read_trait(records, path):
+    with records.read_result(path, version=1, kind="layer sweep", remedy="run it again") as record:
+        return records.checked(record["trait"], str)
+
+
+def test_a_result_file_is_read_or_refused_in_one_sentence(records, tmp_path):
+    path = tmp_path / "sweep.json"
+    with pytest.raises(FileNotFoundError, match=r"no layer sweep at .*sweep\.json: run it again\.$"):
+        read_trait(records, path)
+    records.write_json(path, {"format_version": 1, "trait": "evil"})
+    assert read_trait(records, path) == "evil"
+    records.write_json(path, {"format_version": 2, "traits": ["evil"]})
+    with pytest.raises(ValueError, match="format version 2, and this persona_lens reads 1: install"):
+        read_trait(records, path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "trait": 3}', "\x00", "[" * 9999]
+)
+def test_a_damaged_result_file_is_named_with_its_remedy(records, tmp_path, content):
+    path = tmp_path / "sweep.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"sweep\.json is not a whole layer sweep \(.*\): run it again\.$"):
+        read_trait(records, path)

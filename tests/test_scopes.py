@@ -4,9 +4,7 @@ import _thread
 import asyncio
 import copy
 import gc
-import sys
 import threading
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -24,6 +22,7 @@ from persona_lens.models.structure import suspended
 from persona_lens.monitoring.live import stream_watched
 from tests import tiny
 from tests.finetuning_cases import random_adapter
+from tests.interrupted_run import Interrupter
 from tests.intervention_cases import TOKENS, logits, some_vectors
 
 ROWS = [ChatTokens(tuple(range(5, 5 + n)), tuple(range(40, 40 + m))) for n, m in [(6, 4), (3, 9), (8, 2)]]
@@ -78,13 +77,9 @@ def check_two_threads(model, rounds):
     assert wrong == []
 
 
-def test_two_threads_on_one_model_each_get_what_they_would_get_alone(tiny_model):
-    check_two_threads(tiny_model, rounds=6)
-
-
-@pytest.mark.soak
-def test_two_threads_on_one_model_for_long_each_get_what_they_would_get_alone(tiny_model):
-    check_two_threads(tiny_model, rounds=150)
+@pytest.mark.parametrize("rounds", [6, pytest.param(150, marks=pytest.mark.soak)])
+def test_two_threads_on_one_model_each_get_what_they_would_get_alone(tiny_model, rounds):
+    check_two_threads(tiny_model, rounds)
 
 
 @pytest.mark.embedded
@@ -109,18 +104,20 @@ def read_projections(model, vector):
         return found.read()
 
 
-def test_a_pass_of_another_thread_goes_through_unread_and_unsteered(tiny_model):
-    plain, seen = logits(tiny_model), []
-    point = tiny_model.blocks[1]
-    with (
-        steer(tiny_model, some_vectors(tiny_model).at(1), 3.0),
-        hooked(tiny_model, [Hook(point, lambda *_: seen.append(threading.get_ident()))]),
-    ):
+def test_a_pass_of_another_thread_goes_through_unread_and_unsteered_and_is_an_error_if_it_is_the_only_one(tiny_model):
+    plain, seen, vector = logits(tiny_model), [], some_vectors(tiny_model).at(1)
+    note = Hook(tiny_model.blocks[1], lambda *_: seen.append(threading.get_ident()))
+    with steer(tiny_model, vector, 3.0), hooked(tiny_model, [note]):
         assert torch.equal(in_thread(lambda: logits(tiny_model)), plain)
         assert not seen
         assert in_thread(lambda: attachments(tiny_model)) == ()
         assert not torch.equal(logits(tiny_model), plain)
     assert set(seen) == {threading.get_ident()}
+    with (
+        pytest.raises(RuntimeError, match="the model ran only in threads that began meanwhile"),
+        steer(tiny_model, vector, 3.0),
+    ):
+        in_thread(lambda: logits(tiny_model))
 
 
 class Interleaved(list):
@@ -196,26 +193,13 @@ def test_a_context_entered_by_hand_in_one_task_acts_in_the_next_as_cells_of_a_no
 
 
 def test_a_context_left_open_by_a_thread_that_ended_acts_in_no_other(tiny_model):
-    plain, left_open = logits(tiny_model), []
-
-    def leave_open():
-        context = steer(tiny_model, some_vectors(tiny_model).at(1), 3.0)
-        context.__enter__()
-        left_open.append(context)
-
-    in_new_thread(leave_open)
+    plain = logits(tiny_model)
+    context = steer(tiny_model, some_vectors(tiny_model).at(1), 3.0)
+    in_thread(context.__enter__)
     # Numbers of threads are given out again as soon as one has ended.
-    found = [in_new_thread(lambda: logits(tiny_model)) for _ in range(10)]
-    left_open[0].__exit__(ZeroDivisionError, ZeroDivisionError(), None)
-    assert all(torch.equal(each, plain) for each in found)
-
-
-def in_new_thread(function):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(function()))
-    thread.start()
-    thread.join()
-    return found[0]
+    found = [in_thread(lambda: logits(tiny_model)) for _ in range(10)]
+    context.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert all(torch.equal(one, plain) for one in found)
 
 
 def test_a_thread_that_was_there_before_may_run_the_model_while_an_intervention_is_open(tiny_model):
@@ -233,14 +217,6 @@ def test_a_thread_that_was_there_before_may_run_the_model_while_an_intervention_
             ready.set()
             assert done.wait(60)
         assert torch.equal(running.result(), plain)
-
-
-def test_an_intervention_whose_model_ran_in_other_threads_alone_is_an_error(tiny_model):
-    with (
-        pytest.raises(RuntimeError, match="the model ran only in threads that began meanwhile"),
-        steer(tiny_model, some_vectors(tiny_model).at(1), 3.0),
-    ):
-        in_thread(lambda: logits(tiny_model))
 
 
 def test_a_pass_that_autograd_runs_again_in_its_own_thread_is_steered(tiny_bridge, monkeypatch):
@@ -262,12 +238,15 @@ def test_a_pass_that_autograd_runs_again_in_its_own_thread_is_steered(tiny_bridg
 # --- copies --------------------------------------------------------------------------------------------------------
 
 
-def test_a_copy_of_a_model_with_an_adapter_has_the_adapter_for_good_and_its_own_weights(make_tiny_model):
+def test_a_copy_of_a_model_with_an_adapter_keeps_it_with_its_own_weights_and_merging_is_refused(make_tiny_model):
     bridge = make_tiny_model("TransformerBridge")
     plain = logits(bridge)
-    with adapted(bridge, random_adapter(bridge)):
+    with adapted(bridge, random_adapter(bridge)) as carrier:
         expected = logits(bridge)
         copied, emptied = copy.deepcopy(bridge), copy.deepcopy(bridge)
+        for merge in (carrier.merge_adapter, carrier.merge_and_unload):
+            with pytest.raises(RuntimeError, match="change the model's own weights for good"):
+                merge()
     with torch.no_grad():
         for name, weight in emptied.original_model.named_parameters():
             if "lora_B" in name:
@@ -277,44 +256,30 @@ def test_a_copy_of_a_model_with_an_adapter_has_the_adapter_for_good_and_its_own_
     assert torch.equal(logits(bridge), plain)
 
 
-def test_merging_an_adapter_while_it_is_on_is_refused(make_tiny_model):
-    bridge = make_tiny_model("TransformerBridge")
-    plain = logits(bridge)
-    with adapted(bridge, random_adapter(bridge)) as carrier:
-        for merge in (carrier.merge_adapter, carrier.merge_and_unload):
-            with pytest.raises(RuntimeError, match="change the model's own weights for good"):
-                merge()
-    assert torch.equal(logits(bridge), plain)
-
-
 # --- suspension ----------------------------------------------------------------------------------------------------
 
 
-def test_a_hook_of_pytorchs_own_is_silent_while_a_judge_scores(tiny_model):
+def test_a_hook_of_pytorchs_own_is_silent_while_a_judge_scores_and_one_on_all_modules_is_refused(tiny_model):
     plain = logits(tiny_model)
     inner = tiny_model.original_model if hasattr(tiny_model, "original_model") else tiny_model
     module = next(child for name, child in inner.named_modules() if name.endswith("mlp"))
-    handle = module.register_forward_hook(lambda _module, _inputs, out: out * 3)
-    before = module.register_forward_pre_hook(lambda _module, given: (given[0] * 2, *given[1:]))
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, out: out * 3),
+        module.register_forward_pre_hook(lambda _module, given: (given[0] * 2, *given[1:])),
+    ]
     try:
         hooked_logits = logits(tiny_model)
         assert not torch.equal(hooked_logits, plain)
         with suspended(tiny_model):
             assert torch.equal(logits(tiny_model), plain)
         assert torch.equal(logits(tiny_model), hooked_logits)
-    finally:
-        handle.remove()
-        before.remove()
-    assert torch.equal(logits(tiny_model), plain)
-
-
-def test_a_hook_on_all_modules_is_refused_while_a_judge_scores(tiny_model):
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
+        handles.append(torch.nn.modules.module.register_module_forward_hook(lambda *_: None))
         with pytest.raises(ValueError, match="hook on all modules"), suspended(tiny_model):
             pass
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(logits(tiny_model), plain)
 
 
 def test_a_steer_entered_inside_a_suspension_acts_after_it_ends(tiny_model):
@@ -378,33 +343,6 @@ def test_suspensions_of_two_threads_that_end_in_the_order_they_began_leave_no_ga
 # --- interrupts ----------------------------------------------------------------------------------------------------
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt at the `at`-th line that this package or contextlib runs; counts them without."""
-
-    FILES = ("persona_lens", "contextlib.py")
-
-    def __init__(self, at=None):
-        self.at, self.lines = at, 0
-
-    def __enter__(self):
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
-
-    def _trace(self, frame, event, _):
-        return self._trace_line if any(part in frame.f_code.co_filename for part in self.FILES) else None
-
-    def _trace_line(self, frame, event, _):
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._trace_line
-
-
 def use(model, vector):
     with steer(model, vector, 2.0), attached_projections(model, [vector]) as found, suspended(model):
         forward(model, TOKENS[:1], torch.ones_like(TOKENS[:1]).bool())
@@ -417,24 +355,19 @@ def test_an_interrupt_at_any_line_of_attaching_and_detaching_leaves_nothing(fres
     model = fresh_tiny_model
     vector = some_vectors(model).at(1)
     use(model, vector)
-    with Interrupter() as whole:
-        use(model, vector)
+    whole = Interrupter()
+    whole.run(lambda: use(model, vector))
     before, plain = tiny.hook_counts(model), logits(model)
     left = []
     gc.collect()
     gc.freeze()
     for at in range(1, whole.lines, max(1, whole.lines // 100)):
-        where = None
-        try:
-            with Interrupter(at):
-                use(model, vector)
-        except KeyboardInterrupt as error:
-            where = [(line.name, line.lineno) for line in traceback.extract_tb(error.__traceback__)[-2:]]
+        Interrupter(at).run(lambda: use(model, vector))
         gc.collect()  # frames under executed annotations refer to each other
         acting = not torch.equal(logits(model), plain)
         forward(model, TOKENS[:1], torch.ones_like(TOKENS[:1]).bool())  # whoever uses it next repairs it
         if acting or tiny.hook_counts(model) != before:
-            left.append((at, where))
+            left.append(at)
     gc.unfreeze()
     assert left == []
 

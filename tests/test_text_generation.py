@@ -34,7 +34,7 @@ def test_attached_interventions_act(tiny_model):
 @pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("chat", [ASKED, CHAT], ids=["text", "messages"])
 def test_one_chat_instead_of_a_list_is_refused_before_it_is_read_in_pieces(tiny_model, chat):
-    with pytest.raises(ValueError, match=r"chats is a list of chats, got a single one: put it into brackets"):
+    with pytest.raises(ValueError, match=r"Expected a list of chats, got a single one: put it into brackets"):
         pl.generate_text(tiny_model, chat)
 
 

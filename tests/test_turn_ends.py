@@ -65,18 +65,14 @@ def ending_hf_model(gemma, prompt):
 # --- the set -------------------------------------------------------------------------------------------------------
 
 
-def test_a_special_token_without_a_name_ends_a_turn_where_the_template_writes_it(gemma):
+@pytest.mark.parametrize("between", ["", " ", "\n", "\n\n"], ids=["nothing", "space", "line break", "an added token"])
+def test_a_special_token_without_a_name_ends_a_turn_also_after_white_space(gemma, between):
     end, end_of_text = gemma.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
-    assert end not in gemma.all_special_ids
-    assert chat.end_of_turn(gemma) == end
-    assert chat.turn_ends(gemma) == {end, end_of_text}
-
-
-@pytest.mark.parametrize("between", [" ", "\n", "\n\n"], ids=["space", "line break", "an added token of white space"])
-def test_white_space_before_the_end_of_a_turn_is_passed_over(gemma, between):
     changed = copy.deepcopy(gemma)
     changed.chat_template = tiny.GEMMA.replace("<end_of_turn>", f"{between}<end_of_turn>")
-    assert chat.end_of_turn(changed) == gemma.convert_tokens_to_ids("<end_of_turn>")
+    assert end not in changed.all_special_ids
+    assert chat.end_of_turn(changed) == end
+    assert chat.turn_ends(changed) == {end, end_of_text}
 
 
 @pytest.mark.parametrize("template", [NO_END, "{{ messages[0]['content'] }}<end_of_turn>"], ids=["words", "no answer"])
@@ -86,16 +82,12 @@ def test_where_the_template_writes_no_token_after_an_answer_the_end_of_text_ends
     assert chat.end_of_turn(changed) == gemma.eos_token_id
 
 
-@pytest.mark.parametrize("listed", [[5, 321, 77], torch.tensor([5, 321, 77])], ids=["list", "tensor"])
-def test_everything_that_the_generation_settings_list_ends_a_turn(model_class, gemma, listed):
-    hf_model = tiny.llama(gemma)
-    hf_model.generation_config.eos_token_id = listed
-    model = made(model_class, hf_model, gemma)
-    assert chat.stop_tokens(model) == {*gemma.convert_tokens_to_ids(["<end_of_turn>", "<eos>"]), 5, 77}
-
-
-@pytest.mark.parametrize(("declared", "more"), [(None, set()), (9, {9}), ([], set())])
-def test_one_declared_end_or_none_is_taken_too(model_class, gemma, declared, more):
+@pytest.mark.parametrize(
+    ("declared", "more"),
+    [(None, set()), (9, {9}), ([], set()), ([5, 321, 77], {5, 321, 77}), (torch.tensor([5, 77]), {5, 77})],
+    ids=str,
+)
+def test_everything_that_the_generation_settings_list_ends_a_turn(model_class, gemma, declared, more):
     hf_model = tiny.llama(gemma)
     hf_model.generation_config.eos_token_id = declared
     assert chat.stop_tokens(made(model_class, hf_model, gemma)) == chat.turn_ends(gemma) | more
@@ -114,12 +106,6 @@ def test_a_hooked_transformer_loaded_elsewhere_finds_the_settings_beside_its_tok
 # --- where text is made --------------------------------------------------------------------------------------------
 
 
-def test_a_reply_ends_at_an_end_of_turn_without_a_name(model_class, gemma, prompt, ending_hf_model):
-    model = made(model_class, ending_hf_model, gemma)
-    (found,) = generate(model, [prompt], max_new_tokens=STEPS, temperature=0.0)
-    assert (list(found.tokens), found.finish_reason) == (unstopped(ending_hf_model, prompt)[:3], "stop")
-
-
 def test_a_reply_ends_at_what_the_generation_settings_list(model_class, gemma, prompt):
     hf_model = tiny.llama(gemma, seed=2)
     said = unstopped(hf_model, prompt)
@@ -128,21 +114,19 @@ def test_a_reply_ends_at_what_the_generation_settings_list(model_class, gemma, p
     assert (list(found.tokens), found.finish_reason) == (said[: said.index(said[2])], "stop")
 
 
-def test_a_captured_mean_holds_nothing_after_the_turns_end(model_class, gemma, prompt, ending_hf_model):
-    model = made(model_class, ending_hf_model, gemma)
-    with capturing(model, 1) as capture:
-        generate(model, [prompt], max_new_tokens=STEPS, temperature=0.0, read_up_to=model.cfg.n_layers - 1)
-    expected = naive.stream_mean(ending_hf_model, (prompt, unstopped(ending_hf_model, prompt)[:3]))
-    assert naive.relative_error(capture.mean(0).mean, expected) < 1e-5
-
-
-def test_a_watched_and_a_streamed_reply_end_there_too(model_class, gemma, prompt, ending_hf_model):
+def test_a_reply_and_its_captured_mean_end_at_an_end_of_turn_without_a_name(
+    model_class, gemma, prompt, ending_hf_model
+):
     model = made(model_class, ending_hf_model, gemma)
     vector, said = some_vectors(model).at(1), unstopped(ending_hf_model, prompt)[:3]
     options = {"max_new_tokens": STEPS, "temperature": 0.0}
-    (found,) = generate_watched(model, [prompt], vector, **options)
-    assert (list(found.tokens), len(found.projections)) == (said, 3)
-    assert [each.token for each in stream_watched(model, prompt, vector, **options)][1:] == said
+    with capturing(model, 1) as capture:
+        (reply,) = generate(model, [prompt], **options, read_up_to=model.cfg.n_layers - 1)
+    assert (list(reply.tokens), reply.finish_reason) == (said, "stop")
+    assert naive.relative_error(capture.mean(0).mean, naive.stream_mean(ending_hf_model, (prompt, said))) < 1e-5
+    (watched,) = generate_watched(model, [prompt], vector, **options)
+    assert (list(watched.tokens), len(watched.projections)) == (said, 3)
+    assert [token.token for token in stream_watched(model, prompt, vector, **options)][1:] == said
 
 
 def test_a_rollout_keeps_neither_the_end_of_its_turn_nor_what_follows(gemma, ending_hf_model):

@@ -1,23 +1,28 @@
-"""Messages, or text that is rendered already, to token ids with a known boundary between prompt and response.
+"""Chats to token ids, with a known boundary between prompt and response.
 
-The boundary comes from token ids: prompt and response are tokenised apart and joined, so no token straddles it, and the
-response is the ids of its text alone, without the end-of-turn token or what the template appends. A response that is
-given as text is tokenised as the template writes it in an assistant's turn (`assistant_turns`). A control token that a
-content spells is plain text (`encoding`).
-Knows tokenizers and chat templates; knows nothing about traits or vectors.
+The boundary comes from token ids: prompt and response are tokenised apart and joined, so no token straddles it. The
+response is the ids of its text alone, without the end-of-turn token or whatever the template appends. A response given
+as text is tokenised as the template writes it in an assistant's turn (`templates.written_turn`). A control token that
+a message spells out is plain text (`encoding`).
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from persona_lens.chat.encoding import encode, encode_content, encode_marked, mark_contents, refuse_half_characters
+from persona_lens.chat.encoding import (
+    encode,
+    encode_content,
+    encode_marked,
+    mark_contents,
+    n_common,
+    refuse_half_characters,
+)
 from persona_lens.chat.templates import dated_template, fixed_date, written_turn
 from persona_lens.models.structure import declared_ends
 
@@ -25,22 +30,22 @@ Message = Mapping[str, str]
 
 
 class UnclosedBlock(ValueError):
-    """A response that never closes the block whose end averaging was to start `after`."""
+    """A response never contains the text `after` which averaging should start."""
 
 
 class RenderedPrompt(NamedTuple):
-    """A prompt as the model sees it, up to where it would speak."""
+    """A prompt as the model sees it, up to where it would speak; used verbatim, without the chat template."""
 
     text: str
-    system_folded: bool
+    system_folded: bool = False
     """Whether the template has no system turn, so that its text stands before the first user turn instead."""
 
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """One chat row as token ids; the first `skip` tokens of the response are not averaged.
+    """One chat as token ids. The first `skip` tokens of the response are not averaged.
 
-    These are what comes before `after`, and what the chat template writes into the turn before what is said.
+    Skipped is what comes before `after`, and what the chat template writes into the turn before the response's text.
     """
 
     prompt: tuple[int, ...]
@@ -56,16 +61,16 @@ class ChatTokens:
 
     @property
     def n_averaged(self) -> int:
-        """How many response tokens are averaged."""
+        """The number of response tokens that are averaged."""
         return max(0, len(self.response) - self.skip)
 
 
 @dataclass(frozen=True)
 class ChatBatch:
-    """Rows of equal padded length. `attention_mask` is False on padding, `response_mask` True on averaged tokens.
+    """Rows padded to one length. `attention_mask` is False on padding, `response_mask` True on averaged tokens.
 
-    Masks are never guessed from the ids: in many chat models the padding token also ends every turn. `prompt_mask`
-    defaults to what is attended before the first averaged token.
+    Masks cannot be read off the ids: in many chat models the padding token also ends every turn. Without `prompt_mask`
+    the prompt is everything attended before the first averaged token.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -83,10 +88,10 @@ class ChatBatch:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt with its response, as given: messages, or text that is rendered already and used verbatim.
+    """A prompt (messages, or rendered text that is used verbatim) with its response (text, or token ids).
 
-    `question` and `instruction` say which rows are not independent of each other: statistics resample questions.
-    `date` is the day that a chat template which reads the clock is told (`Rollout.date`); if empty, the run's or today.
+    Rows with one `question` are not independent, so statistics resample questions. `date` is the date given to chat
+    templates that read the clock (`Rollout.date`); if empty, the run's date or today.
     """
 
     prompt: str | tuple[Message, ...]
@@ -97,19 +102,19 @@ class Conversation:
 
     @classmethod
     def from_messages(cls, messages: Sequence[Message]) -> "Conversation":
-        """Messages ending with the assistant's; the question is the last user turn, the instruction the system turn."""
+        """Messages that end with the assistant's; question and instruction are its last user and system turns."""
         if not messages or messages[-1].get("role") != "assistant":
             raise ValueError("Messages must end with the assistant's response (role 'assistant').")
         if not all(isinstance(turn.get("content"), str) for turn in messages):
             raise ValueError("Every message needs its content as one string.")
-        turns = tuple(messages[:-1])
-        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-        ordered = [turn["content"] for turn in turns if turn["role"] == "system"]
-        return cls(turns, messages[-1]["content"], (asked or [""])[-1], (ordered or [""])[0])
+        prompt = tuple(messages[:-1])
+        questions = [turn["content"] for turn in prompt if turn["role"] == "user"]
+        instructions = [turn["content"] for turn in prompt if turn["role"] == "system"]
+        return cls(prompt, messages[-1]["content"], (questions or [""])[-1], (instructions or [""])[0])
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no response to average over."""
+        """Whether the response is empty or white space, so that there is nothing to average over."""
         return not self.response if not isinstance(self.response, str) else not self.response.strip()
 
     def tokenize(self, tokenizer: Any, *, after: str | None = None) -> ChatTokens:
@@ -118,12 +123,64 @@ class Conversation:
             return tokenize_chat(tokenizer, self.prompt, self.response, after=after)
 
 
+Chat = str | Sequence[Message] | RenderedPrompt | Conversation
+AnyChat = TypeVar("AnyChat", bound="Chat | Sequence[int]")
+"""A user message, a list of messages, a prompt that is rendered already, or a prompt with its response."""
+
+
+def as_conversation(chat: Chat) -> Conversation:
+    """A chat as a prompt and a response, which messages have if the last one is the assistant's.
+
+    Raises TypeError for anything else than a chat.
+    """
+    if isinstance(chat, Conversation):
+        return chat
+    prompt = _prompt_of(chat)
+    if isinstance(prompt, tuple) and prompt and prompt[-1].get("role") == "assistant":
+        return Conversation.from_messages(prompt)
+    return Conversation(prompt, "")
+
+
+def prompt_tokens(tokenizer: Any, chat: Chat | Sequence[int]) -> tuple[int, ...]:
+    """The token ids of a chat up to where the model would speak; token ids are returned as they are.
+
+    All of a list of messages is the prompt, and of a `Conversation` what comes before its response. Raises TypeError
+    for anything else than a chat, and ValueError as `tokenize_chat` does.
+    """
+    if not isinstance(chat, str | RenderedPrompt | Conversation) and all(isinstance(token, int) for token in chat):
+        return tuple(int(cast(int, token)) for token in chat)
+    prompt, day = (chat.prompt, chat.date) if isinstance(chat, Conversation) else (_prompt_of(chat), "")
+    with fixed_date(day):
+        return tokenize_chat(tokenizer, prompt).prompt
+
+
+def list_of_chats(chats: Sequence[AnyChat]) -> list[AnyChat]:
+    """The chats, or prompts of token ids, as a list; raises ValueError for a single chat."""
+    single = isinstance(chats, str | RenderedPrompt | Conversation)
+    if single or any(isinstance(chat, Mapping) for chat in chats):
+        raise ValueError("Expected a list of chats, got a single one: put it into brackets, [chat].")
+    return list(chats)
+
+
+def _prompt_of(chat: Any) -> str | tuple[Message, ...]:
+    if isinstance(chat, RenderedPrompt):
+        return chat.text
+    if isinstance(chat, str):
+        return ({"role": "user", "content": chat},)
+    if isinstance(chat, Sequence) and all(isinstance(message, Mapping) for message in chat):
+        return tuple(chat)
+    raise TypeError(
+        "Expected a chat: a string (a user message), a list of messages with role and content, a Conversation or a "
+        f"RenderedPrompt, got {chat!r:.60}."
+    )
+
+
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> RenderedPrompt:
     """Render messages with the tokenizer's own chat template, ending where the assistant would speak.
 
-    A template that refuses or drops the system turn gets its text before the first user turn, and the result says so.
-    In the text, a control token that a message spells looks like the template's own: tokenise messages, not this text,
-    where a message may be anybody's. Raises ValueError where the tokenizer has no chat template.
+    If the template refuses or drops the system turn, its text goes before the first user turn, and the result says so.
+    In the text a control token that a message spells out looks like the template's own: tokenise untrusted messages
+    with `tokenize_chat` instead. Raises ValueError if the tokenizer has no chat template.
     """
     return _render(tokenizer, messages)[0]
 
@@ -141,7 +198,7 @@ def _render(tokenizer: Any, messages: Sequence[Message]) -> tuple[RenderedPrompt
         text = _apply_template(tokenizer, plain)
         refused = system is not None and system.strip() not in text
     except ValueError:
-        # Templates refuse a role by raising from inside jinja; without a system turn the fault is the caller's.
+        # A template refuses a role by raising inside Jinja. Without a system turn it refuses something else.
         if system is None:
             raise
         text, refused = "", True
@@ -153,15 +210,15 @@ def _render(tokenizer: Any, messages: Sequence[Message]) -> tuple[RenderedPrompt
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, str]], *, speaks: bool = True) -> str:
     dated = dated_template(tokenizer)
-    given = {} if dated is None else {"chat_template": dated}
+    template = {} if dated is None else {"chat_template": dated}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=speaks, **given)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=speaks, **template)
     except Exception as error:
         raise ValueError(f"The chat template refuses these messages: {error}") from error
 
 
 def _fold_system(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The text of every system turn put before the first user turn."""
+    """Messages with the text of every system turn put before the first user turn."""
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     rest = [dict(message) for message in messages if message["role"] != "system"]
     if not rest or rest[0]["role"] != "user":
@@ -171,10 +228,10 @@ def _fold_system(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def chat_messages(system: str | None, question: str, examples: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
-    """The messages of one question under a system prompt, after examples of questions with their answers."""
+    """The messages of a question under a system prompt, after examples of questions with answers."""
     turns = [] if system is None else [{"role": "system", "content": system}]
-    for asked, answered in examples:
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    for example, answer in examples:
+        turns += [{"role": "user", "content": example}, {"role": "assistant", "content": answer}]
     return [*turns, {"role": "user", "content": question}]
 
 
@@ -185,79 +242,71 @@ def tokenize_chat(
     *,
     after: str | None = None,
 ) -> ChatTokens:
-    """A prompt (messages, or text that is rendered already and used verbatim) and its response as token ids.
+    """A prompt (messages, or rendered text that is used verbatim) and its response as token ids.
 
-    After messages, a response given as text is tokenised as the template writes it into an assistant's turn. What the
-    template writes before it beyond the prompt for generation, such as an empty `<think>` block, belongs to the
-    response and is not averaged; where the template finishes a turn otherwise than it prompts for one, the prompt is as
-    far as both agree. A response given as ids is what a model said after the prompt, and is taken as it is. A control
-    token that a message or a response spells is plain text, and one in rendered text is that token.
+    After messages, a response given as text is tokenised as the template writes it into an assistant's turn. Whatever
+    the template writes there between the generation prompt and the text, such as an empty `<think>` block, belongs to
+    the response and is not averaged. If the template writes the opening of a finished turn differently from its
+    generation prompt, the prompt ends where the two begin to differ. A response given as ids is what a model sampled
+    after the prompt, and is used as it is. A control token that a message or a response spells out is plain text; in
+    rendered text it is that token.
 
     With `after` (such as `"</think>"`) only what follows that text is averaged; a response without it raises
-    `UnclosedBlock`. Raises ValueError, naming the message, for what is no text, and for a template that does not write
-    the messages or the response as they are given.
+    `UnclosedBlock`. Raises ValueError, naming the message, for invalid text, and for a template that writes the
+    messages or the response in other words.
     """
+    text, sampled = (response, ()) if isinstance(response, str) else ("", tuple(response))
+    refuse_half_characters(text, "The response")
     if isinstance(prompt, str):
         refuse_half_characters(prompt, "The prompt")
-    else:
-        for index, message in enumerate(prompt):
-            if isinstance(content := message.get("content"), str):
-                refuse_half_characters(content, f"messages[{index}], of role {message.get('role')},")
-    if isinstance(response, str):
-        refuse_half_characters(response, "The response")
-    before, ids, skip = _prompt_and_response(tokenizer, prompt, response)
-    return ChatTokens(before, ids, max(skip, averaged_from(tokenizer, ids, after)))
+        ids = encode_content(tokenizer, text) if text else sampled
+        return ChatTokens(encode(tokenizer, prompt), ids, averaged_from(tokenizer, ids, after))
+    for index, message in enumerate(prompt):
+        if isinstance(content := message.get("content"), str):
+            refuse_half_characters(content, f"messages[{index}], of role {message.get('role')},")
 
-
-def _prompt_and_response(
-    tokenizer: Any, prompt: str | Sequence[Message], response: str | Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """The ids of both, and how many of the response's first ones the template writes before what is said."""
-    said = response if isinstance(response, str) else ""
-    sampled: tuple[int, ...] = () if isinstance(response, str) else tuple(response)
-    if isinstance(prompt, str):
-        return encode(tokenizer, prompt), encode_content(tokenizer, said) if said else sampled, 0
-    (*contents, said), marks = mark_contents(tokenizer, [*prompt, said])
+    (*contents, text), marks = mark_contents(tokenizer, [*prompt, text])
     rendered, messages = _render(tokenizer, contents)
     prompt_ids = encode_marked(tokenizer, rendered.text, marks)
-    if not said.strip():
-        return prompt_ids, encode(tokenizer, said) if said else sampled, 0
+    if not text.strip():
+        ids = encode(tokenizer, text) if text else sampled
+        return ChatTokens(prompt_ids, ids, averaged_from(tokenizer, ids, after))
 
     def render(answer: str | None) -> str:
         turns = messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
         return _apply_template(tokenizer, turns, speaks=False)
 
-    turn = written_turn(said, rendered.text, render, marks)
-    said_ids = encode_marked(tokenizer, turn.response, marks)
-    if turn.before == turn.prompt:
-        return prompt_ids, said_ids, 0
-    before = encode_marked(tokenizer, turn.before, marks)
-    ids = before + said_ids
-    # The prompt is as far as the model would be prompted with these tokens, and a response has one token at least.
-    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids[:-1], strict=False)))
-    return ids[:start], ids[start:], max(0, len(before) - start)
+    turn = written_turn(text, rendered.text, render, marks)
+    ids, skip = encode_marked(tokenizer, turn.response, marks), 0
+    if turn.before != turn.prompt:
+        opening = encode_marked(tokenizer, turn.before, marks)
+        row = opening + ids
+        # The prompt is what this row and the generation prompt share; at least one token is left for the response.
+        start = n_common(prompt_ids, row[:-1])
+        prompt_ids, ids, skip = row[:start], row[start:], max(0, len(opening) - start)
+    return ChatTokens(prompt_ids, ids, max(skip, averaged_from(tokenizer, ids, after)))
 
 
 def averaged_from(tokenizer: Any, ids: Sequence[int], after: str | None) -> int:
-    """How many of a response's first tokens are not averaged; raises `UnclosedBlock` where it never says `after`."""
-    return 0 if after is None or not ids else _tokens_up_to(tokenizer, ids, after)
+    """The number of leading response tokens until their text contains `after`: these are not averaged.
 
-
-def _tokens_up_to(tokenizer: Any, ids: Sequence[int], marker: str) -> int:
-    """How many leading tokens it takes until their text holds `marker`."""
-    if marker not in tokenizer.decode(ids):
-        raise UnclosedBlock(f"A response never says {marker!r} (an unclosed block): drop it, or leave out `after`.")
+    Raises `UnclosedBlock` if the response never contains it.
+    """
+    if after is None or not ids:
+        return 0
+    if after not in tokenizer.decode(ids):
+        raise UnclosedBlock(f"A response never says {after!r} (an unclosed block): drop it, or leave out `after`.")
     low, high = 0, len(ids)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if marker in tokenizer.decode(ids[:middle]) else (middle, high)
+        low, high = (low, middle) if after in tokenizer.decode(ids[:middle]) else (middle, high)
     return high
 
 
 def collate(
     rows: Sequence[ChatTokens], *, pad_side: Literal["left", "right"] = "right", pad_token: int = 0
 ) -> ChatBatch:
-    """Pad rows to one length. The padding token's value does not matter: masks carry the truth."""
+    """Pad rows to one length. The value of the padding token does not matter, since the masks say what is padding."""
     if not rows:
         raise ValueError("A batch needs at least one row, got none.")
     width = max(len(row) for row in rows)
@@ -273,22 +322,22 @@ def collate(
     return ChatBatch(tokens, attention, response, prompt)
 
 
-def chat_batch(tokenizer: Any, conversations: Sequence[Conversation], *, after: str | None = None) -> ChatBatch:
-    """Conversations as one padded batch with their masks, ready for `mean_activations`; see `tokenize_chat`."""
-    return collate([conversation.tokenize(tokenizer, after=after) for conversation in conversations])
+def chat_batch(tokenizer: Any, chats: Sequence[Chat], *, after: str | None = None) -> ChatBatch:
+    """Chats as one padded batch with their masks, ready for `mean_activations`; see `tokenize_chat`."""
+    return collate([as_conversation(chat).tokenize(tokenizer, after=after) for chat in list_of_chats(chats)])
 
 
 def fit_context(
     rows: Sequence[ChatTokens], limit: int, *, too_long: Literal["error", "truncate"] = "error"
 ) -> tuple[list[ChatTokens], int]:
-    """Rows that fit a context of `limit` tokens, and how many responses were cut short to make them fit.
+    """Rows that fit a context of `limit` tokens, and the number of responses that were cut to make them fit.
 
     By default a row that is too long is an error; `too_long="truncate"` cuts responses, never prompts.
     """
-    cut: list[ChatTokens] = []
+    fitting: list[ChatTokens] = []
     for index, row in enumerate(rows):
         if len(row) <= limit:
-            cut.append(row)
+            fitting.append(row)
         elif too_long == "error" or len(row.prompt) >= limit:
             what = "prompt alone" if len(row.prompt) >= limit else "prompt and response"
             raise ValueError(
@@ -296,26 +345,25 @@ def fit_context(
                 "Shorten it, or pass too_long='truncate' to cut responses (the cut is counted)."
             )
         else:
-            cut.append(ChatTokens(row.prompt, row.response[: limit - len(row.prompt)], row.skip))
-    return cut, sum(len(new) < len(old) for new, old in zip(cut, rows, strict=True))
+            fitting.append(ChatTokens(row.prompt, row.response[: limit - len(row.prompt)], row.skip))
+    return fitting, sum(len(new) < len(old) for new, old in zip(fitting, rows, strict=True))
 
 
 _KNOWN_ANSWER = "blue whales sing"
-"""Rendered as an assistant turn to see what the template writes after one; no template has these words of its own."""
+"""An assistant turn that is rendered to see what the template writes after it; no template contains these words."""
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The token with which the chat template ends an assistant turn; else the tokenizer's end of text.
+    """The token with which the chat template ends an assistant turn, or else the tokenizer's end of text.
 
-    The template renders a turn whose text is known. What ends the turn is the first token after that text, white space
-    aside, if it is a special or an added one. It need not have a name in the tokenizer: Gemma 3's `<end_of_turn>` is
-    not among `all_special_ids`.
+    A turn with known text is rendered; the first token after that text, white space aside, ends the turn if it is a
+    special or an added one. Gemma 3's `<end_of_turn>` is an added token that is not among `all_special_ids`.
     """
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.eos_token_id
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _KNOWN_ANSWER}]
     _, answer, after = _apply_template(tokenizer, turns, speaks=False).rpartition(_KNOWN_ANSWER)
-    # A template that rewrites the answer does not show what it writes after one.
+    # A template that rewrites the answer does not show what ends it.
     for token in encode(tokenizer, after) if answer else ():
         if token in _special_ids(tokenizer):
             return token
@@ -325,13 +373,13 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Special tokens with and without a name, and added ones, except those that are white space (Gemma adds such)."""
+    """Special tokens and added ones, except those that are white space (Gemma adds such)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return set(tokenizer.all_special_ids) | {token for token, value in added.items() if str(value).strip()}
 
 
 def turn_ends(tokenizer: Any) -> frozenset[int]:
-    """The ids that end a turn by the tokenizer alone: its end of text, and what its template writes after an answer."""
+    """The ids that end a turn according to the tokenizer: its end of text, and what its template writes after one."""
     return frozenset({tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None})
 
 
@@ -345,12 +393,13 @@ def stop_tokens(model: Any) -> frozenset[int]:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """A short hash of the chat template, to tell whether a vector was made with this one."""
+    """A short hash of the chat template, by which a vector records the template it was made with."""
     return hashlib.sha256(str(getattr(tokenizer, "chat_template", None)).encode()).hexdigest()[:16]
 
 
-def show_tokens(tokenizer: Any, batch: ChatBatch, row: int = 0) -> str:
-    r"""The row's text with every averaged token between bars: `<|im_start|>assistant\n|Sure|,| here|`."""
+def show_tokens(tokenizer: Any, chat: ChatBatch | Chat, row: int = 0) -> str:
+    r"""Text of a chat or a batch's row, with bars around averaged tokens: `<|im_start|>assistant\n|Sure|,| here|`."""
+    batch = chat if isinstance(chat, ChatBatch) else chat_batch(tokenizer, [chat])
     pieces: list[str] = []
     inside = False
     for token, attended, averaged in zip(

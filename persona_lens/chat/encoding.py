@@ -1,49 +1,49 @@
-"""Text to token ids, where text that comes from outside stays text.
+"""Text to token ids, such that a message cannot forge control tokens.
 
-A tokenizer makes the token of every spelling of a control token, such as `<|im_end|>`, wherever it stands. In what a
-chat template writes this is meant; in the content of a message it would let the content end its own turn and open
-another. So the spellings in contents are put between two marks before the template runs, and what stands between marks
-is then tokenised as plain text. Texts without such a spelling never pass through any of this.
-Knows tokenizers; knows nothing about chats.
+A tokenizer turns every spelling of a control token, such as `<|im_end|>`, into that token. In what a chat template
+writes this is intended; in a message it would let the message end its own turn and open another. So before the template
+runs, such spellings in messages are enclosed in two marks (private-use characters that no message contains), and
+afterwards what stands between marks is tokenised as plain text. Texts without such a spelling skip all of this.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from threading import Lock
 from typing import Any, NamedTuple
 
 _ONE_AT_A_TIME = Lock()
-"""Whether special tokens are split is a setting of the tokenizer's backend, which every call may change."""
+"""Splitting special tokens is a setting of the tokenizer's backend, shared by all threads."""
 
 _REASONING_TAG = re.compile(r"\W*(think|thinking|thought|reasoning)\W*", re.IGNORECASE)
 _PRIVATE_USE = range(0xF0000, 0xF1000)
 
 
 class Marks(NamedTuple):
-    """Two characters, in none of the contents, between which the spelling of a control token is plain text."""
+    """Two characters that no message contains; the spelling of a control token between them is plain text."""
 
     opening: str
     closing: str
 
 
 class _ControlTokens(NamedTuple):
-    """The tokens that a text could forge, and what it takes to find their spellings."""
+    """The tokens that a text could forge, and what is needed to find their spellings."""
 
     ids: dict[str, int]
-    """Special tokens, and the added tokens by which the template tells turns apart."""
+    """Special tokens, and added tokens that the template writes."""
     marked: frozenset[str]
-    """Those that contents may not write: all but the tags of reasoning, which responses hold by right."""
+    """Those that messages may not write: all but reasoning tags, which belong in responses."""
     unsplit: frozenset[str]
-    """Those that are no special tokens, so that splitting special tokens leaves them whole."""
+    """Those that are not special, so that the tokenizer does not split them with the special ones."""
     first_letters: re.Pattern[str]
     lengths: tuple[int, ...]
     takes_space_before: frozenset[str]
     takes_space_after: frozenset[str]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where their spellings stand in a text, the longest first where several begin at one place."""
-        found: list[tuple[int, int]] = []
+        """Where their spellings stand in a text; of several that begin at one place the longest."""
+        spans: list[tuple[int, int]] = []
         stop = 0
         for letter in self.first_letters.finditer(text):
             start = letter.start()
@@ -52,27 +52,32 @@ class _ControlTokens(NamedTuple):
             length = next((length for length in self.lengths if text[start : start + length] in self.ids), None)
             if length is not None:
                 stop = start + length
-                found.append((start, stop))
-        return found
+                spans.append((start, stop))
+        return spans
+
+
+def n_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The length of the longest common start of two texts or lists."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of text as it stands: spellings of special tokens become those tokens, and none is added.
+    """Token ids of text as it is: spellings of special tokens become those tokens, and none is added.
 
-    Raises ValueError for half of a surrogate pair, which is no text.
+    Raises ValueError for half of a surrogate pair, which is not valid text.
     """
     refuse_half_characters(text, "The text")
     return _tokenized(tokenizer, text)
 
 
 def encode_content(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of text from outside, in which the spelling of a control token is plain text."""
+    """Token ids of untrusted text, in which the spelling of a control token is plain text."""
     (marked,), marks = mark_contents(tokenizer, [text])
     return encode_marked(tokenizer, marked, marks)
 
 
 def refuse_half_characters(text: str, place: str) -> None:
-    """Raise ValueError, naming the place, where a text holds half of a surrogate pair."""
+    """Raise ValueError, naming the place, if a text contains half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -83,7 +88,7 @@ def refuse_half_characters(text: str, place: str) -> None:
 
 
 def mark_contents(tokenizer: Any, contents: Sequence[Any]) -> tuple[list[Any], Marks | None]:
-    """Contents, texts or what holds texts, with marks around what spells a control token; None where nothing does."""
+    """Messages or texts with marks around whatever spells a control token; marks are None if nothing does."""
     tokens = _control_tokens_of(tokenizer)
     texts = _texts(contents)
     if not any(text[start:stop] in tokens.marked for text in texts for start, stop in tokens.spans(text)):
@@ -99,14 +104,14 @@ def _texts(value: Any) -> list[str]:
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [text for each in value for text in _texts(each)] if isinstance(value, list | tuple) else []
+    return [text for part in value for text in _texts(part)] if isinstance(value, list | tuple) else []
 
 
 def _marked(value: Any, tokens: _ControlTokens, marks: Marks) -> Any:
     if isinstance(value, Mapping):
-        return {key: _marked(each, tokens, marks) for key, each in value.items()}
+        return {key: _marked(part, tokens, marks) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_marked(each, tokens, marks) for each in value]
+        return [_marked(part, tokens, marks) for part in value]
     if not isinstance(value, str):
         return value
     for start, stop in reversed(tokens.spans(value)):
@@ -118,9 +123,10 @@ def _marked(value: Any, tokens: _ControlTokens, marks: Marks) -> Any:
 def encode_marked(tokenizer: Any, text: str, marks: Marks | None) -> tuple[int, ...]:
     """Token ids of a text in which what stands between marks is plain text.
 
-    Control tokens divide a text wherever they stand. So what lies between two of the template's own is tokenised by
-    itself, with special tokens split, where it holds a mark, and the ids are those of the whole text otherwise. Raises
-    ValueError where a chat template took marks apart, so that its own tokens cannot be told from the content's.
+    A tokenizer cuts a text at every control token and tokenises the pieces independently. So a piece between two of the
+    template's own control tokens can be tokenised by itself, with special tokens split, if it contains marks; all other
+    ids are those of the unmarked text. Raises ValueError if the chat template has split up marks, since its own tokens
+    then cannot be told from a message's.
     """
     if marks is None or not (marks.opening in text or marks.closing in text):
         return encode(tokenizer, text)
@@ -139,7 +145,7 @@ def encode_marked(tokenizer: Any, text: str, marks: Marks | None) -> tuple[int, 
 
 
 def _without_marks(text: str, marks: Marks) -> tuple[str, list[tuple[int, int]]]:
-    """The text without its marks, and where what stood between them is in it."""
+    """The text without its marks, and the spans that stood between them."""
     opening, closing = map(re.escape, marks)
     clean, forged = "", []
     for place, piece in enumerate(re.split(f"{opening}([^{opening}{closing}]*){closing}", text)):
@@ -155,7 +161,7 @@ def _without_marks(text: str, marks: Marks) -> tuple[str, list[tuple[int, int]]]
 
 
 def _outside(tokens: _ControlTokens, clean: str, forged: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Where the tokens stand that no content wrote."""
+    """The spans of the control tokens that the template wrote."""
     edges = [0, *(edge for span in forged for edge in span), len(clean)]
     return [
         (left + start, left + stop)
@@ -167,7 +173,10 @@ def _outside(tokens: _ControlTokens, clean: str, forged: Sequence[tuple[int, int
 def _plain_stretches(
     tokens: _ControlTokens, clean: str, forged: Sequence[tuple[int, int]], own: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """From the token before each forged one to the token after it, without the white space that those swallow."""
+    """The piece around each forged spelling: from the template's token before it to the one after it.
+
+    White space that those tokens swallow (`lstrip`, `rstrip`) is left to them.
+    """
     stretches: list[tuple[int, int]] = []
     for at, end in forged:
         before = max((span for span in own if span[1] <= at), default=None)
@@ -183,15 +192,15 @@ def _plain_stretches(
 
 
 def _plain(tokenizer: Any, text: str, *, within: bool) -> tuple[int, ...]:
-    """Token ids of a piece of text without control tokens; `within` says that other text stands before it."""
+    """Token ids of a piece of text as plain text; `within` says that other text stands before it."""
     if not text:
         return ()
     ids: tuple[int, ...] | None = None
     if within:
-        # Some tokenizers begin every text with a space: behind a line break, which is taken off again, they do not.
+        # Some tokenizers put a space before every text, but not after a line break, whose ids are dropped again.
         line_break = _tokenized(tokenizer, "\n", split=True)
-        found = _tokenized(tokenizer, f"\n{text}", split=True)
-        ids = found[len(line_break) :] if found[: len(line_break)] == line_break else None
+        with_break = _tokenized(tokenizer, f"\n{text}", split=True)
+        ids = with_break[len(line_break) :] if with_break[: len(line_break)] == line_break else None
     ids = _tokenized(tokenizer, text, split=True) if ids is None else ids
     tokens = _control_tokens_of(tokenizer)
     if forged := set(ids) & {tokens.ids[spelling] for spelling in tokens.marked}:
@@ -204,25 +213,21 @@ def _plain(tokenizer: Any, text: str, *, within: bool) -> tuple[int, ...]:
 
 
 def _tokenized(tokenizer: Any, text: str, *, split: bool = False) -> tuple[int, ...]:
+    """The ids of a text; with `split`, special tokens are split into plain ones."""
     with _ONE_AT_A_TIME:
-        if split:
-            return _split(tokenizer, text)
-        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _split(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The ids with special tokens split, which leaves the backend's setting as it was."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    before = getattr(backend, "encode_special_tokens", None)
-    try:
-        return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
-    finally:
-        if before is not None:
-            backend.encode_special_tokens = before
+        if not split:
+            return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        before = getattr(backend, "encode_special_tokens", None)
+        try:
+            return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+        finally:
+            if before is not None:
+                backend.encode_special_tokens = before
 
 
 def _control_tokens_of(tokenizer: Any) -> _ControlTokens:
-    # Tokens may be added to a tokenizer, and its template changed, after it was first seen.
+    # The cache key includes the template and the size, since both may change after the tokenizer was first seen.
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
     return _control_tokens(tokenizer, str(getattr(tokenizer, "chat_template", None)), size)
 
@@ -230,32 +235,32 @@ def _control_tokens_of(tokenizer: Any) -> _ControlTokens:
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: Any, _template: str, _size: int) -> _ControlTokens:
     added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-    found = {token: place for place, token in added.items() if token.content and not token.content.isspace()}
-    others = [token.content for token in found if not token.special]
-    # DeepSeek's mark of a user's turn, for one, is an added token and no special one.
+    tokens = {token: place for place, token in added.items() if token.content and not token.content.isspace()}
+    others = [token.content for token in tokens if not token.special]
+    # DeepSeek's mark of a user turn, for example, is an added token that is not special.
     written = _some_chats(tokenizer) if others else ""
     turns = {spelling for spelling in others if spelling in written and not _REASONING_TAG.fullmatch(spelling)}
-    held = {token.content: place for token, place in found.items() if token.special or token.content in turns}
-    letters = "".join(re.escape(letter) for letter in sorted({spelling[0] for spelling in held}))
+    ids = {token.content: place for token, place in tokens.items() if token.special or token.content in turns}
+    letters = "".join(re.escape(letter) for letter in sorted({spelling[0] for spelling in ids}))
     return _ControlTokens(
-        ids=held,
-        marked=frozenset(spelling for spelling in held if not _REASONING_TAG.fullmatch(spelling)),
+        ids=ids,
+        marked=frozenset(spelling for spelling in ids if not _REASONING_TAG.fullmatch(spelling)),
         unsplit=frozenset(turns),
         first_letters=re.compile(f"[{letters}]" if letters else "(?!)"),
-        lengths=tuple(sorted({len(spelling) for spelling in held}, reverse=True)),
-        takes_space_before=frozenset(token.content for token in found if token.lstrip),
-        takes_space_after=frozenset(token.content for token in found if token.rstrip),
+        lengths=tuple(sorted({len(spelling) for spelling in ids}, reverse=True)),
+        takes_space_before=frozenset(token.content for token in tokens if token.lstrip),
+        takes_space_after=frozenset(token.content for token in tokens if token.rstrip),
     )
 
 
 def _some_chats(tokenizer: Any) -> str:
-    """What the chat template makes of chats with every role; of those that it refuses nothing."""
+    """What the chat template writes for chats with every role, except those that it refuses."""
     system, user, answer = ({"role": role, "content": "?"} for role in ("system", "user", "assistant"))
     written = ""
     for chat in ([user], [user, answer, user], [system, user], [system, user, answer]):
         try:
             opened = chat[-1] is user
             written += str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opened))
-        except Exception:  # whatever a template raises is said where messages are rendered
+        except Exception:  # reported where real messages are rendered
             continue
     return written

@@ -1,8 +1,7 @@
-"""Rows of chats out of files, tables and data sets: one reader for everything that reads chats.
+"""Reads rows of chats from files, tables and data sets: the one reader for everything that reads chats.
 
-A row is whatever stands there, with its number; a line that is no JSON comes out as `Unreadable`, so whoever reads may
-count it or refuse it. Rows come one at a time, and a file may be larger than the memory.
-Knows the forms in which chats are kept; knows nothing about what is done with them.
+Rows come one at a time, with their numbers, so a file may be larger than the memory. A line that is not JSON becomes an
+`Unreadable`, which the caller counts or refuses.
 """
 
 import json
@@ -25,27 +24,27 @@ _ROLES = {name: role for role, names in _SAME_ROLE.items() for name in names}
 
 @runtime_checkable
 class Table(Protocol):
-    """A pandas DataFrame, known by its methods so that pandas is not imported for it."""
+    """A pandas DataFrame, recognised by its methods so that pandas need not be imported."""
 
     def itertuples(self, *args: Any, **kwargs: Any) -> Any:
-        """Its rows; what has no such method is not taken for a table."""
+        """The rows as tuples."""
 
     def to_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Its rows as objects, for `"records"`."""
+        """With `"records"`, the rows as objects."""
 
 
 class Unreadable(NamedTuple):
-    """A line that holds no row."""
+    """A line that is not JSON."""
 
     reason: str
     text: str
 
 
 def chat_rows(rows: str | os.PathLike[str] | Table | Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Every row with its number, counted from 1: of JSON-lines, where blank lines are none, the line's.
+    """Every row with its number, counted from 1; in a .jsonl file, whose blank lines are skipped, the line number.
 
     `rows` is a .jsonl, .json or .parquet file, a pandas DataFrame, or any rows in memory, such as a `datasets.Dataset`.
-    Raises ValueError for a file that cannot be read as a whole, such as a Parquet file without messages.
+    Raises ValueError for a file that is unreadable as a whole, such as a Parquet file without messages.
     """
     if not isinstance(rows, str | os.PathLike):
         return enumerate(rows.to_dict("records") if isinstance(rows, Table) else rows, start=1)
@@ -59,7 +58,7 @@ def chat_rows(rows: str | os.PathLike[str] | Table | Iterable[Any]) -> Iterator[
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The lines of a file that are not blank, read as JSON, with their numbers."""
+    """The lines of a file that are not blank, parsed as JSON, with their numbers."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -73,10 +72,10 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        found = json.loads(path.read_bytes())
+        rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON that can be read: {error}.") from error
-    return enumerate(found if isinstance(found, list) else [found], start=1)
+    return enumerate(rows if isinstance(rows, list) else [rows], start=1)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -89,7 +88,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
-    # Checked before any row is rejected for it: in a table every row lacks what one lacks.
+    # Checked once for the whole table: if the column is missing, every row would be rejected for it.
     messages_of({name: [] for name in file.schema_arrow.names})
     number = 0
     for batch in file.iter_batches(batch_size=1000):
@@ -99,9 +98,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def messages_of(row: Any) -> list[Any]:
-    """The messages of a row under the first of `KEYS` that has a value, with `role` and `content` each.
+    """The messages of a row, from the first of `KEYS` that has a value, with `role` and `content`.
 
-    What each message holds is not checked: `Transcript` does that. Raises ValueError for a row without messages.
+    The messages themselves are not checked (`Transcript` does). Raises ValueError for a row without messages.
     """
     if isinstance(row, Unreadable):
         raise ValueError(row.reason)
@@ -111,23 +110,23 @@ def messages_of(row: Any) -> list[Any]:
     if not present:
         raise ValueError(f"expected one of {', '.join(KEYS)}, got the keys {', '.join(map(str, row))}.")
     key = next((key for key in present if _has_value(row[key])), present[0])
-    given = _listed(row[key])
-    if not isinstance(given, list | tuple):
-        raise ValueError(f"{key} is {type(given).__name__}, expected a list of messages.")
-    return [plain_message(message) for message in given]
+    messages = _listed(row[key])
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"{key} is {type(messages).__name__}, expected a list of messages.")
+    return [plain_message(message) for message in messages]
 
 
 def _has_value(value: Any) -> bool:
-    """Whether a cell holds anything: tables fill the columns that a row lacks with None, NaN or empty lists."""
+    """Whether a cell is filled: tables fill columns that a row lacks with None, NaN or empty lists."""
     if value is None or (isinstance(value, float) and isnan(value)):
         return False
     return not isinstance(value, Sized) or len(value) > 0
 
 
 def _listed(value: Any) -> Any:
-    """A list of messages as Parquet (an array) and `datasets` (an object of lists) may give it."""
+    """A list of messages, from an array (Parquet) or an object of lists (`datasets`)."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, Mapping) and value and all(isinstance(each, list | tuple) for each in value.values()):
+    if isinstance(value, Mapping) and value and all(isinstance(column, list | tuple) for column in value.values()):
         columns = list(value.values())
         if len({len(column) for column in columns}) == 1:
             return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
@@ -135,19 +134,19 @@ def _listed(value: Any) -> Any:
 
 
 def plain_message(message: Any) -> Any:
-    """A message with `role` and `content`, its role in our word, as ShareGPT's `from` and `value` have them too."""
+    """A message with `role` and `content`, also from ShareGPT's `from` and `value`; roles get their usual names."""
     if not isinstance(message, Mapping):
         return message
-    found = dict(message)
+    plain = dict(message)
     for ours, theirs in (("role", "from"), ("content", "value")):
-        if found.get(ours) is None and found.get(theirs) is not None:
-            found[ours] = found[theirs]
-    if isinstance(role := found.get("role"), str):
-        found["role"] = _ROLES.get(role.strip().lower(), role)
-    return found
+        if plain.get(ours) is None and plain.get(theirs) is not None:
+            plain[ours] = plain[theirs]
+    if isinstance(role := plain.get("role"), str):
+        plain["role"] = _ROLES.get(role.strip().lower(), role)
+    return plain
 
 
 def name_of(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """What a row calls itself under the first of the keys that has a text or a number; None where none has."""
+    """A row's name: its value under the first of the keys that has a text or a whole number, or None."""
     names = (row.get(key) for key in keys)
     return next((str(name) for name in names if isinstance(name, (str, int)) and name != ""), None)

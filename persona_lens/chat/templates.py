@@ -1,41 +1,36 @@
-"""The day that chat templates are told: one for a whole run, also where it goes on another day.
+"""Two peculiarities of chat templates: some read the clock, and some write a finished turn unlike they prompt for it.
 
-Some templates (Llama 3.x, SmolLM3, gpt-oss) write today's date into the prompt by calling `strftime_now`. A run that
-went on tomorrow would then mix two prompts. Here the day is fixed while a run is at work, and what it made records it.
-Knows nothing about messages.
+*Dates.* Llama 3.x, SmolLM3 and gpt-oss write today's date into the prompt by calling `strftime_now`, so a run resumed
+tomorrow would mix two prompts. `fixed_date` fixes the date for a whole run, and its results record it.
 
-Where a given response stands in the assistant's turn as the chat template writes it.
-
-A template may write more into a turn than its prompt for generation announces, or something else: Qwen3 puts an empty
-`<think>` block before an answer, DeepSeek-R1 opens a block in the prompt and leaves it out of finished turns, Llama 3
-trims what is said. A response that is given as text is one that the template writes, so its own turn decides.
-Works on rendered texts; knows nothing about tokens.
+*Turns.* Qwen3 puts an empty `<think>` block before an answer, DeepSeek-R1 opens such a block in its generation prompt
+and drops it from finished turns, Llama 3 trims the response. `written_turn` finds where a given response stands in the
+turn that the template writes.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache
-from itertools import takewhile
 from typing import Any, NamedTuple
 
-from persona_lens.chat.encoding import Marks
+from persona_lens.chat.encoding import Marks, n_common
 
 _fixed: ContextVar[str] = ContextVar("fixed template date", default="")
 _DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuV"
-"""What a template may ask for by a format that it puts together itself; what is written in it is found there."""
+"""Format codes that a template may assemble itself; codes that stand in its text are found by `_WRITTEN`."""
 _WRITTEN = re.compile("%[-_0^#]?[EO]?[a-zA-Z]")
 
 
 @contextmanager
 def fixed_date(day: str = "") -> Iterator[str]:
-    """While open, chat templates that read the clock are told this day (ISO form, as `2026-11-30`) at midnight.
+    """While open, chat templates that read the clock get midnight of this day (ISO form, such as `2026-11-30`).
 
-    Without a day it is the one that is fixed already, or else today, which then stays for as long as this is open. Also
-    a decorator, `@fixed_date()`. Raises ValueError for what is no date in ISO form.
+    Without a day it is the one that is fixed already, or else today, kept for as long as the context is open. Also a
+    decorator, `@fixed_date()`. Raises ValueError for a date that is not in ISO form.
     """
     day = datetime.fromisoformat(day or _today()).date().isoformat()
     token = _fixed.set(day)
@@ -46,12 +41,12 @@ def fixed_date(day: str = "") -> Iterator[str]:
 
 
 def date_told(tokenizer: Any) -> str:
-    """The day that the tokenizer's chat template is told now, in ISO form; empty where it reads no clock."""
+    """The date that the tokenizer's chat template would get now, in ISO form; empty if it does not read the clock."""
     return _today() if "strftime_now" in str(getattr(tokenizer, "chat_template", None)) else ""
 
 
 def dated_template(tokenizer: Any) -> str | None:
-    """The tokenizer's chat template with the day that it is told written into it; None where it reads no clock."""
+    """The tokenizer's chat template with the date written into it; None if it does not read the clock."""
     day = date_told(tokenizer)
     return _with_date(tokenizer.get_chat_template(), day) if day else None
 
@@ -62,15 +57,14 @@ def _today() -> str:
 
 @lru_cache(maxsize=64)
 def _with_date(template: str, day: str) -> str:
-    """The template after a macro that takes the place of transformers' `strftime_now`.
+    """The template after a macro that replaces transformers' `strftime_now`.
 
-    A template is given plain data only, no functions, so that the macro writes out the directives one by one.
+    transformers passes no functions of ours to a template, so the macro replaces every format code by its value.
     """
     moment = datetime.fromisoformat(day)
-    told = {f"%{each}": moment.strftime(f"%{each}") for each in _DIRECTIVES}
-    told |= {directive: moment.strftime(directive) for directive in sorted(set(_WRITTEN.findall(template)))}
-    # "%%" is a per cent sign, also before a letter, and so is kept aside until the end.
-    changes = [("%%", "\0"), *told.items(), ("\0", "%")]
+    codes = [*(f"%{letter}" for letter in _DIRECTIVES), *sorted(set(_WRITTEN.findall(template)))]
+    # "%%" is a per cent sign, also before a letter, and so is set aside until the end.
+    changes = [("%%", "\0"), *((code, moment.strftime(code)) for code in dict.fromkeys(codes)), ("\0", "%")]
     filters = "".join(f"|replace({json.dumps(old)}, {json.dumps(new)})" for old, new in changes)
     # transformers trims the line break after a block, so that the template itself begins as it did.
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
@@ -84,9 +78,9 @@ class WrittenTurn(NamedTuple):
     """A response in the rendered chat."""
 
     prompt: str
-    """The messages with the prompt for generation."""
+    """The messages with the generation prompt."""
     before: str
-    """Everything that stands before the response; most often the same text."""
+    """Everything before the response; usually the same text."""
     response: str
     """The response as the template writes it, without what closes the turn."""
 
@@ -97,23 +91,23 @@ def written_turn(
     render: Callable[[str | None], str],
     marks: Marks | None = None,
 ) -> WrittenTurn:
-    """The response in the template's own turn.
+    """The response in the turn that the template writes for it.
 
-    `render` renders the messages with an assistant's turn that says its argument, or without a turn for None, and never
-    with a prompt for generation. A thought that the template leaves out of finished turns stays: it is what the model
-    says after its prompt, once, also where the prompt opens the thought and the response repeats the opening.
+    `render` renders the messages followed by an assistant turn with the given content (None for no turn), without a
+    generation prompt. A reasoning block that the template drops from finished turns is kept, as the model wrote it
+    after its prompt; it is opened once, also if the prompt opens it and the response repeats the opening.
 
-    Raises ValueError where the template writes the response in other words, and where it writes the prompt in other
-    words once there is a response.
+    Raises ValueError if the template writes the response in other words, or writes the prompt in other words once there
+    is a response.
     """
     whole = render(response)
-    # Where the response stood later too, what follows the prompt might only look like it.
+    # If the response occurred again later, this first place might only look like it.
     if whole.startswith(prompt + response) and response not in whole[len(prompt) + len(response) :]:
         return WrittenTurn(prompt, prompt, response)
     # Digits, which no template writes in another case.
     probe = next(text for text in map(str, range(10**9, 2 * 10**9)) if text not in prompt + response)
-    before_probe, found, closing = render(probe).partition(probe)
-    if not found or not whole.endswith(closing):
+    before_probe, separator, closing = render(probe).partition(probe)
+    if not separator or not whole.endswith(closing):
         raise ValueError("The chat template does not write the assistant's response as it is given: use another one.")
     written = whole[: len(whole) - len(closing)]
     turn = _where_the_turn_begins(prompt, written, render(None))
@@ -126,7 +120,7 @@ def written_turn(
                 f"{_shown(written[turn:], marks)}: give it as the template writes it."
             )
         return _after_prompt(prompt, response)
-    # A template that writes a block of its own, though the response brings or goes on with one, would have it twice.
+    # The template writes a reasoning block of its own although the response has one: it would stand there twice.
     twice = set(_TAG.findall(written[turn:start])) & set(_TAG.findall(response))
     if twice or (_goes_on(prompt, response) and not written.startswith(prompt)):
         return _after_prompt(prompt, response)
@@ -134,7 +128,7 @@ def written_turn(
 
 
 def _after_prompt(prompt: str, response: str) -> WrittenTurn:
-    """What the model says after its prompt, without the opening of a block that the prompt has opened."""
+    """The response right after the prompt, without repeating the opening of a block that the prompt has opened."""
     opened = _OPENED.search(prompt)
     if opened and response.lstrip().startswith(opened["tag"]):
         response = response.lstrip().removeprefix(opened["tag"]).removeprefix(opened["space"])
@@ -142,7 +136,7 @@ def _after_prompt(prompt: str, response: str) -> WrittenTurn:
 
 
 def _goes_on(prompt: str, response: str) -> bool:
-    """Whether the prompt opens a block that the response closes without opening it."""
+    """Whether the response closes a block that the prompt opens."""
     opened = _OPENED.search(prompt)
     if opened is None or opened["tag"] in response:
         return False
@@ -150,7 +144,7 @@ def _goes_on(prompt: str, response: str) -> bool:
 
 
 def _start(written: str, response: str) -> int | None:
-    """Where the response begins in a text that ends with it, white space aside; None where the text does not."""
+    """Where the response begins in a text that ends with it, white space aside; None if the text does not."""
     if written.endswith(response):
         return len(written) - len(response)
     place = len(written)
@@ -164,8 +158,8 @@ def _start(written: str, response: str) -> int | None:
 
 
 def _where_the_turn_begins(prompt: str, written: str, messages: str) -> int:
-    """Where the assistant's part begins; raises ValueError where the text before it differs from the prompt's."""
-    turn, alike = _n_common(prompt, messages), _n_common(prompt, written)
+    """Where the assistant's part begins; raises ValueError if the text before it differs from the prompt's."""
+    turn, alike = n_common(prompt, messages), n_common(prompt, written)
     if alike < min(turn, len(prompt)):
         raise ValueError(
             "The chat template should write the messages before a response as it writes them without one, and writes "
@@ -173,10 +167,6 @@ def _where_the_turn_begins(prompt: str, written: str, messages: str) -> int:
             "told apart, so use another template."
         )
     return turn
-
-
-def _n_common(one: Sequence[str], other: Sequence[str]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _shown(text: str, marks: Marks | None) -> str:

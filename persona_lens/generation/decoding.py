@@ -11,7 +11,7 @@ Chats in, texts out: the decode loop for people who read.
 Knows nothing about how tokens are drawn.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from persona_lens.activations.prefixes import pad
-from persona_lens.chat.batches import Message, stop_tokens, tokenize_chat
+from persona_lens.chat.batches import Chat, list_of_chats, prompt_tokens, stop_tokens
 from persona_lens.chat.templates import fixed_date
 from persona_lens.generation.sampling import row_uniforms, sample
 from persona_lens.interventions.hooks import attachments
@@ -295,7 +295,7 @@ class Decoder:
 @fixed_date()
 def generate_text(
     model: Model,
-    chats: Sequence[str | Sequence[Message]],
+    chats: Sequence[Chat],
     *,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -306,15 +306,13 @@ def generate_text(
 ) -> list[str]:
     """The model's reply to each chat, without special tokens: `generate`, for texts instead of token ids.
 
-    A chat is what a user says, or messages (`role`, `content`) that the tokenizer's chat template takes. Interventions
-    that are attached act. Raises ValueError for one chat where a list is expected, and for what `generate` refuses.
+    A chat is a string (a user message), a list of messages (`role`, `content`), a `Conversation`, whose own response is
+    not used, or a `RenderedPrompt`. Interventions that are attached act. Raises ValueError for a single chat where a
+    list is expected, and for what `generate` refuses.
     """
-    if isinstance(chats, str) or any(isinstance(chat, Mapping) for chat in chats):
-        raise ValueError("chats is a list of chats, got a single one: put it into brackets, [chat].")
-    messages = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in chats]
     completions = generate(
         model,
-        [_prompt(model, number, chat) for number, chat in enumerate(messages, start=1)],
+        [_prompt(model, number, chat) for number, chat in enumerate(list_of_chats(chats), start=1)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -325,8 +323,8 @@ def generate_text(
     return [model.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in completions]
 
 
-def _prompt(model: Model, number: int, chat: Sequence[Message]) -> tuple[int, ...]:
+def _prompt(model: Model, number: int, chat: Chat) -> tuple[int, ...]:
     try:
-        return tokenize_chat(model.tokenizer, chat).prompt
-    except ValueError as error:
-        raise ValueError(f"Chat {number}: {error}") from error
+        return prompt_tokens(model.tokenizer, chat)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Chat {number}: {error}") from error

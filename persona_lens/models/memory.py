@@ -1,7 +1,4 @@
-"""How many tokens a forward pass takes at a time, and what to do where that was too many.
-
-Knows nothing about what is run.
-"""
+"""How many tokens to run at a time, and how to go on after running out of memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -10,26 +7,26 @@ import torch
 
 from persona_lens.models.structure import Model, model_device
 
-Found = TypeVar("Found")
+Output = TypeVar("Output")
 
-# As torch says it of a CPU, of accelerators, and of the libraries behind them.
+# Words of torch for the CPU and for accelerators, and of the libraries behind them.
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 
 
 class DoesNotFit(MemoryError):
-    """A row for which memory does not suffice by itself: nothing smaller is left to try."""
+    """A single row does not fit into memory."""
 
 
 def default_token_budget(model: Model) -> int:
-    """Padded tokens of a batch that are worth running together, before memory has its say.
+    """The number of padded tokens in a batch, unless memory runs out.
 
-    On a CPU nothing was won beyond 512 (benchmarks/README.md); for accelerators 16,384 is a guess, measured on none.
+    On a CPU more than 512 was no faster (benchmarks/README.md); 16,384 for accelerators is a guess.
     """
     return 512 if model_device(model).type == "cpu" else 16384
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on an accelerator or on the CPU, and less may do."""
+    """Whether an error means that memory ran out, and a smaller batch may fit."""
     if isinstance(error, DoesNotFit):
         return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -38,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def does_not_fit(model: Model, n_tokens: int) -> DoesNotFit:
-    """The error, in one sentence, of a row that does not fit by itself."""
+    """The error for a row that does not fit by itself."""
     return DoesNotFit(
         f"A row of {n_tokens} tokens does not fit into the memory of {model_device(model)} by itself: shorten it, load "
         "the model with a narrower dtype (bfloat16), or free memory."
@@ -50,11 +47,11 @@ def backing_off(
     waiting: set[int],
     lengths: Sequence[int],
     token_budget: int,
-    attempt: Callable[[list[int], int], Iterator[Found]],
-) -> Iterator[Found]:
-    """What `attempt(rows, budget)` yields; where memory does not suffice, the rows still waiting run with half of it.
+    attempt: Callable[[list[int], int], Iterator[Output]],
+) -> Iterator[Output]:
+    """Yield what `attempt(rows, budget)` yields; out of memory, the rows still waiting run with half the budget.
 
-    An attempt takes a row out of `waiting` once it is done. Raises DoesNotFit where a row fails alone.
+    An attempt removes each finished row from `waiting`. Raises DoesNotFit if a single row does not fit.
     """
     budget = token_budget
     while waiting:
@@ -63,7 +60,7 @@ def backing_off(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if budget <= 1:  # then a batch is one row
+            if budget <= 1:  # every batch was a single row already
                 raise does_not_fit(model, max(lengths[row] for row in waiting)) from error
             budget //= 2
         else:
@@ -72,6 +69,6 @@ def backing_off(
 
 
 def release_memory(model: Model) -> None:
-    """Give cached blocks back, so that smaller ones can be cut from them."""
+    """Return the allocator's cached blocks, so that smaller ones can be cut from them."""
     if model_device(model).type == "cuda":
         torch.cuda.empty_cache()

@@ -1,15 +1,13 @@
-"""What a running Hugging Face `generate` was given: how long its prompt is, and whether it runs it in pieces.
+"""What a hook cannot see of the forward pass that runs it: the cached tokens, the rows, and where the prompt ends.
 
-Inside a forward pass nothing tells a piece of a prompt from a whole one, or a prompt from a prompt with guessed tokens
-behind it (`prefill_chunk_size`, a prefix that is cached already, assisted decoding). `generate` knows, and its call is
-on the stack of the hook that asks. Only its parameters are read there. Nothing is wrapped or replaced, so nothing can
-be left behind, and passes in other threads, which have stacks of their own, are not confused with it.
+There are three sources.
 
-What a hook cannot see of the forward pass that runs it: which tokens are cached, which rows and positions these are.
-
-Two sources: the pass itself, whose key-value cache and mask are read as it begins, alike on both model classes; and its
-caller, a loop that knows its rows and prompts and announces them.
-Knows nothing about traits, vectors or interventions.
+- The pass itself: its key-value cache and attention mask are read as it begins (`watch_passes`).
+- Its caller: our own loops know their rows and prompts, and announce them (`announce`).
+- A Hugging Face `generate` that runs the pass. From inside a pass, a piece of a prompt (`prefill_chunk_size`, a cached
+  prefix) looks like a whole one, and a prompt with guessed tokens behind it (assisted decoding) like a prompt.
+  `generate` knows, and its call is on the stack of the hook that asks, so its parameters are read there. Nothing is
+  wrapped or replaced, so nothing can be left behind, and other threads have stacks of their own.
 """
 
 import inspect
@@ -35,24 +33,24 @@ class GivenToGenerate(NamedTuple):
     """What a call of `generate` says about its prompt."""
 
     prompt_width: int | None
-    """Its tokens, padding and cached ones included; None where the call does not say, or is inside another."""
+    """Its length, with padding and cached tokens; None if the call does not say, or is inside another `generate`."""
     in_pieces: bool
     """Whether the prompt is run in pieces (`prefill_chunk_size`)."""
 
 
 def given_to_generate(decoder: nn.Module) -> GivenToGenerate | None:
-    """What the `generate` that runs this pass of a decoder was given; None where no `generate` of its model runs."""
+    """What the `generate` that runs this pass of a decoder was given; None if none runs it."""
     calls = _running_calls()
     if not calls or not _holds(calls[0]["self"], decoder):
         return None
-    # A `generate` inside another one: its prompt may end with what the outer one has generated, as an assistant's does.
+    # Inside another `generate`, as an assistant's is, the prompt may end with tokens that the outer one generated.
     if len(calls) > 1:
         return GivenToGenerate(None, False)
-    given = calls[0]
-    options = given["kwargs"]
-    settings = given["generation_config"] or given["self"].generation_config
+    call = calls[0]
+    options = call["kwargs"]
+    settings = call["generation_config"] or call["self"].generation_config
     in_pieces = options.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
-    return GivenToGenerate(_prompt_width(given["inputs"], options), bool(in_pieces))
+    return GivenToGenerate(_prompt_width(call["inputs"], options), bool(in_pieces))
 
 
 def _running_calls() -> list[dict[str, Any]]:
@@ -80,25 +78,24 @@ def _holds(hf_model: Any, decoder: nn.Module) -> bool:
 
 
 def _prompt_width(inputs: Tensor | None, options: dict[str, Any]) -> int | None:
-    """The attention mask covers the whole prompt, also where only tokens that are not cached yet were passed as ids."""
+    """The prompt's length: the mask's, if there is one, since ids may be only those that are not cached yet."""
     ids = inputs if inputs is not None else options.get("input_ids")
     embeddings = options.get("inputs_embeds")
     if isinstance(mask := options.get("attention_mask"), Tensor):
         return mask.shape[1] if mask.ndim == 2 else None
     if embeddings is not None:
         return embeddings.shape[1] if ids is None else None
-    return 1 if ids is None else ids.shape[1]  # without any prompt `generate` begins with one token of its own
+    return 1 if ids is None else ids.shape[1]  # without a prompt `generate` begins with one token of its own
 
 
 @dataclass(frozen=True)
 class KnownPass:
-    """What the caller of a forward pass knows of it.
+    """What the caller of a forward pass knows about it; None is unknown.
 
     Attributes:
-        rows: Which row of the whole plan each row of the batch is; None where one row of the batch serves several.
-        prompt: True on the tokens of prompts; None where the caller does not know.
-        response: True on the last token of a prompt and on the tokens of its response, which are what the last prompt
-            token and all later ones predict; None where the caller does not know.
+        rows: The index of each row of the batch among all rows of the call; None if one row stands for several.
+        prompt: True on the tokens of prompts.
+        response: True on the last token of a prompt and on the response: where the response is predicted.
     """
 
     rows: Int[Tensor, " batch"] | None = None
@@ -107,9 +104,9 @@ class KnownPass:
 
 
 class _Announcement:
-    """What is known of a pass, for as long as the frame that runs it lives.
+    """What is known of a pass, alive as long as the frame of `announce`.
 
-    The context variable refers to it weakly, so that an interrupt leaves no announcement to a later pass.
+    The context variable holds only a weak reference, so after an interrupt no later pass reads a stale announcement.
     """
 
     def __init__(self, known: KnownPass | None, attended: Tensor | None):
@@ -121,7 +118,7 @@ _announced: ContextVar["weakref.ref[_Announcement] | None"] = ContextVar("person
 
 @contextmanager
 def announce(known: KnownPass | None, attended: Bool[Tensor, "batch seen"] | None = None) -> Iterator[None]:
-    """Say what is known of the forward pass inside, and which tokens, cached and new, are not padding."""
+    """Tell hooks what is known of the forward pass inside, and which tokens, cached and new, are not padding."""
     announcement, before = _Announcement(known, attended), _announced.get()
     try:
         _announced.set(weakref.ref(announcement))
@@ -147,12 +144,12 @@ class CurrentPass:
     """The forward pass that runs now.
 
     Attributes:
-        cached: Tokens that its key-value cache held as it began; None where it has no cache.
-        mask: Which tokens it attends to, cached and new ones [batch, seen]; None where it was given no such mask.
-        number: Counts what was read, so that another number is another pass.
-        given: What the Hugging Face `generate` that runs it was given; None where none runs it.
-        shows_padding: Whether `mask` is the whole truth about padding: not where the pass was given a mask of another
-            form, such as one of which token may attend to which.
+        cached: The number of tokens in its key-value cache as it began; None without a cache.
+        mask: True on tokens that are no padding, cached and new ones [batch, seen]; None if it was not given.
+        number: Counts passes: a new number is a new pass.
+        given: What the Hugging Face `generate` that runs it was given; None if none runs it.
+        shows_padding: Whether `mask` tells what is padding: not if the pass got a mask of another form, such as one
+            that says which token may attend to which.
     """
 
     cached: int | None = None
@@ -164,7 +161,7 @@ class CurrentPass:
 
 @contextmanager
 def watch_passes(model: Model, layers: Sequence[int]) -> Iterator[CurrentPass]:
-    """While open, the yielded value describes the forward pass that runs one of `layers`."""
+    """While open, the yielded value describes the current forward pass through any of `layers`."""
     current = CurrentPass()
     hooks = []
     for module, read in _readers(model, layers):
@@ -175,9 +172,8 @@ def watch_passes(model: Model, layers: Sequence[int]) -> Iterator[CurrentPass]:
             kwargs: dict[str, Any],
             read: Callable[..., CurrentPass] = read,
         ) -> None:
-            seen = read(module, args, kwargs)
-            current.cached, current.mask, current.number = seen.cached, seen.mask, current.number + 1
-            current.given, current.shows_padding = seen.given, seen.shows_padding
+            number = current.number + 1
+            vars(current).update(vars(read(module, args, kwargs)), number=number)
 
         hooks.append(Hook(module, before, before=True))
     with hooked(model, hooks):
@@ -188,24 +184,24 @@ def _readers(model: Model, layers: Sequence[int]) -> list[tuple[nn.Module, Calla
     if not layers:
         return []
     if is_bridge(model):
-        # Everything that runs a bridge goes through the decoder: its own generate, Hugging Face's, and PEFT around it.
+        # Whatever runs a bridge goes through the decoder: its own generate, Hugging Face's, and PEFT's.
         return [(cast(Any, model).original_model.get_decoder(), _read_decoder)]
-    # HookedTransformer.generate calls `forward` directly, past any hook on the model itself.
+    # HookedTransformer.generate calls `forward` directly, which skips hooks on the model itself.
     return [(model.blocks[layer], _read_hooked_block) for layer in layers]
 
 
 def _read_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CurrentPass:
-    given = signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
-    cache = given.get("past_key_values")
-    # Asked for a cache and given none yet, the pass makes one, which is empty.
-    fresh = 0 if given.get("use_cache") is True else None
-    mask = _plain_mask(given.get("attention_mask"))
+    arguments = signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    arguments |= arguments.pop("kwargs", {})
+    cache = arguments.get("past_key_values")
+    # With `use_cache` and no cache yet, the pass makes an empty one.
+    without_cache = 0 if arguments.get("use_cache") is True else None
+    mask = _plain_mask(arguments.get("attention_mask"))
     return CurrentPass(
-        fresh if cache is None else int(cache.get_seq_length()),
+        without_cache if cache is None else int(cache.get_seq_length()),
         mask,
         given=given_to_generate(decoder),
-        shows_padding=mask is not None or given.get("attention_mask") is None,
+        shows_padding=mask is not None or arguments.get("attention_mask") is None,
     )
 
 
@@ -215,7 +211,7 @@ def _read_hooked_block(_block: nn.Module, _args: tuple[Any, ...], kwargs: dict[s
 
 
 def _plain_mask(mask: Any) -> Tensor | None:
-    """Which tokens are no padding: as announced, or from a mask that says this and not which may attend to which."""
+    """The padding mask: the announced one, or the pass's own if it has the form [batch, seen]."""
     announcement = _announcement()
     if announcement is not None and announcement.attended is not None:
         return announcement.attended

@@ -1,11 +1,6 @@
-"""The tokens that a model itself declares as ends of its text: `generation_config.eos_token_id`, one id or several.
+"""What persona_lens knows of a TransformerLens model: its hook points, its identity, how it runs without interventions.
 
-Chat models often list there the end of a turn, which their tokenizer has no name for.
-
-A model's hook points and identity: where the residual stream is, and whose it is.
-
-Layer `l` is the output of block `l`, counted from 0 (`blocks.{l}.hook_resid_post`), on both model classes.
-Knows nothing about traits, vectors or chats.
+Layer `l` is the output of block `l`, counted from 0 (`blocks.{l}.hook_resid_post`), in both model classes.
 """
 
 import hashlib
@@ -25,52 +20,6 @@ from torch import Tensor, nn
 
 from persona_lens.models.scopes import ForwardGate, gate_forward, gate_hooks, open_gates, scope_on
 from persona_lens.storage.text import shown_name
-
-_of_folders: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()
-"""What was read from disk for a `HookedTransformer` that persona_lens did not load."""
-
-
-def declared_ends(model: Any) -> frozenset[int]:
-    """Every id in the `eos_token_id` of the model's generation settings; none where it has no such settings.
-
-    A bridge has the settings of the Hugging Face model in it, a `HookedTransformer` those it was loaded with here. For
-    a `HookedTransformer` loaded elsewhere they are read from the folder, or the hub's local cache, that its tokenizer
-    was loaded from, never from the network.
-    """
-    source = getattr(model, "original_model", model)
-    settings = getattr(source, "generation_config", None)
-    if settings is not None:
-        ends = _ids(getattr(settings, "eos_token_id", None))
-        return ends or _ids(getattr(getattr(source, "config", None), "eos_token_id", None))
-    if not isinstance(model, nn.Module):
-        return frozenset()
-    if model not in _of_folders:
-        _of_folders[model] = _ends_on_disk(getattr(getattr(model, "tokenizer", None), "name_or_path", ""))
-    return _of_folders[model]
-
-
-def _ends_on_disk(source: str) -> frozenset[int]:
-    if not source:
-        return frozenset()
-    from transformers import AutoConfig, GenerationConfig
-
-    for settings in (GenerationConfig, AutoConfig):
-        try:
-            ends = _ids(settings.from_pretrained(source, local_files_only=True).eos_token_id)
-        except (OSError, ValueError, AttributeError):  # no such file, or a folder that holds a tokenizer alone
-            continue
-        if ends:
-            return ends
-    return frozenset()
-
-
-def _ids(value: Any) -> frozenset[int]:
-    """The ids in an `eos_token_id`, which is None, a number, a list or a tensor."""
-    if value is None:
-        return frozenset()
-    listed = value.tolist() if hasattr(value, "tolist") else value
-    return frozenset(int(each) for each in listed) if isinstance(listed, list | tuple) else frozenset({int(listed)})
-
 
 ResidualBasis = Literal["raw", "centred"]
 
@@ -94,10 +43,10 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a saved vector remembers of its model, to be refused on another one (`identify`).
+    """What a saved vector records of its model, so that it can be refused on another one (`identify`).
 
-    `name` is a hub name, or the last folder of a local one. `embedding_sample` is read from the token embedding, which
-    finetuning hardly moves: two models of one base have nearly the same sample, unrelated models do not.
+    `name` is a hub name, or the last part of a path. `embedding_sample` is taken from the token embedding, which
+    finetuning hardly changes: models of one base have nearly the same sample, unrelated models do not.
     """
 
     name: str
@@ -110,7 +59,7 @@ class ModelIdentity:
 
 
 def plain_name(name: str) -> str:
-    """The name in the Hugging Face model of a module or weight that a bridge has wrapped."""
+    """The name that a module or weight of a bridge has in the plain Hugging Face model."""
     return ".".join(part for part in name.split(".") if part != "_original_component")
 
 
@@ -120,7 +69,7 @@ def is_bridge(model: Model) -> bool:
 
 
 def from_paper_layer(layer: int) -> int:
-    """The layer that the paper and its reference code call `layer` (counted from 1), counted from 0 as here.
+    """Convert a layer of the paper, counted from 1, to a layer counted from 0 as everywhere in this package.
 
     The paper's layer 20 is the output of the twentieth block, `blocks.19.hook_resid_post`.
     """
@@ -130,16 +79,16 @@ def from_paper_layer(layer: int) -> int:
 
 
 def refuse_other_kinds(hf_model: Any) -> None:
-    """Raise ValueError for a Hugging Face model that is no decoder with attention: its stream means another thing.
+    """Raise ValueError for a Hugging Face model that is no decoder with attention, and on transformers 5.24.
 
-    TransformerLens bridges encoders and state-space models too. Transformers 5.24 is refused as well.
+    TransformerLens also bridges encoders and state-space models, whose residual stream means something else.
     """
     if getattr(hf_model.config, "is_encoder_decoder", False):
         kind = "an encoder with a decoder"
     elif not hf_model.can_generate():
         kind = "an encoder, or a decoder without its unembedding"
-    elif "past_key_values" not in (taken := signature(hf_model.get_decoder().forward).parameters):
-        if "cache" in taken:
+    elif "past_key_values" not in (parameters := signature(hf_model.get_decoder().forward).parameters):
+        if "cache" in parameters:
             raise ValueError(
                 f"transformers {version('transformers')} hands keys and values on by a name that TransformerLens does "
                 'not know, and cached passes would forget the prompt. Run: pip install "transformers<5.24"'
@@ -154,7 +103,7 @@ def refuse_other_kinds(hf_model: Any) -> None:
 
 
 def refuse_foreign_blocks(bridge: Any) -> None:
-    """Raise ValueError where another library has put a module of its own around a block, whose points are gone then."""
+    """Raise ValueError if another library has wrapped a block in a module of its own, which hides its hook points."""
     for number, block in enumerate(bridge.blocks):
         if "_original_component" not in block._modules:
             raise ValueError(
@@ -164,15 +113,15 @@ def refuse_foreign_blocks(bridge: Any) -> None:
 
 
 def resid_post_name(layer: int) -> str:
-    """TransformerLens's name of the hook point at the output of block `layer`."""
+    """TransformerLens's name for the output of block `layer`."""
     return f"blocks.{layer}.hook_resid_post"
 
 
 def residual_points(model: Model) -> list[nn.Module]:
-    """The hook points of the residual stream: what enters block 0, then the output of every block.
+    """The hook points of the residual stream: the input of block 0, then the output of every block.
 
-    Row 0 is the embedding (Hugging Face's `hidden_states[0]`), row `l + 1` is layer `l`. Raises ValueError for a model
-    that is no decoder (`refuse_other_kinds`).
+    Entry 0 is the embedding (Hugging Face's `hidden_states[0]`), entry `l + 1` is layer `l`. Raises ValueError for a
+    model that is no decoder.
     """
     if is_bridge(model):
         refuse_other_kinds(cast(Any, model).original_model)
@@ -184,15 +133,12 @@ def residual_points(model: Model) -> list[nn.Module]:
 
 @contextmanager
 def suspended(model: Model, *, keep_adapters: bool = False) -> Iterator[None]:
-    """The model as it is without interventions: no hook acts and adapters are off, in the passes of this context.
+    """While open, the model runs without interventions: no hook acts, and adapters are off unless `keep_adapters`.
 
-    Silenced are our hooks, everybody's hooks at hook points, and hooks that users registered on any module of the
-    model by PyTorch's own means; those by which TransformerLens, Transformers, PEFT or PyTorch run a model go on. What
-    is attached inside the context acts, there and after it. Passes of other threads are not touched.
-    `keep_adapters` leaves adapters as they are.
-
-    Judges run inside it, so that what is measured never measures itself. Raises ValueError for an adapter that is
-    merged into the weights it should be taken off from.
+    Judges run inside it, so that no intervention judges itself. Silenced are this package's hooks, all hooks at hook
+    points, and PyTorch hooks that users registered on any module of the model; hooks by which TransformerLens,
+    transformers, PEFT or PyTorch run the model go on. Whatever is attached inside the context acts. Passes of other
+    threads are not affected. Raises ValueError for an adapter that is merged into the weights.
     """
     modules = _all_modules(model)
     adapters = [] if keep_adapters else [module for module in modules if _is_switched_on(module)]
@@ -202,9 +148,9 @@ def suspended(model: Model, *, keep_adapters: bool = False) -> Iterator[None]:
             "unmerge_adapter() first, or merge_and_unload() to make it the model."
         )
     of_all_modules = [*module_hooks._global_forward_hooks.values(), *module_hooks._global_forward_pre_hooks.values()]
-    if heard := [hook for hook in of_all_modules if _is_silenced(modules[0], hook)]:
+    if loud := [hook for hook in of_all_modules if _is_silenced(modules[0], hook)]:
         raise ValueError(
-            f"A hook on all modules of the process ({getattr(heard[0], '__qualname__', heard[0])!s}) would act on what "
+            f"A hook on all modules of the process ({getattr(loud[0], '__qualname__', loud[0])!s}) would act on what "
             "is judged: remove it first (register_module_forward_hook gave a handle for that)."
         )
     with scope_on(model, partial(open_gates, modules)) as scope:
@@ -215,7 +161,7 @@ def suspended(model: Model, *, keep_adapters: bool = False) -> Iterator[None]:
 
 
 def _all_modules(model: Model) -> list[nn.Module]:
-    """The modules of the model, and those of the Hugging Face model in a bridge: neither has all of the other's."""
+    """The modules of the model and of a bridge's Hugging Face model, neither of which has all of the other's."""
     inner = [cast(Any, model).original_model] if is_bridge(model) else []
     return list(dict.fromkeys(module for root in (model, *inner) for module in cast(nn.Module, root).modules()))
 
@@ -224,7 +170,7 @@ _RUNNING_THE_MODEL = ("torch", "transformers", "transformer_lens", "accelerate",
 
 
 def _is_silenced(module: nn.Module, hook: Any) -> bool:
-    """Whether a hook changes or reads activations on somebody's behalf, and is no part of how the model is run."""
+    """Whether a hook is somebody's own, and not part of how a library runs the model."""
     if type(module).__name__ == "HookPoint" or hasattr(hook, "scope"):
         return True
     while isinstance(hook, partial):
@@ -234,16 +180,16 @@ def _is_silenced(module: nn.Module, hook: Any) -> bool:
 
 
 def _is_switched_on(module: nn.Module) -> bool:
-    """Whether it is a layer of PEFT's whose adapter acts."""
-    # By class: a wrapper of a bridge has the attributes of the module inside it too.
+    """Whether the module is a PEFT layer whose adapter is switched on."""
+    # Looked up on the class, since a bridge's wrapper passes on the attributes of the module inside it.
     is_adapter = hasattr(type(module), "enable_adapters") and hasattr(type(module), "active_adapter")
     return is_adapter and not getattr(module, "disable_adapters", False)
 
 
 def _run_without_adapter(module: nn.Module, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-    """What PEFT runs of a layer whose adapter is switched off."""
-    held = module._modules
-    return cast(nn.Module, held.get("base_layer") or held["original_module"])(*args, **kwargs)
+    """The forward of a PEFT layer without its adapter."""
+    children = module._modules
+    return cast(nn.Module, children.get("base_layer") or children["original_module"])(*args, **kwargs)
 
 
 def model_device(model: Model) -> torch.device:
@@ -252,14 +198,14 @@ def model_device(model: Model) -> torch.device:
 
 
 def cpu_threads(model: Model) -> int | None:
-    """The CPU threads that share the model's sums, which decides how these round; None on an accelerator."""
+    """The number of CPU threads, on which the rounding of sums depends; None on an accelerator."""
     return torch.get_num_threads() if model_device(model).type == "cpu" else None
 
 
 def refuse_other_threads(where: object, recorded: int | None, threads: int | None) -> None:
-    """Raise ValueError where a run would go on with another number of CPU threads than the recorded one.
+    """Raise ValueError if a run would resume with another number of CPU threads than it recorded.
 
-    A number that is None, as in runs of versions that recorded none and on accelerators, is not compared.
+    None (an accelerator, or a run of a version that did not record it) is not compared.
     """
     if recorded is not None and threads is not None and recorded != threads:
         raise ValueError(
@@ -270,7 +216,7 @@ def refuse_other_threads(where: object, recorded: int | None, threads: int | Non
 
 
 def residual_basis(model: Model) -> ResidualBasis:
-    """Whether weight processing has centred the residual stream; only LayerNorm models can be."""
+    """Whether weight processing has centred the residual stream, which is possible for LayerNorm models only."""
     if "RMS" in str(getattr(model.cfg, "normalization_type", "")) or getattr(model.cfg, "uses_rms_norm", False):
         return "raw"
     embedding = _embedding(model)[:256].float()
@@ -282,13 +228,13 @@ def identify(model: Model) -> ModelIdentity:
     embedding = _embedding(model)
     rows, columns = (evenly_spaced(0, size - 1, 256).to(embedding.device) for size in embedding.shape)
     digest = hashlib.sha256()
-    # A bridge nests the original modules in wrappers, and how differs between TransformerLens releases.
+    # Plain names, since how a bridge nests modules differs between TransformerLens releases.
     weights = cast(Any, model).original_model if is_bridge(model) else cast(Any, model)
     names = {plain_name(name): value for name, value in weights.named_parameters()}
     for name, parameter in sorted(names.items()):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
-        # TransformerLens 3.9 gives a bridge's unembedding a bias of zeros, 4 does not.
+        # Zeros are skipped: TransformerLens 3.9 gives a bridge's unembedding a bias of zeros, 4 does not.
         if bool(sample.any()):
             digest.update(name.encode())
             digest.update(sample.numpy().tobytes())
@@ -304,7 +250,7 @@ def identify(model: Model) -> ModelIdentity:
 
 
 def evenly_spaced(first: int, last: int, count: int) -> Int[Tensor, " count"]:
-    """Whole numbers from `first` to `last` at even distances, rounded down, whatever the default dtype is."""
+    """Evenly spaced integers from `first` to `last`, rounded down, independent of torch's default dtype."""
     return first + torch.arange(count, dtype=torch.long) * (last - first) // max(1, count - 1)
 
 
@@ -312,3 +258,48 @@ def _embedding(model: Model) -> Tensor:
     if is_bridge(model):
         return cast(Any, model).original_model.get_input_embeddings().weight.detach()
     return cast(Any, model).W_E.detach()
+
+
+_of_folders: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()
+"""What `declared_ends` read from disk for a `HookedTransformer` that persona_lens did not load."""
+
+
+def declared_ends(model: Any) -> frozenset[int]:
+    """The ids in the `eos_token_id` of the model's generation settings; chat models often list the end of a turn there.
+
+    For a `HookedTransformer` that persona_lens did not load, the settings are read from the folder, or the hub's local
+    cache, that its tokenizer came from, never from the network.
+    """
+    source = getattr(model, "original_model", model)
+    settings = getattr(source, "generation_config", None)
+    if settings is not None:
+        ends = _ids(getattr(settings, "eos_token_id", None))
+        return ends or _ids(getattr(getattr(source, "config", None), "eos_token_id", None))
+    if not isinstance(model, nn.Module):
+        return frozenset()
+    if model not in _of_folders:
+        _of_folders[model] = _ends_on_disk(getattr(getattr(model, "tokenizer", None), "name_or_path", ""))
+    return _of_folders[model]
+
+
+def _ends_on_disk(source: str) -> frozenset[int]:
+    if not source:
+        return frozenset()
+    from transformers import AutoConfig, GenerationConfig
+
+    for settings in (GenerationConfig, AutoConfig):
+        try:
+            ends = _ids(settings.from_pretrained(source, local_files_only=True).eos_token_id)
+        except (OSError, ValueError, AttributeError):  # no such file, or a folder with a tokenizer alone
+            continue
+        if ends:
+            return ends
+    return frozenset()
+
+
+def _ids(value: Any) -> frozenset[int]:
+    """The ids in an `eos_token_id`, which is None, a number, a list or a tensor."""
+    if value is None:
+        return frozenset()
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    return frozenset(map(int, ids if isinstance(ids, list | tuple) else [ids]))

@@ -1,13 +1,23 @@
-"""A bridge's Hugging Face model without the hook points that carry no hook, as a view that changes nothing.
+"""Runs a bridge at the speed of its Hugging Face model, by leaving out the hook points that nobody listens to.
 
-A `TransformerBridge` has dozens of hook points in every block, and computes its attention in steps so that they can
-fire. The view is a second tree of modules over the same weights: where a wrapper carries a hook that would act, the
-view has the wrapper, and elsewhere the module inside it. The entry and exit of a block fire where something listens.
+A `TransformerBridge` nests every module of a Hugging Face model in a wrapper. A block has dozens of hook points, and
+its attention is computed step by step so that they can fire, which costs time in every pass. `unhooked` returns a
+*view* for one pass: a second tree of modules over the same weights. Where a wrapper has a hook that would act now, the
+view has the wrapper; elsewhere it has the Hugging Face module inside. The input and output of a block still fire if
+anything is hooked there.
 
-The tree is made for one pass. Only the modules above a wrapper have a second object in it, which shares the `__dict__`
-of the first, and so its weights, buffers, hooks and whatever it notes of itself, and has other children; everything
-else is the bridge's own. So the bridge itself is never touched: an interrupt has nothing to leave behind, other threads
-run it as it is, and what was changed on the model meanwhile (an adapter, an attribute, a hook) is in the next view.
+How it goes:
+
+1. `_survey`, cached for as long as the tree of modules stays the same, finds the wrappers that may be left out without
+   changing the result (`_passes_through`, `_computes_the_same`) and which modules' hooks would be missed (`_Part`).
+2. Before each pass, every part without a hook that acts is left out (`_Part.is_heard`).
+3. `_view` builds the tree. Only modules above a left-out wrapper need a second object. It shares the `__dict__` of the
+   original, and so its weights, buffers, hooks and attributes, but has other children; everything else in the tree is
+   the bridge's own object.
+4. If every attention is unwrapped, the view's config asks for the fused attention (`sdpa`), as Hugging Face would.
+
+The bridge itself is never changed. So an interrupt leaves nothing behind, other threads run the bridge as it is, and a
+change of the model (an adapter, an attribute, a hook) is in the next view.
 """
 
 import copy
@@ -27,19 +37,19 @@ from persona_lens.models.scopes import would_act
 from persona_lens.models.structure import refuse_foreign_blocks
 
 _INNER = "_original_component"
-"""The name under which a wrapper has the module that it wraps."""
+"""The name under which a wrapper holds the module that it wraps."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What is unwrapped together, or not at all: a block's attention, say, with the projections inside it.
+    """Wrappers that are left out together or not at all, such as a block's attention and the projections inside it.
 
     Attributes:
-        silent: Every module whose hooks would not fire any more.
-        wiring: Ids of the hooks by which the bridge feeds its own points: they are no user's.
-        is_attention: Whether it is told which attention to compute.
-        entry: For a block, the point before it, which goes on firing.
-        exit: For a block, the point behind it.
+        silent: Every module whose hooks would no longer fire.
+        wiring: Ids of the hooks by which the bridge feeds its own hook points, which do not count as hooks.
+        is_attention: Whether it computes attention.
+        entry: For a block, its input hook point, which still fires.
+        exit: For a block, its output hook point, which still fires.
     """
 
     silent: tuple[nn.Module, ...]
@@ -50,15 +60,16 @@ class _Part:
 
     @property
     def is_block(self) -> bool:
-        """Whether it is a whole block."""
+        """Whether it wraps a whole block."""
         return self.entry is not None
 
     @property
     def is_heard(self) -> bool:
-        """Whether a hook of a user's would be missed. Asked of a thousand modules before each pass, hence so plain."""
+        """Whether a hook that acts now would be missed."""
+        # A thousand modules are asked before each pass, so this reads their `__dict__` and makes few calls.
         for module in self.silent:
             own = module.__dict__
-            # A forward of the module's own, as a library sets it, is heard too.
+            # A library may also have replaced the module's forward.
             if own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
                 return True
             if own["_forward_hooks"] and any(map(would_act, list(own["_forward_hooks"].values()))):
@@ -72,11 +83,11 @@ class _Part:
 
 @dataclass(eq=False)
 class _Node:
-    """A module that has wrappers below it, or that is one, and so may be copied into a view.
+    """A module that is a wrapper or has wrappers below it, and so may need a second object in a view.
 
     Attributes:
-        part: For a wrapper that may be left out, what it is left out with.
-        branches: Those of its children that are nodes, by name; of a wrapper the module inside it, node or not.
+        part: For a wrapper that may be left out, the part that it belongs to.
+        branches: The children that are nodes themselves, by name; of a wrapper always the module inside.
     """
 
     module: nn.Module
@@ -84,9 +95,9 @@ class _Node:
     branches: dict[str, "_Node"] = field(default_factory=dict)
 
     def edges(self) -> Iterator[tuple[dict[str, nn.Module | None], str, nn.Module]]:
-        """The children that it and the nodes below it were found to have, and where they stand."""
+        """Every edge of the tree of nodes: the table of children, the name in it, and the child that was found."""
         for name, node in self.branches.items():
-            # What has no nodes below it is looked up for each view: an adapter may have been put around it.
+            # A wrapped module without nodes below is looked up anew for each view, since an adapter may wrap it.
             if name != _INNER or node.branches:
                 yield self.module._modules, name, node.module
             yield from node.edges()
@@ -98,11 +109,11 @@ class _Survey:
     edges: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
     parts: tuple[_Part, ...]
     n_attention: int
-    """Attention wrappers in all blocks, those too that are never left out."""
+    """The number of attention wrappers in all blocks, with those that are never left out."""
     n_wiring: int
 
     def is_current(self, bridge: Any) -> bool:
-        """Whether the model's tree still is as it was found."""
+        """Whether the model's tree is still the one that was surveyed."""
         if self.n_wiring != len(_wiring(bridge)):
             return False
         return all(children.get(name) is module for children, name, module in self.edges)
@@ -112,10 +123,9 @@ _surveys: WeakKeyDictionary[nn.Module, _Survey] = WeakKeyDictionary()
 
 
 def unhooked(bridge: Any) -> Any:
-    """The bridge's Hugging Face model for one pass without autograd, past every wrapper whose hooks nobody misses.
+    """The bridge's Hugging Face model for one pass without autograd, without the wrappers whose hooks do not act.
 
-    Where every attention is unwrapped it is the fused one that Hugging Face takes by default. A bridge in compatibility
-    mode, whose wrappers compute with weights of their own, is given as it is.
+    A bridge in compatibility mode, whose wrappers compute with weights of their own, is returned as it is.
     """
     hf_model = bridge.original_model
     if getattr(bridge, "compatibility_mode", False) or _has_any_global_hook():
@@ -127,33 +137,33 @@ def unhooked(bridge: Any) -> Any:
     fused = sum(part.is_attention for part in left_out) == survey.n_attention and _can_fuse(hf_model)
     configs: dict[int, Any] = {}
     if fused:
-        # The memo of a deep copy holds the copy of every config within it, by the id of its original.
+        # The memo of the deep copy maps the id of every config inside to its copy: parts of a model have their own.
         copied = copy.deepcopy(hf_model.config, configs)
         copied._attn_implementation = "sdpa"
     return _view(survey.root, left_out, configs)
 
 
 _OF_MODULES = ("_modules", "config")
-"""What a view may have instead of what its module has."""
+"""The attributes in which a view may differ from its module."""
 _OF_BLOCKS = (*_OF_MODULES, "_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 def _view(
     node: _Node, left_out: set[_Part], configs: dict[int, Any], replaced: tuple[str, ...] = _OF_MODULES
 ) -> nn.Module:
-    """The module of a node, with the children that the view has in place of its own."""
+    """A second object for a node's module, with the view's children in place of its own."""
     children = node.module._modules.copy()
     for name, child in node.branches.items():
         inside = child.branches.get(_INNER)
-        if child.part in left_out and inside is not None:
-            # Read anew where it may have been replaced, by an adapter around it.
+        if child.part in left_out and inside is not None:  # leave the wrapper out
+            # Read from the model, not from the survey: an adapter may have been put around it meanwhile.
             bare = child.module._modules[_INNER]
             if child.part.is_block:
                 bare = _heard_at_its_ends(_view(inside, left_out, configs, _OF_BLOCKS), child.part)
             elif inside.branches:
                 bare = _view(inside, left_out, configs)
             children[name] = bare
-        elif inside is None or inside.branches:
+        elif inside is None or inside.branches:  # keep it; something below it is left out
             children[name] = _view(child, left_out, configs)
     return _with_children(node.module, children, configs, replaced)
 
@@ -161,13 +171,14 @@ def _view(
 def _with_children(
     module: nn.Module, children: dict[str, nn.Module | None], configs: dict[int, Any], replaced: tuple[str, ...]
 ) -> nn.Module:
-    """A second object for a module, with other children, and with the copy of its config where there is one."""
+    """A second object for a module, with other children, and with the copy of its config if there is one."""
     own = module.__dict__
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-        # It has nothing but its children, and slicing makes another of its class.
+        # A container has nothing but its children, and must keep its class: slicing it creates another one.
         view: Any = object.__new__(type(module))
         view.__dict__.update(own, _modules=children)
         return view
+    # `__new__` and `object.__setattr__`, since nn.Module's own would register the shared attributes again.
     view = object.__new__(_view_class(type(module), replaced))
     object.__setattr__(view, "__dict__", own)
     object.__setattr__(view, "_view", {"_modules": children})
@@ -178,14 +189,14 @@ def _with_children(
 
 @cache
 def _view_class(kind: type[nn.Module], replaced: tuple[str, ...]) -> Any:
-    """A subclass for views: it shares a module's `__dict__`, and finds in a slot of its own what the view replaces."""
+    """A subclass whose instances share a module's `__dict__`, except for what is in their own slot `_view`."""
 
     def member(name: str) -> property:
         def get(self: Any) -> Any:
             try:
                 return self._view[name] if name in self._view else self.__dict__[name]
             except KeyError:
-                raise AttributeError(name) from None  # so that `__getattr__` is asked, as without a property
+                raise AttributeError(name) from None  # Python then asks `__getattr__`, as it does without a property
 
         return property(get, lambda self, value: self.__dict__.__setitem__(name, value))
 
@@ -199,10 +210,8 @@ def _view_class(kind: type[nn.Module], replaced: tuple[str, ...]) -> Any:
     return make(kind.__name__, (kind,), names | members)
 
 
-def _heard_at_its_ends(view: Any, part: _Part | None) -> nn.Module:
-    """A view of a block with the points before and behind its wrapper, where anything is hooked to them."""
-    if part is None:
-        return view
+def _heard_at_its_ends(view: Any, part: _Part) -> nn.Module:
+    """A view of a block that calls the hook points at its input and output, if anything is hooked there."""
     if part.entry is not None and _has_hooks(part.entry):
         entry = part.entry
 
@@ -224,13 +233,13 @@ def _heard_at_its_ends(view: Any, part: _Part | None) -> nn.Module:
 
 
 def _add_hook(view: Any, hooks: str, hook: Callable[..., Any]) -> None:
-    """Add a hook to a view alone, after those of its module."""
+    """Add a hook to a view alone, after the hooks of its module."""
     view._view[hooks] = OrderedDict(getattr(view, hooks))
     view._view[hooks][_OF_VIEW] = hook
 
 
 _OF_VIEW = -1
-"""The key of a view's own hook; torch counts keys from 0."""
+"""The key of a view's own hook; torch's keys count from 0."""
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -238,7 +247,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _can_fuse(hf_model: Any) -> bool:
-    """Whether eager attention was chosen for its hook points alone: then the fused one computes the same.
+    """Whether fused attention computes the same as the eager attention, which a bridge needs for its hook points.
 
     In float64 it does not: eager attention takes its softmax in float32 whatever the model's dtype.
     """
@@ -256,15 +265,15 @@ def _wiring(bridge: Any) -> frozenset[int]:
 
 
 def _survey(bridge: Any) -> _Survey:
-    """The wrappers that may be left out, whose hooks to look at before, and the modules above them."""
+    """Find the wrappers that may be left out, the modules whose hooks must be silent for it, and the modules above."""
     refuse_foreign_blocks(bridge)
     parts: dict[nn.Module, _Part] = {}
-    """What each wrapper is left out with."""
+    """The part that each wrapper belongs to."""
     n_attention, wiring = 0, _wiring(bridge)
     blocks = {id(block) for block in bridge.blocks}
     for block in (module for module in bridge.original_model.modules() if id(module) in blocks):
         original = cast(nn.Module, block._modules[_INNER])
-        # Points of the block itself, past its entry and exit, fire from inside it.
+        # Points of the block other than its input and output are fed from inside the block.
         points = [child for name, child in block._modules.items() if _is_point(child) and name[5:] not in ("in", "out")]
         if _passes_through(block, original):
             parts[block] = _Part((block, *points), entry=block.hook_in, exit=block.hook_out)
@@ -282,10 +291,10 @@ def _survey(bridge: Any) -> _Survey:
 
 
 def _node(module: nn.Module, parts: dict[nn.Module, _Part]) -> _Node:
-    """A module with those of its children that are, or have below them, wrappers that may be left out."""
+    """A module with those of its children that are wrappers which may be left out, or have such below them."""
     node = _Node(module, parts.get(module))
     for name, child in module._modules.items():
-        # A wrapper has parts of the module in it under names of its own as well, which a pass does not go by.
+        # A wrapper also holds parts of the module inside under names of its own, which a pass does not use.
         if child is None or (_is_wrapper(module) and name != _INNER):
             continue
         below = _node(child, parts)
@@ -303,18 +312,18 @@ def _is_wrapper(module: nn.Module | None) -> bool:
 
 
 def _passes_through(block: nn.Module, original: nn.Module) -> bool:
-    """Whether the block hands on whatever it is given; some kinds change arguments or results on the way."""
-    takes = inspect.signature(original.forward).parameters.values()
-    return type(block).__name__ == "BlockBridge" and any(each.kind is each.VAR_KEYWORD for each in takes)
+    """Whether the block's wrapper passes arguments and results on unchanged, which some kinds do not."""
+    parameters = inspect.signature(original.forward).parameters.values()
+    return type(block).__name__ == "BlockBridge" and any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def _computes_the_same(wrapper: nn.Module) -> bool:
-    """Whether all its weights are the original's; some wrappers split joint weights and compute with the copies."""
+    """Whether all its weights are the original's: some wrappers split joint weights and compute with the copies."""
     original = cast(nn.Module, wrapper._modules[_INNER])
     return {id(weight) for weight in wrapper.parameters()} == {id(weight) for weight in original.parameters()}
 
 
 def _wrappers(wrapper: nn.Module) -> Iterator[nn.Module]:
-    """The wrapper, and those that the original module in it calls."""
+    """The wrapper, and the wrappers inside the module that it wraps."""
     yield wrapper
     yield from (module for module in cast(nn.Module, wrapper._modules[_INNER]).modules() if _is_wrapper(module))

@@ -4,7 +4,7 @@ The projection of token t is read in the pass that runs it, which is the one tha
 token is run for its projection too. The token that ends the turn is no part of the reply and has no projection.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.chat.batches import Conversation, Message, RenderedPrompt, tokenize_chat
+from persona_lens.chat.batches import Chat, list_of_chats, prompt_tokens
 from persona_lens.chat.templates import fixed_date
 from persona_lens.generation.decoding import (
     Decoder,
@@ -26,9 +26,6 @@ from persona_lens.interventions.directions import Vectors
 from persona_lens.models.structure import Model
 from persona_lens.monitoring.watch import Alert, ReplyWatch, Safeguard, spell
 from persona_lens.vectors.persona_vector import PersonaVector
-
-Chat = str | Sequence[Message] | Conversation | RenderedPrompt | Sequence[int]
-"""A user message, messages, a conversation, rendered text, or token ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +84,7 @@ class WatchedToken:
 @fixed_date()
 def generate_watched(
     model: Model,
-    chats: Sequence[Chat],
+    chats: Sequence[Chat | Sequence[int]],
     vectors: Vectors,
     *,
     max_new_tokens: int = 64,
@@ -115,9 +112,7 @@ def generate_watched(
     Raises ValueError where there is nothing to watch, a vector or an intervention does not belong to the model, or for
     what `generate` refuses. Source: arXiv:2507.21509, section 3.3.
     """
-    if isinstance(chats, str) or any(isinstance(chat, Mapping) for chat in chats):
-        raise ValueError("chats is a list of chats, got a single one: put it into brackets, [chat].")
-    prompts = [_prompt_tokens(model, chat) for chat in chats]
+    prompts = [prompt_tokens(model.tokenizer, chat) for chat in list_of_chats(chats)]
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     check_sampling(model, prompts, keys, max_new_tokens, temperature, top_p)
     watch = ReplyWatch(model, prompts, keys, vectors, safeguards, after, audit_file, allow_other_model)
@@ -154,7 +149,7 @@ def generate_watched(
 @fixed_date()
 def stream_watched(
     model: Model,
-    chat: Chat,
+    chat: Chat | Sequence[int],
     vectors: Vectors,
     *,
     max_new_tokens: int = 64,
@@ -172,23 +167,12 @@ def stream_watched(
     First comes the last token of the prompt, with index -1 and no text; the texts join to the reply's. The model
     carries hooks only while it computes a token, so a stream that is abandoned leaves nothing behind.
     """
-    prompt = _prompt_tokens(model, chat)
+    prompt = prompt_tokens(model.tokenizer, chat)
     check_sampling(model, [prompt], [key], max_new_tokens, temperature, top_p)
     watch = ReplyWatch(model, [prompt], [key], vectors, safeguards, after, audit_file, allow_other_model)
     uniforms, sharing = row_uniforms(seed, [key], max_new_tokens), prefix_sharing(model, [prompt])
     decoder = Decoder(model, [prompt], torch.tensor([0]), uniforms, temperature, top_p, sharing, watch.top)
     return _stream(decoder, watch)
-
-
-def _prompt_tokens(model: Model, chat: Chat) -> tuple[int, ...]:
-    if isinstance(chat, str):
-        return tokenize_chat(model.tokenizer, [{"role": "user", "content": chat}]).prompt
-    if isinstance(chat, RenderedPrompt):
-        return tokenize_chat(model.tokenizer, chat.text).prompt
-    if isinstance(chat, Conversation):
-        return tokenize_chat(model.tokenizer, chat.prompt).prompt
-    token_ids = tuple(int(token) for token in chat if isinstance(token, int))
-    return token_ids or tokenize_chat(model.tokenizer, [turn for turn in chat if not isinstance(turn, int)]).prompt
 
 
 def _stream(decoder: Decoder, watch: ReplyWatch) -> Iterator[WatchedToken]:

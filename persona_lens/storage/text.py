@@ -1,37 +1,35 @@
-"""Texts out of other people's files and names of the user's folders, before results keep them or show them.
+"""Names and texts from other people's files, made safe before results store or show them.
 
-A name of a trait or a model is one line: what steers a terminal or starts a new line would be read as something else on
-a terminal, in a model card's front matter, or in a table.
-Knows nothing about traits or models.
+The name of a trait or a model is one line without control characters, which could otherwise steer a terminal or break
+out of a table or of a model card's front matter.
 """
 
 import os
 import re
 from pathlib import Path
 
-# Control characters, new lines of any kind, what turns text around, and what is no text.
+# Control characters, line breaks of every kind, marks of text direction, and halves of surrogate pairs.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _PATH = re.compile(r"[/\\~]|\.{1,2}([/\\]|$)|[A-Za-z]:[/\\]")
 _CACHED = "models--"
-"""How the Hugging Face cache begins the folder of a model from the hub."""
+"""The first letters of a hub model's folder in the Hugging Face cache."""
 
 
 def refuse_controls(field: str, text: object) -> None:
-    """Raise ValueError for what is no text of one line without control characters."""
+    """Raise ValueError unless the text is one line without control characters."""
     if not isinstance(text, str) or _CONTROLS.search(text):
         raise ValueError(f"{field} is one line of text without control characters, got {text!r:.60}: rename it.")
 
 
 def one_line(text: str) -> str:
     r"""The text with control characters written out, as `\x1b` for an escape and `\n` for a new line."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def shown_name(name: str | os.PathLike[str]) -> str:
-    """The name by which results call a model or an adapter: a hub name as it is, the last folder of a path.
+    """The name that results give a model or an adapter: a hub name as it is, of a path only the last folder.
 
-    The rest of a path says where its owner keeps things, and results are shared. A snapshot in the Hugging Face cache
-    has the name that it has on the hub.
+    Results are shared, and the rest of a path is private. A snapshot in the Hugging Face cache gets its hub name.
     """
     name = os.fspath(name)
     if not (_PATH.match(name) or "\\" in name or name.count("/") > 1):

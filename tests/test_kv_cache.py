@@ -30,26 +30,19 @@ def test_single_tokens_are_written_and_not_copied():
     assert places == {first}
 
 
-def test_selected_rows_grow_apart_from_those_they_were_taken_from():
+def test_rows_that_were_selected_or_put_in_place_grow_apart_from_the_room():
     layer, plain = GrowingLayer(), DynamicLayer()
-    for each in (layer, plain):
-        each.update(*_tokens(5, 0))
-        each.update(*_tokens(1, 1))
-    chosen, plainly_chosen = copy.copy(layer), copy.copy(plain)
-    for each in (chosen, plainly_chosen):
-        each.batch_select_indices(torch.tensor([2, 0]))
-        each.update(*_tokens(1, 2, rows=2))
-    for each in (layer, plain):
-        each.update(*_tokens(1, 3))
-    assert torch.equal(chosen.keys, plainly_chosen.keys)
-    assert torch.equal(layer.values, plain.values)
-
-
-def test_rows_that_others_put_in_place_are_not_taken_for_the_start_of_the_room():
-    layer, plain = GrowingLayer(), DynamicLayer()
-    for each in (layer, plain):
-        each.update(*_tokens(5, 0))
-        each.update(*_tokens(1, 1))
-        each.reorder_cache(torch.tensor([1, 2, 0]))
-        each.update(*_tokens(1, 2))
+    for one in (layer, plain):
+        one.update(*_tokens(5, 0))
+        one.update(*_tokens(1, 1))
+    selected, plainly_selected = copy.copy(layer), copy.copy(plain)
+    for one in (selected, plainly_selected):
+        one.batch_select_indices(torch.tensor([2, 0]))
+        one.update(*_tokens(1, 2, rows=2))
+    for one in (layer, plain):
+        one.update(*_tokens(1, 3))
+        one.reorder_cache(torch.tensor([1, 2, 0]))
+        one.update(*_tokens(1, 2))
+    assert torch.equal(selected.keys, plainly_selected.keys)
     assert torch.equal(layer.keys, plain.keys)
+    assert torch.equal(layer.values, plain.values)

@@ -49,23 +49,14 @@ def fired(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_no_hook_point_of_a_block_runs_where_none_carries_a_hook(make_tiny_model, monkeypatch):
+def test_of_a_block_only_an_entry_or_exit_runs_and_only_where_it_is_read(make_tiny_model, monkeypatch):
     bridge = make_tiny_model("TransformerBridge")
     assert not [name for name in fired(bridge, monkeypatch) if name.startswith("blocks.")]
-
-
-def test_of_a_block_that_is_read_only_its_entry_and_exit_run(make_tiny_model, monkeypatch):
-    bridge = make_tiny_model("TransformerBridge")
+    monkeypatch.undo()
     bridge.blocks[0].hook_in.add_hook(lambda resid, hook: None)
     bridge.blocks[2].hook_out.add_hook(lambda resid, hook: None)
     ran = [name for name in fired(bridge, monkeypatch) if name.startswith("blocks.")]
     assert ran == ["blocks.0.hook_in", "blocks.2.hook_out"]
-
-
-def test_the_pass_computes_what_the_bridge_computes(bridge):
-    with torch.no_grad():
-        expected = bridge(TOKENS)
-    torch.testing.assert_close(final(bridge), expected, atol=1e-10, rtol=0)
 
 
 def test_in_float32_the_fused_attention_agrees_with_the_one_in_steps(make_tiny_model, tiny_hf_model):
@@ -99,29 +90,26 @@ def test_every_hook_in_a_block_acts_as_it_does_in_the_bridge(bridge):
     assert acting >= 8
 
 
-def test_hooks_of_torch_on_a_wrapper_and_on_what_it_wraps_act(bridge):
-    wrapper = bridge.blocks[1].mlp
-    for module in (wrapper, wrapper._modules["_original_component"], bridge.blocks[1]):
-        plain = final(bridge)
-        handle = module.register_forward_hook(lambda _module, _inputs, out: out * 0.5)
-        with torch.no_grad():
-            expected = bridge(TOKENS)
-        found = final(bridge)
-        handle.remove()
-        assert not torch.equal(found, plain)
-        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
-
-
-def test_a_forward_that_a_library_set_on_a_wrapper_is_run(bridge):
-    module = bridge.blocks[1].mlp
-    plain = final(bridge)
-    vars(module)["forward"] = lambda *given, **named: type(module).forward(module, *given, **named) * 1.5
+def assert_acts(bridge, plain):
+    """The pass computes what the bridge does, and something else than before."""
     with torch.no_grad():
         expected = bridge(TOKENS)
-    found = final(bridge)
-    del vars(module)["forward"]
-    assert not torch.equal(found, plain)
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    assert not torch.equal(final(bridge), plain)
+    torch.testing.assert_close(final(bridge), expected, atol=1e-10, rtol=0)
+
+
+def test_hooks_of_torch_and_a_forward_that_a_library_set_act(bridge):
+    wrapper = bridge.blocks[1].mlp
+    with torch.no_grad():
+        torch.testing.assert_close(final(bridge), bridge(TOKENS), atol=1e-10, rtol=0)
+    plain = final(bridge)
+    for module in (wrapper, wrapper._modules["_original_component"], bridge.blocks[1]):
+        handle = module.register_forward_hook(lambda _module, _inputs, out: out * 0.5)
+        assert_acts(bridge, plain)
+        handle.remove()
+    vars(wrapper)["forward"] = lambda *given, **named: type(wrapper).forward(wrapper, *given, **named) * 1.5
+    assert_acts(bridge, plain)
+    del vars(wrapper)["forward"]
 
 
 def test_a_hook_on_all_modules_acts_as_it_does_in_the_bridge(bridge):
@@ -158,9 +146,7 @@ def test_weights_that_a_wrapper_holds_apart_act(make_tiny_model, tiny_hf_gpt2):
     plain = final(bridge)
     with torch.no_grad():
         bridge.blocks[0].attn.q.weight *= 0.5  # a copy: GPT-2 itself holds queries, keys and values in one matrix
-        expected = bridge(TOKENS)
-    assert not torch.equal(final(bridge), plain)
-    torch.testing.assert_close(final(bridge), expected, atol=1e-10, rtol=0)
+    assert_acts(bridge, plain)
 
 
 def test_a_bridge_in_compatibility_mode_is_left_alone(make_tiny_model, monkeypatch):
@@ -171,22 +157,19 @@ def test_a_bridge_in_compatibility_mode_is_left_alone(make_tiny_model, monkeypat
 
 def test_a_module_put_around_a_wrapper_is_run(bridge):
     """As an adapter is: in place of a wrapper that an earlier pass has taken off."""
-    final(bridge)
+    plain = final(bridge)
     original = bridge.blocks[1]._modules["_original_component"]
-    wrapper = original.mlp
 
     class Halved(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, base: nn.Module) -> None:
             super().__init__()
-            self.base = wrapper
+            self.base = base
 
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
             return self.base(hidden) * 0.5
 
-    original.mlp = Halved()
-    with torch.no_grad():
-        expected = bridge(TOKENS)
-    torch.testing.assert_close(final(bridge), expected, atol=1e-10, rtol=0)
+    original.mlp = Halved(original.mlp)
+    assert_acts(bridge, plain)
 
 
 def test_the_bridge_is_as_it_was_after_a_pass_and_after_one_that_failed(bridge):
