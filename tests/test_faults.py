@@ -53,7 +53,7 @@ def test_a_read_only_folder_is_refused_in_one_sentence(tiny_bridge, tmp_path):
     folder = tmp_path / "read-only"  # mounted so, which binds root too
     with mounted(folder, "ro,size=1m"):
         with pytest.raises(OSError, match=r"^Cannot write .*: .* is not a folder that can be written to\.$"):
-            screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output=folder / "run", base="proxy", **QUIET)
+            screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output_dir=folder / "run", base="proxy", **QUIET)
         with pytest.raises(OSError, match=r"^Cannot write .*rows.jsonl \(Read-only file system\)"):
             JsonLines(folder / "rows.jsonl").append([{}])
 

@@ -278,13 +278,15 @@ def test_a_number_that_no_measurement_has_is_refused(records, value):
 
 
 def read_trait(records, path):
-    with records.read_result(path, version=1, kind="layer sweep", remedy="run it again") as record:
+    def parse(record):
         return records.checked(record["trait"], str)
+
+    return records.read_result(path, 1, parse, "layer sweep", "the command")
 
 
 def test_a_result_file_is_read_or_refused_in_one_sentence(records, tmp_path):
     path = tmp_path / "sweep.json"
-    with pytest.raises(FileNotFoundError, match=r"no layer sweep at .*sweep\.json: run it again\.$"):
+    with pytest.raises(FileNotFoundError, match=r"No layer sweep at .*sweep\.json: make one with the command\.$"):
         read_trait(records, path)
     records.write_json(path, {"format_version": 1, "trait": "evil"})
     assert read_trait(records, path) == "evil"
@@ -299,5 +301,5 @@ def test_a_result_file_is_read_or_refused_in_one_sentence(records, tmp_path):
 def test_a_damaged_result_file_is_named_with_its_remedy(records, tmp_path, content):
     path = tmp_path / "sweep.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"sweep\.json is not a whole layer sweep \(.*\): run it again\.$"):
+    with pytest.raises(ValueError, match=r"sweep\.json is not a whole layer sweep \(.*\): make it again with the command\.$"):
         read_trait(records, path)

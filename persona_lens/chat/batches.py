@@ -124,8 +124,8 @@ class Conversation:
 
 
 Chat = str | Sequence[Message] | RenderedPrompt | Conversation
-AnyChat = TypeVar("AnyChat", bound="Chat | Sequence[int]")
 """A user message, a list of messages, a prompt that is rendered already, or a prompt with its response."""
+AnyChat = TypeVar("AnyChat", bound="Chat | Sequence[int]")
 
 
 def as_conversation(chat: Chat) -> Conversation:
