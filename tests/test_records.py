@@ -301,5 +301,5 @@ def test_a_result_file_is_read_or_refused_in_one_sentence(records, tmp_path):
 def test_a_damaged_result_file_is_named_with_its_remedy(records, tmp_path, content):
     path = tmp_path / "sweep.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"sweep\.json is not a whole layer sweep \(.*\): make it again with the command\.$"):
+    with pytest.raises(ValueError, match=r"sweep\.json is not a whole layer sweep \(.*\): make it again"):
         read_trait(records, path)
