@@ -68,7 +68,7 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak; a few hundred rows need about 2e-4.")] = 1e-5,
     warmup_steps: Annotated[int, typer.Option(min=0, help="Optimizer steps up to the peak.")] = 5,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the rows.")] = 1.0,
-    batch_rows: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 2,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch-rows", min=1, help="Rows of a forward pass.")] = 2,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes of an optimizer step.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; longer ones are cut, and counted.")] = 2048,
     gradient_checkpointing: Annotated[
@@ -113,7 +113,7 @@ def finetune(
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
         epochs=epochs,
-        batch_rows=batch_rows,
+        batch_size=batch_size,
         accumulation=accumulation,
         max_length=max_length,
         gradient_checkpointing=gradient_checkpointing,

@@ -51,7 +51,9 @@ def rollouts(
     timeout: TimeoutOption = 60.0,
     alias: AliasOption = None,
     dry_run: DryRunOption = False,
-    batch_rows: Annotated[int, typer.Option(min=1, help="Rows decoded together, without a server.")] = 100,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch-rows", min=1, help="Rows decoded together, without a server.")
+    ] = 100,
     model_class: ClassOption = ModelClass.BRIDGE,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -83,7 +85,7 @@ def rollouts(
             raise typer.BadParameter("--dry-run is for the calls to a --server")
         if server_extra_body is not None:
             raise typer.BadParameter("--server-extra-body goes to a --server, and none is given")
-        engine = ModelEngine(load(model, model_class, threads), max_new_tokens, temperature, top_p, batch_rows)
+        engine = ModelEngine(load(model, model_class, threads), max_new_tokens, temperature, top_p, batch_size)
     else:
         settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "aliases": alias}
         settings["extra_body"] = server_extra_body
