@@ -9,8 +9,7 @@ import torch
 
 from persona_lens.evaluation.evaluate import evaluate, evaluate_cells
 from persona_lens.interventions.hooks import intervene, steer
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.values import Ablate, Cap, Intervention, Steer
 from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
 from persona_lens.judges.scores import score_rollouts
 from persona_lens.models.loading import bridge_from_transformers

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from persona_lens.interventions.hooks import ablate, attachments, cap, intervene, steer
-from persona_lens.interventions.intervention import When
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.values import Ablate, Cap, Steer, When
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import naive, tiny
 from tests.intervention_cases import EXACT, IDS, TOKENS, logits, projections, some_vectors, stream

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_lens.interventions.intervention import When
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.values import Ablate, Cap, Steer, When
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.vector_cases import D_MODEL, FACTORS, N_LAYERS, SEEDS, make_vectors, random_tensor, slow_projection
 

@@ -266,7 +266,9 @@ def test_the_folder_of_another_model_is_refused(sweep, tmp_path, fresh_tiny_mode
 def reference_gap(hf_model, row, tokenizer, done, place):
     """How sure the reference was of the token at a place."""
     ids = row.prompt.tokenize(tokenizer).prompt
-    additions = {} if done is None else {done.each[0].layer: done.coefficient * done.each[0].direction}
+    additions = (
+        {} if done is None else {done.layer_vectors[0].layer: done.coefficient * done.layer_vectors[0].direction}
+    )
     with naive.added_at(hf_model, additions, slice(len(ids) - 1, None)):
         return naive.top_two_gaps(hf_model, ids, row.response_tokens[: place + 1])[place]
 

@@ -7,8 +7,7 @@ from persona_lens.activations.means import mean_activations, stream_means
 from persona_lens.chat.batches import ChatTokens, chat_messages, collate, tokenize_chat
 from persona_lens.generation.decoding import generate
 from persona_lens.interventions.hooks import intervene, steer
-from persona_lens.interventions.intervention import When
-from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.interventions.values import Ablate, Steer, When
 from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
 from persona_lens.models.structure import suspended
 from tests import naive, tiny

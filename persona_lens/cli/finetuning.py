@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from persona_lens.finetuning.result import Finetuning
     from persona_lens.finetuning.shift import FinetuningShift
     from persona_lens.finetuning.trainer import ProjectionPenalty
-    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.interventions.values import Intervention
     from persona_lens.traits.trait import Trait
 
 

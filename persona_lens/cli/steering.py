@@ -33,7 +33,7 @@ from persona_lens.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.interventions.values import Intervention
     from persona_lens.judges.scores import Judge
     from persona_lens.vectors.persona_vectors import PersonaVectors
 

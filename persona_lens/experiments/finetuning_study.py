@@ -27,8 +27,7 @@ from persona_lens.finetuning.result import Finetuning
 from persona_lens.finetuning.shift import finetuning_shift
 from persona_lens.finetuning.trainer import ProjectionPenalty
 from persona_lens.interventions.hooks import intervene
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.interventions.values import Ablate, Intervention, Steer
 from persona_lens.judges.classifier import ClassifierJudge
 from persona_lens.models.adapters import Adapter, adapted
 from persona_lens.models.structure import Model, identify

@@ -15,7 +15,7 @@ from persona_lens.finetuning.dataset import Dataset, prompted, stated, training_
 from persona_lens.finetuning.result import Finetuning
 from persona_lens.finetuning.trainer import ProjectionPenalty
 from persona_lens.finetuning.training import Plan, recorded_date, run_plan
-from persona_lens.interventions.intervention import Intervention
+from persona_lens.interventions.values import Intervention
 from persona_lens.models.adapters import require_bridge
 from persona_lens.models.structure import Model
 from persona_lens.storage.text import shown_name

@@ -22,7 +22,7 @@ from persona_lens.generation.decoding import (
     prefix_sharing,
     row_uniforms,
 )
-from persona_lens.interventions.directions import Vectors
+from persona_lens.interventions.values import Vectors
 from persona_lens.models.structure import Model
 from persona_lens.monitoring.watch import Alert, Safeguard, Watch, spell
 from persona_lens.vectors.persona_vector import PersonaVector

@@ -23,9 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from persona_lens.generation.decoding import ReplyPass
-from persona_lens.interventions.directions import Vectors, each_vector
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Cap, Steer, refuse_conflicting_caps
+from persona_lens.interventions.values import Cap, Intervention, Steer, Vectors, layer_vectors, refuse_conflicting_caps
 from persona_lens.models.pass_context import announced
 from persona_lens.models.scopes import Hook, hooked
 from persona_lens.models.structure import Model, identify, residual_points
@@ -131,7 +129,7 @@ def spell(tokenizer: Any, tokens: Sequence[int]) -> str:
 def watched_vectors(vectors: Vectors, safeguards: Sequence[Safeguard]) -> tuple[PersonaVector, ...]:
     """The vectors in order, after them those of safeguards that are not among them. Raises ValueError for none."""
     given = [vectors] if isinstance(vectors, PersonaVector | PersonaVectors) else list(vectors)
-    chosen = list(each_vector(given)) if given else []
+    chosen = list(layer_vectors(given)) if given else []
     for safeguard in safeguards:
         if safeguard.vector.fingerprint not in {vector.fingerprint for vector in chosen}:
             chosen.append(safeguard.vector)
@@ -229,7 +227,7 @@ class Watch:
         interventions = [each.intervention for each in self.safeguards if each.intervention is not None]
         # The rules are those of interventions along the same vectors.
         for each in [Steer([*given, *(safe.vector for safe in self.safeguards)]), *interventions]:
-            each.check_identity(found, allow_other_model=allow_other_model)
+            each.check(found, allow_other_model=allow_other_model)
         caps = [each for each in interventions if isinstance(each, Cap) and each.when is None]
         # Several safeguards may switch on the same one.
         refuse_conflicting_caps(list({each.fingerprint: each for each in caps}.values()))

@@ -12,8 +12,7 @@ from typing import Any
 
 from persona_lens.evaluation.capability import measure_capability
 from persona_lens.evaluation.capability_result import read_questions
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Steer
+from persona_lens.interventions.values import Intervention, Steer
 from persona_lens.replication.context import Context
 from persona_lens.replication.grid_stages import answer, made_once, train, train_rows
 from persona_lens.screening.filtering import write_split

@@ -19,8 +19,7 @@ from persona_lens.finetuning.dataset import Dataset
 from persona_lens.finetuning.finetune import finetune
 from persona_lens.finetuning.result import Finetuning
 from persona_lens.finetuning.shift import finetuning_shift
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.interventions.values import Ablate, Intervention, Steer
 from persona_lens.judges.scores import scorable_questions
 from persona_lens.models.adapters import Adapter, adapted
 from persona_lens.replication.context import Context

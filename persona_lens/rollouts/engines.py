@@ -20,9 +20,8 @@ from persona_lens.chat.templates import date_told, fixed_date
 from persona_lens.generation.capture import CapturedMean, capturing
 from persona_lens.generation.decoding import generate
 from persona_lens.interventions.hooks import intervene
-from persona_lens.interventions.intervention import Intervention
 from persona_lens.interventions.positions import NamedPositions
-from persona_lens.interventions.values import Steer
+from persona_lens.interventions.values import Intervention, Steer
 from persona_lens.models.structure import Model, cpu_threads, identify
 from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.vectors.persona_vector import PersonaVector

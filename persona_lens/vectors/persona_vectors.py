@@ -22,7 +22,7 @@ from einops import einsum, pack
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.models.structure import Model, identify, resid_post_name
+from persona_lens.models.structure import Model, resid_post_name
 from persona_lens.storage.files import DAMAGE
 from persona_lens.storage.text import refuse_controls
 from persona_lens.vectors.direction_statistics import LayerStatistics
@@ -36,7 +36,7 @@ from persona_lens.vectors.persona_vector import (
     refuse_absent_layer,
     refuse_unlike,
 )
-from persona_lens.vectors.provenance import Provenance, Relation, check_model
+from persona_lens.vectors.provenance import Provenance
 
 if TYPE_CHECKING:
     import pandas
@@ -260,25 +260,6 @@ class PersonaVectors(VectorAlgebra):
             row = {"norm": float(norms(self.embedding)), **control}
             table = pandas.concat([pandas.DataFrame([row], index=["embedding"], columns=table.columns), table])
         return table.rename_axis("layer")
-
-    def check(self, model: Model, *, allow_other_model: bool = False) -> Relation:
-        """Refuse a model that the vectors do not belong to; say how the accepted one relates to theirs.
-
-        Returns:
-            `same` for equal weights, `adapted` for a finetuned or adapted model of the same base, `other` for an
-            unrelated one that `allow_other_model` let through, `unknown` without a provenance.
-
-        Raises:
-            ValueError: The model has another d_model, n_layers, hook point or residual basis, or is unrelated.
-        """
-        return check_model(
-            identify(model),
-            self.trait,
-            self.provenance,
-            d_model=self.d_model,
-            n_layers=self.n_layers,
-            allow_other_model=allow_other_model,
-        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one `.safetensors` file, whole or not at all; `load` gives back the same bits."""
