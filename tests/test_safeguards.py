@@ -221,7 +221,7 @@ class Broken(Steer):
 
     kind = "broken"
 
-    def _change(self, resid, layer, rows):
+    def apply(self, resid, positions=None, *, layer=None, rows=None):
         raise RuntimeError("out of order")
 
 
