@@ -125,11 +125,6 @@ def test_a_rows_text_depends_neither_on_its_batch_nor_on_the_other_rows(
     assert found == [together[row] for row in chosen]
 
 
-def test_one_prompt_under_two_keys_gives_two_texts(generation, tiny_model, prompts):
-    first, second = generation.generate(tiny_model, [prompts[0]] * 2, max_new_tokens=STEPS)
-    assert first.tokens != second.tokens
-
-
 def test_a_seed_repeats_its_texts_and_another_does_not(generation, tiny_model, prompts):
     runs = [generation.generate(tiny_model, prompts, max_new_tokens=4, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1]

@@ -116,16 +116,6 @@ def test_a_layer_that_never_ran_is_an_error_on_leaving(tiny_model):
     assert hooks(tiny_model) == before
 
 
-def test_the_layers_that_never_ran_are_named(tiny_model):
-    with (
-        pytest.raises(
-            RuntimeError, match=r"never reached layers 2, 3, so the intervention did not act there: raise stop"
-        ),
-        ablate(tiny_model, some_vectors(tiny_model)),
-    ):
-        tiny_model(TOKENS, stop_at_layer=2)
-
-
 def test_a_run_that_starts_above_the_layer_is_an_error_on_leaving(both_classes, make_tiny_model):
     model = make_tiny_model("HookedTransformer")
     with (

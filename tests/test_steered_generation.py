@@ -86,13 +86,6 @@ def test_a_prompt_of_one_token_is_steered_like_any_other(tiny_model, prompts, ta
     assert found == one_call_a_row(tiny_model, chosen, vectors, table[:4], at, **options)
 
 
-def test_a_row_of_zeros_speaks_as_without_steering(tiny_model, prompts, table):
-    options = {"max_new_tokens": STEPS, "seed": 3, "keys": keys(6)}
-    with steer(tiny_model, some_vectors(tiny_model), table, at="response"):
-        found = generate(tiny_model, prompts, **options)
-    assert found[3] == generate(tiny_model, prompts, **options)[3]
-
-
 def test_rows_that_differ_in_their_coefficients_alone_may_have_one_key(tiny_model, prompts):
     coefficients = torch.tensor([0.0, 2.0, 0.0])
     with steer(tiny_model, some_vectors(tiny_model).at(1), coefficients, at="response"):
