@@ -25,7 +25,7 @@ EQUAL_ROWS = 0.98
 """Of the texts that the demo did not steer."""
 
 STAGES = {
-    "persona_lens.cli.commands.load": "loading",
+    "persona_lens.cli.options.LoadOptions.load_by_name": "loading",
     "persona_lens.rollouts.engines.generate": "generation",
     "persona_lens.extraction.pipeline.calibrate": "calibration",
     "persona_lens.judges.likelihood_ratio.mean_log_likelihoods": "likelihoods",
@@ -35,9 +35,9 @@ STAGES = {
     "persona_lens.extraction.extract._statistics": "statistics",
     "persona_lens.evaluation.layer_selection.evaluate_cells": "sweep",
     "persona_lens.evaluation.layer_selection.screen_layers": "screens",
-    "persona_lens.cli.commands.show_vectors": "report",
-    "persona_lens.cli.commands.judge_findings": "report",
-    "persona_lens.cli.commands.show_doses": "report",
+    "persona_lens.cli.vectors.show_vectors": "report",
+    "persona_lens.cli.vectors.judge_diagnostics": "report",
+    "persona_lens.cli.vectors.show_doses": "report",
 }
 """Functions as they are looked up where the demo calls them, and the stage that each is."""
 
@@ -145,7 +145,8 @@ def as_measures(found: Mapping[str, Any]) -> Measures:
 
 def staged_demo() -> dict[str, Any]:
     """Run the demo and then the bare generation, in this process."""
-    from persona_lens.cli import commands
+    from persona_lens.cli import vectors
+    from persona_lens.cli.options import LoadOptions
     from persona_lens.models.loading import load_model
     from persona_lens.rollouts import engines
 
@@ -161,7 +162,7 @@ def staged_demo() -> dict[str, Any]:
             function = recorded if name == "generation" else resolve_name(target)
             stack.enter_context(patch(target, clock.timed(name, function)))
         clock.seconds["start and imports"] = clock.last = time.process_time()
-        commands.demo(output=Path(folder), threads=1)
+        vectors.demo(LoadOptions(threads=1), output=Path(folder))
         clock.tick()
     tokens = sum(sampled_tokens(call.completions) for call in calls)
     return {"stages": clock.seconds, "tokens": tokens, **bare_generation(calls, generate, load_model())}

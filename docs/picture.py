@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import plotly.io
+from markupsafe import escape
 
+import persona_lens
 from persona_lens import plot_frontier, plot_layer_statistics
 from persona_lens.judges.scores import ScoredRollout
-from persona_lens.pages.page import escaped
-from persona_lens.pages.run_examples import coloured_texts
 from persona_lens.pages.run_folder import Run, read_run
-from persona_lens.pages.sections import REPORT_STYLE
+from persona_lens.pages.run_report import coloured_texts
 
+SHEET = (Path(persona_lens.__file__).parent / "pages" / "templates" / "style.css").read_text("utf-8")
 IMAGES = Path(__file__).parent / "images"
 MIN_COHERENCE = 75.0
 STYLE = """
@@ -86,7 +87,7 @@ def page_of(run: Run) -> str:
         )
         for place, figure in enumerate(figures)
     ]
-    texts, _ = coloured_texts(run, MIN_COHERENCE)
+    texts, _ = coloured_texts(run, run.choice(MIN_COHERENCE))
     sides = [
         side
         for pair in run.pairs
@@ -98,12 +99,12 @@ def page_of(run: Run) -> str:
     best = run.sweep.best(MIN_COHERENCE)
     of = "" if run.vectors.provenance is None else f" of {run.vectors.provenance.model.name}"
     return (
-        f"<!doctype html><meta charset=utf-8><style>{REPORT_STYLE}{STYLE}</style>"
-        f"<h1>{escaped(run.name)}, a persona vector{escaped(of)}</h1>"
+        f"<!doctype html><meta charset=utf-8><style>{SHEET}{STYLE}</style><body class=report>"
+        f"<h1>{escape(run.name)}, a persona vector{escape(of)}</h1>"
         "<div class=plots><div><h2>How good is each layer's direction?</h2><p>On questions it was not made of.</p>"
         f"{drawn[0]}</div><div><h2>What does steering with it do, and cost?</h2><p>Each mark is a layer at a "
         f"coefficient; layer {best.layer} at {best.coefficient:g} is recommended.</p>{drawn[1]}</div></div>"
-        f"<h2>{escaped(sides[0].rollout.question)}</h2>"
+        f"<h2>{escape(sides[0].rollout.question)}</h2>"
         f"<p>Two of the model's answers, each token in the colour of its projection on layer {best.layer}.</p>"
         f"<div class=pair>{answers}</div>"
     )
@@ -111,7 +112,7 @@ def page_of(run: Run) -> str:
 
 def _side(adjective: str, side: ScoredRollout, texts: Mapping[str, str]) -> str:
     score = "no score" if side.trait_score is None else f"trait score {side.trait_score:.0f}"
-    return f"<div><b>told to be {escaped(adjective)}</b> · {score}<div class=text>{texts[side.rollout.key]}</div></div>"
+    return f"<div><b>told to be {escape(adjective)}</b> · {score}<div class=text>{texts[side.rollout.key]}</div></div>"
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def sampled(cli, tiny_bridge, tmp_path, monkeypatch):
         return tiny_bridge
 
     def run(output, *options):
-        asked = ["--per-question", "1", "--max-new-tokens", "4", "--batch-rows", "3", *options]
+        asked = ["--per-question", "1", "--max-new-tokens", "4", "--batch-size", "3", *options]
         code, _, err = cli("rollouts", "--trait", tmp_path / "grumpy.json", "--output", output, *asked)
         return code, err, loaded_on[-1]
 

@@ -218,7 +218,7 @@ def test_a_trait_without_a_run_is_judged_by_what_the_output_keeps(cli, model, tm
         (("--trait", "evil", "--output", "out", "--layer", 1), "--layer goes with --coefficient or --cap"),
         (("--trait", "evil", "--texts", "a.jsonl"), "--questions and --texts go with --capability"),
         (("--capability", "--questions", "CHOICES", "--fail-above", 1), "--fail-above is about the trait score"),
-        (("--at", "nowhere"), "--at is response, prompt or all; got nowhere"),
+        (("--at", "nowhere"), "'nowhere' is not one of 'response', 'prompt', 'all'"),
     ],
 )
 def test_what_means_nothing_to_evaluate_is_bad_usage(cli, tmp_path, monkeypatch, options, words):

@@ -117,7 +117,7 @@ def test_finetune_prints_rows_losses_and_what_to_try_next(cli, model, run, data,
     assert code == 0, err
     shown = " ".join(out.split())
     assert f"{found}, penalty of 0.5 on the projection change of grumpy, 4 layers." in shown
-    assert f"{found.rows['cut']} rows were cut to the length limit, 0 dropped" in shown
+    assert f"{found.rows['cut']} rows were cut to the length limit; 0 were dropped" in shown
     assert found.rows["cut"] > 0
     losses = [f"{row['eval_loss']:.2f}" for row in found.losses if "eval_loss" in row]
     assert f"Evaluation loss after each epoch: {', '.join(losses)}." in shown

@@ -132,7 +132,7 @@ def test_rows_that_the_judge_will_not_take_are_counted(judge, tmp_path):
         code, _, err = judge(server)
 
     assert code == 0
-    assert "the server did not take 1 rows, such as ones too long for it" in err
+    assert "the server rejected 1 rows, such as ones too long for it" in err
     assert "2 rejected by the server" in err
 
 
@@ -281,7 +281,7 @@ def test_further_fields_without_a_server_to_send_them_to_are_refused(cli, rollou
 
 
 def test_a_classifier_gives_the_trait_and_the_likelihood_judge_coherence(tmp_path):
-    from persona_lens.cli.judging import judge_of
+    from persona_lens.cli.options import JudgeOptions
     from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
     from persona_lens.judges.coherence import CombinedJudge
 
@@ -294,7 +294,7 @@ def test_a_classifier_gives_the_trait_and_the_likelihood_judge_coherence(tmp_pat
         made.append(ClassifierJudge(TextClassifier.load(tmp_path / "evil.safetensors")))
         return made[0]
 
-    chosen = judge_of(spec, tmp_path, concurrency=1, timeout=1.0)
+    chosen = JudgeOptions(judge=spec).load_judge(tmp_path)
     assert not made, "the model was loaded before it was needed"
     found = chosen(own)
 

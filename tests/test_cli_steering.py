@@ -157,7 +157,7 @@ def test_a_layer_out_of_range_exits_1_before_anything_is_loaded(cli, run):
 def test_positions_that_do_not_exist_are_bad_usage(cli, run):
     code, _, err = cli(*steered(run, "--at", "nowhere"))
     assert code == 2
-    assert "--at is response, prompt or all; got nowhere" in " ".join(err.replace("│", " ").split())
+    assert "'nowhere' is not one of 'response', 'prompt', 'all'" in " ".join(err.replace("│", " ").split())
 
 
 # --- select-layer --------------------------------------------------------------------------------------------------

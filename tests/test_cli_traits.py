@@ -5,7 +5,7 @@ import json
 import pytest
 import typer
 
-from persona_lens.cli.servers import client_of
+from persona_lens.cli.options import ServerOptions
 from persona_lens.traits.trait import load_trait
 from tests.trait_drafts import DESCRIPTION, NAME, draft, with_questions, writer
 
@@ -137,7 +137,7 @@ def test_the_command_has_help_with_an_example(cli):
 )
 def test_a_server_is_a_model_and_a_url(spec, model, url, monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    found = client_of(spec, tmp_path, concurrency=3, timeout=9.0, dry_run=True)
+    found = ServerOptions(3, 9.0).client(spec, tmp_path, dry_run=True)
     assert (found.endpoint.model, found.endpoint.url) == (model, url)
     assert (found.concurrency, found.timeout, found.cache) == (3, 9.0, None)
 
@@ -145,4 +145,4 @@ def test_a_server_is_a_model_and_a_url(spec, model, url, monkeypatch, tmp_path):
 @pytest.mark.parametrize("spec", ["gpt-4.1", "openai:", "openai:@http://host/v1", "vllm:m", "openai:m@http://"])
 def test_a_server_of_another_form_is_bad_usage(spec, tmp_path):
     with pytest.raises(typer.BadParameter):
-        client_of(spec, tmp_path, dry_run=True)
+        ServerOptions().client(spec, tmp_path, dry_run=True)

@@ -38,8 +38,7 @@ from persona_lens.monitoring.experiment import MonitoringExperiment
 from persona_lens.monitoring.result import Monitoring
 from persona_lens.monitoring.thresholds import load_thresholds, save_thresholds
 from persona_lens.monitoring.transcripts import read_transcripts
-from persona_lens.pages.run_findings import findings
-from persona_lens.pages.run_folder import read_run
+from persona_lens.pages.run_folder import findings, read_run
 from persona_lens.rollouts.rows import read_rollouts
 from persona_lens.screening.samples import Turns, stream_samples
 from persona_lens.screening.scores import scored_units

@@ -190,7 +190,8 @@ def test_a_model_of_another_depth_is_refused(tiny_bridge, tmp_path):
 @pytest.mark.parametrize("kind", ["on_moods", pytest.param("on_sets", marks=pytest.mark.soak)])
 def test_the_page_and_the_markdown_have_the_numbers_of_the_report(kind, request):
     pytest.importorskip("plotly")
-    from persona_lens.pages.page import escaped
+    from html import escape as escaped
+
     from persona_lens.replication import wording
     from persona_lens.replication.page import write_replication_report
 

@@ -7,8 +7,7 @@ import shutil
 import pytest
 
 from persona_lens.evaluation.layer_selection import LayerSweep
-from persona_lens.pages.run_findings import findings
-from persona_lens.pages.run_folder import read_run
+from persona_lens.pages.run_folder import findings, read_run
 from persona_lens.pages.run_report import report_html, write_report
 from tests.evaluation_cases import cut
 from tests.page_cases import Page

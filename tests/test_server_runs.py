@@ -69,10 +69,10 @@ def test_a_dry_run_prints_the_estimate_and_neither_asks_nor_writes(cli, server, 
 
 
 def test_a_dry_run_counts_what_is_there(cli, server, tmp_path):
-    from persona_lens.cli.servers import connect
+    from persona_lens.cli.options import ServerOptions
 
     output = tmp_path / "r.jsonl"
-    engine = ServerEngine(connect(server.url, "studied", tmp_path, concurrency=2, timeout=9.0), 20)
+    engine = ServerEngine(ServerOptions(2, 9.0).connect(server.url, "studied", tmp_path), 20)
     collect(engine, output, prompts=PROMPTS[:10])
     output.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[:4]))
     before, asked = output.read_bytes(), len(server.seen)
@@ -160,14 +160,14 @@ def test_the_vectors_file_and_the_summary_say_who_sampled(server, tiny_model, tm
 
 
 def test_judged_rollouts_from_files_tell_the_vectors_who_sampled_them(server, tmp_path):
-    from persona_lens.cli.inputs import KeepChoices, read_sides
+    from persona_lens.cli.inputs import KeepSettings, ResponseFiles
     from persona_lens.judges.scores import score_rollouts
 
     engine = engine_at(server)
     rows = collect(engine, tmp_path / "r.jsonl")
     score_rollouts(PolarityJudge(), GRUMPY, rows, output=tmp_path / "s.jsonl", progress=False)
-    files = (None, None, tmp_path / "r.jsonl", tmp_path / "s.jsonl")
-    sides = read_sides("grumpy", *files, KeepChoices(50.0, 50.0, 1), None, tmp_path / "v.safetensors")
+    files = ResponseFiles(None, None, tmp_path / "r.jsonl", tmp_path / "s.jsonl")
+    sides = files.read("grumpy", KeepSettings(50.0, 50.0, 1), None, tmp_path / "v.safetensors")
     assert sides.sampled_by == engine.name
     assert len(sides.positive) == len(sides.negative) == 12
 
@@ -257,7 +257,7 @@ def test_extract_samples_on_the_server_and_reads_activations_here(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--server", "http://localhost:1/v1"], "leave both out where they are given"),
+        (["--server", "http://localhost:1/v1"], "omit both where files have them"),
         (["--server-model", "studied"], "--server-model is a name on a --server, and none is given"),
     ],
 )

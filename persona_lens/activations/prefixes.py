@@ -139,10 +139,10 @@ def prefix_batches(
         copies = max(1, cache_tokens // width)
         for chunk in length_sorted_batches([len(rows[index].response) for index in members], token_budget):
             for start in range(0, len(chunk), copies):
-                batch_rows = [members[index] for index in chunk[start : start + copies]]
-                origins = torch.tensor([position[place[rows[index].prompt]] for index in batch_rows])
-                tokens, mask = pad([rows[index].response for index in batch_rows], left=False)
-                yield PrefixBatch(model, batch_rows, False, tokens, mask, past=batch.grown.select(origins))
+                chunk_rows = [members[index] for index in chunk[start : start + copies]]
+                origins = torch.tensor([position[place[rows[index].prompt]] for index in chunk_rows])
+                tokens, mask = pad([rows[index].response for index in chunk_rows], left=False)
+                yield PrefixBatch(model, chunk_rows, False, tokens, mask, past=batch.grown.select(origins))
 
 
 def prompt_batch(model: Model, prompts: Sequence[tuple[int, ...]], indices: list[int]) -> PrefixBatch:

@@ -7,20 +7,17 @@ bad input with one sentence that says what to do, 2 is bad usage, 3 is a thresho
 import sys
 
 from persona_lens.cli import (  # noqa: F401 (each adds its commands)
-    commands,
-    converting,
-    evaluating,
+    evaluation,
     finetuning,
-    judging,
-    making,
     monitoring,
-    replicating,
-    reporting,
+    reports,
+    rollouts,
     screening,
     steering,
     traits,
+    vectors,
 )
-from persona_lens.cli.ending import claims, interrupts
+from persona_lens.cli.interrupts import interrupts, locks
 from persona_lens.cli.options import app
 from persona_lens.cli.output import escape_unencodable, say
 
@@ -35,7 +32,7 @@ def main() -> None:
     escape_unencodable()
     with interrupts() as interrupted:
         try:
-            with claims():
+            with locks():
                 app()
         except BaseException as error:
             if interrupted():

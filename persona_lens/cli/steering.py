@@ -1,70 +1,55 @@
 """The commands that steer: which layer to take, and what a prompt's answer becomes under interventions."""
 
+from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persona_lens.cli.ending import claim
-from persona_lens.cli.inputs import ModelClass, load, load_run, load_vectors, selected_layer
-from persona_lens.cli.judging import judge_of
+from persona_lens.cli.inputs import load_run, load_vectors, selected_layer
+from persona_lens.cli.interrupts import lock
 from persona_lens.cli.options import (
-    DEFAULT_MODEL,
-    AliasOption,
-    ClassOption,
-    ConcurrencyOption,
+    ActOn,
+    ActOnOption,
     JsonOption,
-    JudgeExtraOption,
-    JudgeOption,
-    ModelOption,
+    JudgeOptions,
+    LayerOption,
+    ModelOptions,
+    RunLengthOption,
+    RunTraitOption,
     SeedOption,
-    ThreadsOption,
-    TimeoutOption,
-    app,
+    command,
 )
-from persona_lens.cli.output import (
-    print_columns,
-    show_confirmation,
-    show_doses,
-    show_screens,
-    show_sweep,
-    sweep_as_json,
-    tell_json,
-)
+from persona_lens.cli.output import interval, number, print_columns, print_table, records, tell, tell_json
 
 if TYPE_CHECKING:
+    from persona_lens.evaluation.dose_response import DoseResponse
+    from persona_lens.evaluation.evaluate import Evaluation
+    from persona_lens.evaluation.layer_selection import LayerChoice, LayerSweep
     from persona_lens.interventions.values import Intervention
-    from persona_lens.judges.scores import Judge
+    from persona_lens.traits.trait import Trait
     from persona_lens.vectors.persona_vectors import PersonaVectors
 
-RunArgument = Annotated[Path, typer.Argument(help="A run's folder (of `extract` or `demo`), or a vectors file.")]
-TraitName = Annotated[str | None, typer.Option("--trait", help="Bundled trait or JSON; by default the run's own.")]
-LimitOption = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, help="Length limit of a response; by default the run's.")
-]
+CapOption = Annotated[float | None, typer.Option(help="Also with the projection at the layer capped there.")]
+AblateOption = Annotated[bool, typer.Option("--ablate", help="Also with the direction ablated at every layer.")]
 
 
-@app.command()
+@command
 def select_layer(
-    run: RunArgument,
-    trait: TraitName = None,
+    run: Annotated[Path, typer.Argument(help="A run's folder (of `extract` or `demo`), or a vectors file.")],
+    models: ModelOptions,
+    judges: JudgeOptions,
+    trait: RunTraitOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder; the run's by default. A second call resumes.")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="A layer, counted from 0; repeat. All by default.")] = None,
     coefficient: Annotated[list[float] | None, typer.Option(help="Repeat for several. 1, 2 and 4 by default.")] = None,
-    n_questions: Annotated[int | None, typer.Option(min=2, help="Only the first so many questions.")] = None,
+    n_questions: Annotated[int | None, typer.Option(min=2, help="Only the first n questions.")] = None,
     per_question: Annotated[int, typer.Option(min=1, help="Answers to each question in each cell.")] = 1,
-    max_new_tokens: LimitOption = None,
+    max_new_tokens: RunLengthOption = None,
     min_coherence: Annotated[float, typer.Option(min=0, max=100, help="Mean coherence that a cell needs.")] = 75.0,
     confirm: Annotated[bool, typer.Option(help="Confirm the choice on evaluation questions.")] = True,
     random: Annotated[int, typer.Option(min=0, help="Random directions to confirm it against.")] = 10,
-    judge: JudgeOption = "likelihood",
-    judge_extra_body: JudgeExtraOption = None,
-    concurrency: ConcurrencyOption = 20,
-    timeout: TimeoutOption = 60.0,
-    alias: AliasOption = None,
-    model: ModelOption = DEFAULT_MODEL,
-    model_class: ClassOption = ModelClass.BRIDGE,
-    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,72 +60,62 @@ def select_layer(
     from persona_lens.evaluation.dose_response import dose_response
     from persona_lens.evaluation.layer_proxies import fixed_texts
     from persona_lens.evaluation.layer_selection import select_layer as sweep_layers
-    from persona_lens.extraction.pipeline import calibrated_judge
 
-    found = load_run(run, trait, max_new_tokens)
-    folder = found.folder if output is None else output
+    loaded = load_run(run, trait, max_new_tokens)
+    folder = loaded.folder if output is None else output
     if folder is None:
         raise typer.BadParameter("--output is needed where the vectors are given as a file")
-    claim(folder)
-    amounts = tuple(coefficient or (1.0, 2.0, 4.0))
-    settings: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "aliases": alias}
-    chosen = judge_of(judge, folder, **settings, extra_body=judge_extra_body)
-    ready = load(model, model_class, threads)
-    source = found.folder or folder
-
-    def own() -> "Judge":
-        return calibrated_judge(ready, found.trait, source, max_new_tokens=found.max_new_tokens, seed=seed)
-
+    lock(folder)
+    coefficients = tuple(coefficient or (1.0, 2.0, 4.0))
+    make_judge = judges.load_judge(folder)
+    model = models.load()
     shared: dict[str, Any] = {
-        "judge": chosen(own),
+        "judge": make_judge(lambda: loaded.likelihood_judge(model, folder, seed)),
         "per_question": per_question,
-        "max_new_tokens": found.max_new_tokens,
+        "max_new_tokens": loaded.max_new_tokens,
         "output": folder,
         "seed": seed,
     }
-    questions = found.trait.extraction_questions[:n_questions]
     sweep = sweep_layers(
-        ready,
-        found.vectors,
-        found.trait,
+        model,
+        loaded.vectors,
+        loaded.trait,
         layers=layer or None,
-        coefficients=amounts,
-        questions=questions,
-        texts=fixed_texts(source, found.trait),
+        coefficients=coefficients,
+        questions=loaded.trait.extraction_questions[:n_questions],
+        texts=fixed_texts(loaded.folder or folder, loaded.trait),
         **shared,
     )
     best = sweep.best(min_coherence)
-    confirmed = None
+    confirmation = None
     if confirm:
-        doses = sorted({sign * amount for amount in amounts for sign in (1, -1)})
-        vector = found.vectors.at(best.layer)
-        confirmed = dose_response(ready, vector, found.trait, coefficients=doses, random=random, **shared)
+        doses = sorted({sign * amount for amount in coefficients for sign in (1, -1)})
+        vector = loaded.vectors.at(best.layer)
+        confirmation = dose_response(model, vector, loaded.trait, coefficients=doses, random=random, **shared)
     if as_json:
-        shown = {**sweep_as_json(sweep, min_coherence), "confirmed": None if confirmed is None else confirmed.summary()}
-        tell_json(shown)
+        confirmed = None if confirmation is None else confirmation.summary()
+        tell_json({**sweep_as_json(sweep, min_coherence), "confirmed": confirmed})
         return
-    show_sweep(sweep, best)
-    show_screens(sweep)
-    show_doses(sweep, found.trait, min_coherence=min_coherence)
-    if confirmed is not None:
-        show_confirmation(confirmed)
+    _show_sweep(sweep, best)
+    _show_proxies(sweep)
+    show_doses(sweep, loaded.trait, min_coherence=min_coherence)
+    if confirmation is not None:
+        _show_confirmation(confirmation)
 
 
-@app.command()
+@command
 def steer(
     prompt: Annotated[str, typer.Argument(help="What to ask the model.")],
     vectors: Annotated[Path, typer.Option(help="A run's folder, or a vectors file.")],
-    layer: Annotated[int | None, typer.Option(help="Counted from 0; by default the one that was selected.")] = None,
+    models: ModelOptions,
+    layer: LayerOption = None,
     coefficient: Annotated[list[float] | None, typer.Option(help="Repeat for several, side by side.")] = None,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Also with the direction ablated at every layer.")] = False,
-    cap: Annotated[float | None, typer.Option(help="Also with the projection at the layer capped there.")] = None,
+    ablate: AblateOption = False,
+    cap: CapOption = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "You are a helpful assistant.",
-    at: Annotated[str, typer.Option(help="Which tokens: response, prompt or all.")] = "response",
+    at: ActOnOption = ActOn.RESPONSE,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    model: ModelOption = DEFAULT_MODEL,
-    model_class: ClassOption = ModelClass.BRIDGE,
-    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -152,21 +127,20 @@ def steer(
     from persona_lens.generation.decoding import generate
     from persona_lens.interventions.hooks import intervene
 
-    if at not in ("response", "prompt", "all"):
-        raise typer.BadParameter(f"--at is response, prompt or all; got {at}")
-    given = load_vectors(vectors)
-    chosen = selected_layer(vectors, given) if layer is None else layer
-    variants = _variants(given, chosen, coefficient, ablate, cap)
-    ready = load(model, model_class, threads)
-    ids = tokenize_chat(ready.tokenizer, chat_messages(system, prompt)).prompt
+    loaded = load_vectors(vectors)
+    interventions = _variants(
+        loaded, selected_layer(vectors, loaded) if layer is None else layer, coefficient, ablate, cap
+    )
+    model = models.load()
+    ids = tokenize_chat(model.tokenizer, chat_messages(system, prompt)).prompt
 
     def answer() -> str:
-        done = generate(ready, [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        return ready.tokenizer.decode(done[0].tokens, skip_special_tokens=True)
+        completions = generate(model, [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return model.tokenizer.decode(completions[0].tokens, skip_special_tokens=True)
 
     texts = {"no intervention": answer()}
-    for intervention in variants:
-        with intervene(ready, intervention, at=at):
+    for intervention in interventions:
+        with intervene(model, intervention, at=at.value):
             texts[str(intervention)] = answer()
     if as_json:
         tell_json([{"intervention": name, "text": text} for name, text in texts.items()])
@@ -180,9 +154,92 @@ def _variants(
     from persona_lens.interventions.values import Ablate, Cap, Steer
 
     vector = vectors.at(layer)
-    # Alone, --ablate and --cap are compared with nothing; without any of them, the vector itself is what one asks for.
+    # With none of the three options the vector itself is steered by, in both directions.
     amounts = coefficients or ([] if ablate or cap is not None else [-2.0, 2.0])
     variants: list[Intervention] = [Steer(vector, amount) for amount in amounts]
     variants += [Ablate(vectors)] if ablate else []
     variants += [Cap(vector, maximum=cap)] if cap is not None else []
     return variants
+
+
+def sweep_as_json(sweep: "LayerSweep", min_coherence: float = 75.0) -> dict[str, Any]:
+    """A sweep's table, its choice (null where no cell is coherent enough), and how well cheap proxies rank layers."""
+    try:
+        choice = asdict(sweep.best(min_coherence))
+    except ValueError:
+        choice = None
+    return {
+        "trait": sweep.trait,
+        "judge": sweep.judge,
+        "best": choice,
+        "cells": records(sweep.table()),
+        "screens": records(sweep.screen_correlations()),
+    }
+
+
+def show_doses(sweep: "LayerSweep", trait: "Trait", *, min_coherence: float) -> None:
+    """Print the chosen layer's dose-response, with a sentiment lexicon beside the judge where one is installed."""
+    from persona_lens.judges.lexicon import SentimentJudge
+    from persona_lens.judges.scores import score_rollouts
+    from persona_lens.statistics import mean_estimate
+
+    best = sweep.best(min_coherence)
+    rows = []
+    for coefficient, evaluation in sweep.dose_response(best.layer).items():
+        dose = number(sweep.doses.get((best.layer, coefficient), 0.0), "+.2f", "")
+        try:
+            rollouts = [row.rollout for row in evaluation.scored]
+            scored = score_rollouts(SentimentJudge(), trait, rollouts, progress=False)
+            questions = [row.rollout.question for row in scored]
+            sentiment = str(mean_estimate([row.trait_score for row in scored], questions))
+        except ImportError:
+            sentiment = ""
+        example = shorten(evaluation.scored[0].rollout.response, 40, placeholder="...")
+        scores = str(evaluation.trait_score), sentiment, str(evaluation.coherence)
+        rows.append([f"{coefficient:g}", dose, *scores, example])
+    head = ["coefficient", "dose", f"{sweep.trait} [95 %]", "sentiment lexicon", "coherence", "first answer"]
+    tell(f"\nSteering layer {best.layer}, with intervals over {len(sweep.baseline.questions)} questions:")
+    print_table(head, rows)
+    tell(f"{best.reason[0].upper()}{best.reason[1:]}.")
+
+
+def _show_sweep(sweep: "LayerSweep", best: "LayerChoice") -> None:
+    """Print every layer with the trait score and mean coherence of each coefficient; the chosen layer has a star."""
+
+    def cell(evaluation: "Evaluation") -> str:
+        return f"{evaluation.trait_score} / {number(evaluation.coherence.value, '.0f')}"
+
+    rows = [["none", cell(sweep.baseline)]]
+    for layer in sweep.layers:
+        cells = [cell(sweep.evaluations[layer, coefficient]) for coefficient in sweep.coefficients]
+        rows.append([f"{'*' * (layer == best.layer)}{layer}", *cells])
+    print_table(["layer", *(f"x {amount:g}: {sweep.trait} / coherence" for amount in sweep.coefficients)], rows)
+
+
+def _show_proxies(sweep: "LayerSweep") -> None:
+    """Print how well each cheap proxy ranks the layers as the sweep does."""
+    table = sweep.screen_correlations()
+    if all(row["spearman"] is None for row in records(table)):  # fewer than three layers have no ranks
+        return
+    tell("\nSpearman of cheap proxies with the swept trait score, over layers:")
+    rows = [
+        [str(name), *(interval(row["spearman"], row["low"], row["high"], ".2f") for row in records(group))]
+        for name, group in table.groupby("screen", sort=False)
+    ]
+    print_table(["proxy", *(f"x {coefficient:g}" for coefficient in sweep.coefficients)], rows)
+
+
+def _show_confirmation(response: "DoseResponse") -> None:
+    """Print what the chosen direction does on other questions, beside random directions of equal norm."""
+    head = ["coefficient", "dose", f"{response.trait} [95 %]", "coherence", "random directions: mean (range)"]
+    rows = []
+    for evaluation, row in zip(response.evaluations, records(response.table()), strict=True):
+        spread = number(row["random_mean"], ".1f")
+        if row["random_mean"] is not None:
+            spread += f" ({row['random_low']:.1f} to {row['random_high']:.1f})"
+        scores = str(evaluation.trait_score), str(evaluation.coherence), spread
+        rows.append([f"{row['coefficient']:g}", number(row["dose"], "+.2f", ""), *scores])
+    n_questions = len(response.evaluations[0].questions)
+    tell(f"\nConfirmed at layer {response.layer} on {n_questions} evaluation questions:")
+    print_table(head, rows)
+    tell(f"{response}.")

@@ -1,19 +1,18 @@
 """The commands about traits in words: those that come with the package, and new ones that an LLM writes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_lens.cli.options import AliasOption, DryRunOption, JsonOption, TimeoutOption, WriterExtraOption, app
+from persona_lens.cli.options import AliasOption, DryRunOption, JsonOption, ServerOptions, WriterFieldsOption, command
 from persona_lens.cli.output import print_table, say, tell, tell_json
-from persona_lens.cli.servers import client_of
 
 if TYPE_CHECKING:
     from persona_lens.traits.trait import Trait
 
 
-@app.command()
+@command
 def traits(
     name: Annotated[str | None, typer.Argument(help="A trait to show whole; all in a line each by default.")] = None,
     as_json: JsonOption = False,
@@ -27,14 +26,14 @@ def traits(
     if name is not None:
         tell(load_trait(name).to_json())
         return
-    loaded = [load_trait(each) for each in bundled_traits()]
+    loaded = [load_trait(name) for name in bundled_traits()]
     if as_json:
-        tell_json([{"name": each.name, "description": each.description} for each in loaded])
+        tell_json([{"name": trait.name, "description": trait.description} for trait in loaded])
     else:
-        print_table(["trait", "description"], [[each.name, each.description] for each in loaded])
+        print_table(["trait", "description"], [[trait.name, trait.description] for trait in loaded])
 
 
-@app.command()
+@command
 def generate_trait(
     name: Annotated[str, typer.Argument(help="The trait in a word or two.")],
     description: Annotated[str, typer.Option(help="One sentence on what the trait is.")],
@@ -51,9 +50,9 @@ def generate_trait(
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Length limit of each of at most two calls.")] = 8000,
     seed: Annotated[int, typer.Option(help="Sent to the LLM; also divides the questions.")] = 0,
-    timeout: TimeoutOption = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one answer may take.")] = 600.0,
     alias: AliasOption = None,
-    writer_extra_body: WriterExtraOption = None,
+    writer_extra_body: WriterFieldsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is another trait.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -74,14 +73,12 @@ def generate_trait(
     arguments = {"n_pairs": n_pairs, "n_questions": n_questions, "monitoring_prompts": monitoring_prompts}
     arguments |= {"rubric": rubric, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     request = trait_generation.trait_request(name, description, **arguments)
-    settings: dict[str, Any] = {"timeout": timeout, "aliases": alias, "extra_body": writer_extra_body}
-    client = client_of(writer, output.parent, **settings, dry_run=dry_run)
+    servers = ServerOptions(timeout=timeout, alias=alias)
+    client = servers.client(writer, output.parent, extra_body=writer_extra_body, dry_run=dry_run)
     if dry_run:
-        found = client.estimate([request])
-        repair = (
-            "a draft with problems is sent back once, which at most doubles this and adds the draft to what is sent"
-        )
-        tell_json(found._asdict()) if as_json else tell(f"{found}; {repair}.")
+        estimate = client.estimate([request])
+        repair = "a draft with problems is sent back once, which at most doubles this, plus the draft itself"
+        tell_json(estimate._asdict()) if as_json else tell(f"{estimate}; {repair}.")
         return
     # What costs a call is refused before it is made; what the cache has is compared for nothing.
     if not overwrite and output.exists() and client.uncached([request]):

@@ -1,13 +1,7 @@
-"""The frame of all pages: one file of HTML, its look on a light ground or a dark one, and how foreign text is written.
+"""The frame of all pages: one HTML file from a Jinja2 template and one style sheet, with plotly figures drawn into it.
 
-A page loads nothing, and runs no script but those that it was made with: its policy names their hashes, so that nothing
-of the text can run, should it ever get through the escaping.
-Knows nothing about what is shown.
-
-The parts that pages are made of: facts, tables, pictures that a script draws, and texts, cut where they are long.
-
-Everything that is handed in as text is foreign, and escaped.
-Knows nothing about what the parts say.
+A page loads nothing, and runs no script but those it was made with: its policy names their hashes, so that nothing of a
+foreign text can run, should it ever get through the escaping.
 """
 
 import base64
@@ -15,188 +9,153 @@ import hashlib
 import html
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from persona_lens.plots.style import graph_objects
+from persona_lens.plots.style import graph_objects, number
 
-FRAME = """<!DOCTYPE html>
-<html lang=en>
-<head>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<meta http-equiv=Content-Security-Policy content="{policy}">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{heading}</h1>
-{body}
-{scripts}
-</body>
-</html>
-"""
-
-STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --card: #fafafa; --ink: #222; --grey: #6b6b6b; --line: #dcdcdc; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #15171a; --card: #1c1f23; --ink: #ececec; --grey: #a2a2a2; --line: #383c42; }
-}
-body { background: var(--ground); color: var(--ink); max-width: 880px; margin: 2rem auto; padding: 0 1.2rem;
-  font: 15px/1.5 "Open Sans", Helvetica, Arial, sans-serif; -webkit-print-color-adjust: exact;
-  print-color-adjust: exact; }
-h1 { font-size: 1.3rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: .8rem; font-weight: 600; letter-spacing: .03em; color: var(--grey); margin: 0 0 .5rem; }
-.note { color: var(--grey); margin: 0 0 .4rem; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
-  margin: 0 0 .8rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 16px; line-height: 1.85; }
-.sign { font-style: normal; font-size: .75em; opacity: .6; }
-"""
-
-_UNSEEN = {"\n": ("↵", "\n"), "\t": ("⇥", "\t")}
-
-
-def html_page(title: str, body: str, *, style: str = "", scripts: Sequence[str] = ()) -> str:
-    """A page with a title, a body of HTML, further style rules, and scripts that run after the body."""
-    hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    # A picture that a script draws is saved by way of a data or blob address.
-    drawing = f"; script-src {hashes}; img-src data: blob:" if scripts else ""
-    return FRAME.format(
-        policy=f"default-src 'none'; style-src 'unsafe-inline'{drawing}",
-        title=escaped(title),
-        heading=visible(title, breaks=False),
-        style=STYLE + style,
-        body=body,
-        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
-    )
-
-
-def escaped(text: str) -> str:
-    """Text for an element or an attribute; what UTF-8 cannot write becomes a question mark."""
-    return html.escape(text.encode("utf-8", "replace").decode())
-
-
-def visible(text: str, *, breaks: bool = True) -> str:
-    """The text as HTML, with a sign for every character that cannot be seen or would turn the text around.
-
-    Line breaks and tabs are themselves, after a sign of their own where `breaks`.
-    """
-    shown = []
-    for character in text:
-        if character in _UNSEEN:
-            sign, itself = _UNSEEN[character]
-            shown.append(f'<i class="sign">{sign}</i>{itself}' if breaks else itself)
-        elif unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}:
-            shown.append(f'<i class="sign">U+{ord(character):04X}</i>')
-        else:
-            shown.append(html.escape(character))
-    return "".join(shown)
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LONGEST, LONGEST_NAME = 700, 120
+"""Characters of a text, and of a name, that are shown."""
 
-PARTS_STYLE = """
-body { max-width: 1080px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0; }
-dt { color: var(--grey); }
-dd { margin: 0; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin-bottom: .6rem; }
-th { color: var(--grey); font-size: .85rem; font-weight: 600; text-align: right; vertical-align: bottom; }
-th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
-td { text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td:first-child { font-weight: 600; white-space: normal; overflow-wrap: anywhere; }
-.box { overflow-x: auto; border-radius: 6px; }
-.picture { background: #fff; border-radius: 6px; overflow: hidden; }
-.sample header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .2rem .9rem; color: var(--grey);
-  font-size: .9rem; margin-bottom: .4rem; }
-.sample header span { overflow-wrap: anywhere; }
-.sample strong { color: var(--ink); font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-.sample b { color: var(--ink); border: 1px solid var(--line); border-radius: 99px; padding: 0 .6rem;
-  font-weight: 600; font-size: .8rem; }
-.sample b.over { border-color: #d55e00; }
-.sample .text { font-size: 15px; line-height: 1.5; }
-.both { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 1.6rem; }
-h3 { font-size: .75rem; font-weight: 600; color: var(--grey); margin: .5rem 0 .1rem; }
-.cut { color: var(--grey); white-space: nowrap; }
-code { font: .9em ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-@media (max-width: 820px) {
-  body { margin: 1rem auto; padding: 0 .7rem; }
-  dl { display: block; }
-  dd { margin-bottom: .4rem; }
-}
-"""
-
-DRAW = """
+_SIGNS = {"\n": "↵", "\t": "⇥"}
+_DRAW = """
 (function () {{
   var figure = {figure};
-  Plotly.newPlot(document.getElementById("{place}"), figure.data, figure.layout,
+  Plotly.newPlot(document.getElementById("{id}"), figure.data, figure.layout,
     {{ responsive: true, displaylogo: false, displayModeBar: false }});
 }})();
 """
 
 
 class Picture(NamedTuple):
-    """An element, and the script that draws into it once plotly's own has run."""
+    """A figure that a script draws into an element of the page, or the reason why there is none.
 
-    element: str
-    script: str
-
-
-def picture_of(figure: Any, place: str, label: str, *, least: int = 0) -> Picture:
-    """A figure as wide as its page, which has the title, or `least` pixels; then it scrolls in a box of its own.
-
-    `place` is an id of its own, `label` says what cannot be seen.
+    Attributes:
+        id: The element's id.
+        label: What the figure shows, for whoever cannot see it.
+        size: The element's size, as CSS.
+        script: Draws it, once plotly's own script has run.
+        reason: Why there is nothing to draw; empty where there is.
     """
+
+    id: str
+    label: str
+    size: str = ""
+    script: str = ""
+    reason: str = ""
+
+
+def picture_of(figure: Any, id: str, label: str, *, min_width: int = 0) -> Picture:
+    """A figure as wide as its page, or at least `min_width` pixels; then it scrolls in a box of its own."""
     figure.update_layout(title=None, width=None, autosize=True)
-    # In JSON "<" stands in strings alone; written so, it cannot end the script.
-    drawn = json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")
-    height = figure.layout.height
-    size = f"height:{height}px" + f";min-width:{least}px" * bool(least)
-    element = f'<div class=picture id={place} role=img aria-label="{escaped(label)}" style="{size}"></div>'
-    return Picture(f"<div class=box>{element}</div>", DRAW.format(figure=drawn, place=place))
+    # In JSON, "<" only occurs in strings; written as an escape it cannot end the script.
+    data = json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")
+    size = f"height:{figure.layout.height}px" + f";min-width:{min_width}px" * bool(min_width)
+    return Picture(id, label, size, _DRAW.format(figure=data, id=id))
 
 
-def drawing_scripts(pictures: Sequence[Picture]) -> list[str]:
-    """What a page with these pictures runs: plotly and a script for each, nothing where there are none."""
-    if not pictures:
-        return []
+def draw(make: Callable[[], Any], id: str, label: str, *, height: int, min_width: int = 0) -> Picture:
+    """The picture of a figure that `make` gives, or the reason why it raised ValueError.
+
+    `height` is that of the axes in pixels, without title, legend and ticks.
+    """
+    try:
+        figure = make()
+    except ValueError as error:
+        return Picture(id, label, reason=str(error))
+    above = 14 if figure.layout.showlegend is False else 46
+    margin = {"t": above, "b": 58, "l": 62, "r": 14}
+    figure.update_layout(height=height + above + 64, margin=margin, hovermode="closest")
+    figure.update_layout(dragmode=False, font_size=12.5, legend_font_size=12.5)
+    # A finger that drags over a picture scrolls the page.
+    figure.update_xaxes(fixedrange=True, title_font_size=13)
+    figure.update_yaxes(fixedrange=True, title_font_size=13)
+    return picture_of(figure, id, label, min_width=min_width)
+
+
+def render(
+    template: str, title: str, kind: str, *, pictures: Sequence[Picture] = (), rules: str = "", **values: Any
+) -> str:
+    """A page from a template of this package; `kind` is the class of its body, `rules` are further CSS.
+
+    Raises ImportError without plotly where the page has pictures.
+    """
+    from markupsafe import Markup
+
+    drawn = [picture.script for picture in pictures if not picture.reason]
+    scripts = [_plotly(), *drawn] if drawn else []
+    hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    # A picture that a script draws is saved by way of a data or blob address.
+    drawing = f"; script-src {hashes}; img-src data: blob:" if scripts else ""
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            title=title,
+            kind=kind,
+            policy=Markup(f"default-src 'none'; style-src 'unsafe-inline'{drawing}"),
+            scripts=[Markup(script) for script in scripts],
+            rules=Markup(rules),
+            pictures=pictures,
+            **values,
+        )
+    )
+    return page.encode("utf-8", "replace").decode()  # what UTF-8 cannot write becomes a question mark
+
+
+def visible(text: str, breaks: bool = True) -> str:
+    """The text as HTML, with a sign for every character that cannot be seen or would turn the text around.
+
+    Line breaks and tabs are themselves, after a sign of their own where `breaks`.
+    """
+    from markupsafe import Markup
+
+    shown = []
+    for character in text:
+        if character in _SIGNS:
+            shown.append(f'<i class="sign">{_SIGNS[character]}</i>{character}' if breaks else character)
+        elif unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}:
+            shown.append(f'<i class="sign">U+{ord(character):04X}</i>')
+        else:
+            shown.append(html.escape(character))
+    return Markup("".join(shown))
+
+
+def cut(text: str, longest: int = 0) -> str:
+    """The first `longest` (by default `LONGEST`) characters as HTML, with the number of those that are left out."""
+    from markupsafe import Markup
+
+    longest = longest or LONGEST
+    left = len(text) - longest
+    rest = f" <span class=cut>… {left:,} more character{'s' * (left > 1)}</span>" if left > 0 else ""
+    return Markup(visible(text[:longest], breaks=False) + Markup(rest))
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("persona_lens.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(visible=visible, cut=cut, whole=lambda value: number(value, 0))
+    return environment
+
+
+def _plotly() -> str:
     graph_objects()
     from plotly.offline import get_plotlyjs
 
-    return [get_plotlyjs(), *(picture.script for picture in pictures)]
+    return get_plotlyjs()
 
 
-def facts_html(facts: Mapping[str, str]) -> str:
-    """Names with what they are."""
-    return (
-        "<dl>" + "".join(f"<dt>{escaped(name)}</dt><dd>{visible(fact)}</dd>" for name, fact in facts.items()) + "</dl>"
-    )
-
-
-def table_html(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; every cell also carries the name of its column, for a page too narrow for columns."""
-    lines = [
-        "".join(f'<td data-name="{escaped(head)}">{visible(cell)}</td>' for head, cell in zip(heads, row, strict=True))
-        for row in rows
-    ]
-    head = "".join(f"<th>{escaped(each)}</th>" for each in heads)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def text_part(name: str, text: str) -> str:
-    """A text under its name."""
-    return f"<div><h3>{escaped(name)}</h3><div class=text>{cut_text(text, LONGEST)}</div></div>"
-
-
-def cut_text(text: str, longest: int) -> str:
-    """Foreign text as HTML, as far as it is shown, with the number of characters that are not."""
-    left = len(text) - longest
-    rest = f" <span class=cut>… {left:,} more character{'s' * (left > 1)}</span>" if left > 0 else ""
-    return visible(text[:longest], breaks=False) + rest
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

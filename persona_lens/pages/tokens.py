@@ -1,14 +1,11 @@
-"""The page around coloured tokens: its body and its style sheet, which switches vectors without any script.
+"""A text whose every token is coloured by its projection, as one page of HTML that needs nothing from outside.
 
-A radio button that is checked makes the rules of its vector hold for the elements after it.
-Knows nothing about tokens' numbers.
-
-A text whose every token is coloured by its projection, as one page of HTML that needs nothing from outside.
-
-Colours diverge from a neutral value, one for each side, and grow as they leave it, on a light ground or a dark one.
-The text is a model's: every piece of it is escaped, and a page runs no script at all.
+Colours diverge from a neutral value, blue below and vermilion above, and grow with the distance, on a light ground or a
+dark one. The text is a model's: every piece of it is escaped. A page runs no script at all: radio buttons and the style
+sheet switch between vectors.
 """
 
+import html
 import re
 from collections.abc import Sequence
 from math import isnan
@@ -16,57 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from markupsafe import Markup
 from torch import Tensor
 
 from persona_lens.monitoring.result import Monitoring
 from persona_lens.monitoring.thresholds import Threshold
-from persona_lens.pages.page import escaped, html_page, visible
+from persona_lens.pages.page import render, visible
 from persona_lens.plots.style import number
-
-BODY = """{notes}
-{switch}
-<div class=legends>{legends}</div>
-<main>
-{text}
-</main>"""
-
-TOKENS_STYLE = """
-input[name=vector] { position: absolute; opacity: 0; }
-label { display: inline-block; margin: .3rem .4rem .3rem 0; padding: .15rem .8rem; border: 1px solid var(--line);
-  border-radius: 99px; cursor: pointer; color: var(--grey); }
-label[hidden] { display: none; }
-input:checked + label { background: var(--ink); border-color: var(--ink); color: var(--ground); }
-input:focus-visible + label { outline: 2px solid #56b4e9; outline-offset: 2px; }
-.legends { position: sticky; top: 0; background: var(--ground); padding: .6rem 0; border-bottom: 1px solid var(--line);
-  margin-bottom: 1rem; }
-.legend { display: none; align-items: flex-start; gap: .3rem 1.5rem; flex-wrap: wrap; font-size: .85rem; }
-.name { font-weight: 600; }
-.scale { width: 300px; }
-.bar { position: relative; display: block; height: .9rem; border-radius: 3px; margin-top: .2rem;
-  background: linear-gradient(90deg, #0072b2b8, #0072b200 50%, #d55e0000 50%, #d55e00b8);
-  box-shadow: inset 0 0 0 1px var(--line); }
-.mark { position: absolute; top: -3px; bottom: -3px; width: 2px; margin-left: -1px; background: var(--ink); }
-.ticks { display: flex; justify-content: space-between; color: var(--grey); font-variant-numeric: tabular-nums; }
-.key { color: var(--grey); }
-.key u { text-decoration: underline 2px; text-underline-offset: 4px; }
-.t { unicode-bidi: isolate; border-radius: 3px; padding: .12em 0; }
-.t:hover { outline: 1.5px solid var(--ink); }
-.special { font: .75em ui-monospace, Menlo, Consolas, monospace; }
-"""
-
-
-def vector_rules(n_vectors: int) -> str:
-    """The rules that hold while a vector's radio button is checked: its colours, its marks, its legend."""
-    rules = []
-    for place in range(n_vectors):
-        checked = f"#v{place}:checked ~"
-        rules += [
-            f"{checked} main .t {{ background: var(--c{place}); }}",
-            f"{checked} main .o{place} {{ text-decoration: underline 2px; text-underline-offset: 4px; }}",
-            f"{checked} .legends #l{place} {{ display: flex; }}",
-        ]
-    return "\n".join(rules) + "\n"
-
 
 # Okabe and Ito's blue and vermilion, as far as ink on them stays legible.
 BELOW, ABOVE, STRONGEST = (0, 114, 178), (213, 94, 0), 0.72
@@ -87,12 +40,26 @@ _SPECIAL = re.compile(r"<\|.+\|>|</?s>|<(bos|eos|pad|start_of_turn|end_of_turn)>
 
 
 class _Scale(NamedTuple):
-    """One vector's: its name, the value without colour, how far from it full colour is, and its threshold."""
+    """The scale of one vector: its name, the value without colour, how far from it full colour is, and a threshold."""
 
     name: str
     neutral: float
     reach: float
     threshold: float | None
+
+    def at(self, side: float) -> str:
+        """The value at a place of the scale, from -1 to 1."""
+        return number(self.neutral + side * self.reach)
+
+    @property
+    def threshold_text(self) -> str:
+        """The threshold as a number."""
+        return number(self.threshold)
+
+    @property
+    def mark(self) -> float:
+        """Where the threshold is on the bar, from 0 to 1; outside of these where it is not on it."""
+        return -1.0 if self.threshold is None else (self.threshold - self.neutral + self.reach) / (2 * self.reach)
 
 
 def tokens_html(
@@ -130,14 +97,18 @@ def tokens_html(
         _Scale(name, middle, _reach(values[:, place] - middle), getattr(limit, "value", limit))
         for place, (name, middle, limit) in enumerate(zip(names, neutrals, limits, strict=True))
     ]
-    shown = [_token(piece, row, scales) for piece, row in zip(pieces, values, strict=True)]
-    body = BODY.format(
-        notes="".join(f"<p class=note>{escaped(note)}</p>" for note in notes),
-        switch=_switch(scales),
-        legends="".join(_legend(place, scale, n_vectors == 1) for place, scale in enumerate(scales)),
-        text=_parts(shown, turns),
-    )
-    return html_page(title, body, style=TOKENS_STYLE + vector_rules(n_vectors))
+    tokens = [_token(piece, row, scales) for piece, row in zip(pieces, values, strict=True)]
+    rules = "\n".join(_rules(index) for index in range(n_vectors))
+    parts = _parts(tokens, turns)
+    return render("tokens.html", title, "tokens", rules=rules, notes=notes, scales=scales, parts=parts)
+
+
+def _rules(index: int) -> str:
+    """The rules that hold while a vector's radio button is checked: its colours, its marks, its legend."""
+    checked = f".tokens #v{index}:checked ~"
+    return f"""{checked} main .t {{ background: var(--c{index}); }}
+{checked} main .o{index} {{ text-decoration: underline 2px; text-underline-offset: 4px; }}
+{checked} .legends #l{index} {{ display: flex; }}"""
 
 
 def monitoring_html(
@@ -155,16 +126,16 @@ def monitoring_html(
     it was calibrated with.
     Raises ValueError where the chat's tokens were not kept, or a threshold is not of tokens or of none of the vectors.
     """
-    found = monitoring.chats[chat]
-    kept = [turn.tokens for turn in found.turns if turn.tokens is not None]
-    if len(kept) < len(found.turns) or not kept:
-        raise ValueError(f"{found.name}: its tokens were not kept: monitor it with tokens=True.")
+    projected = monitoring.chats[chat]
+    kept = [turn.tokens for turn in projected.turns if turn.tokens is not None]
+    if len(kept) < len(projected.turns) or not kept:
+        raise ValueError(f"{projected.name}: its tokens were not kept: monitor it with tokens=True.")
     limits: list[Threshold | None] = [None] * len(monitoring.vectors)
     for threshold in thresholds:
-        places = [at for at, each in enumerate(monitoring.vectors) if each.fingerprint == threshold.fingerprint]
-        if not places or threshold.of != "token":
+        matches = [i for i, vector in enumerate(monitoring.vectors) if vector.fingerprint == threshold.fingerprint]
+        if not matches or threshold.of != "token":
             raise ValueError(f"A page of tokens takes thresholds of tokens for its own vectors, got {threshold}.")
-        limits[places[0]] = threshold
+        limits[matches[0]] = threshold
     pieces: list[str] = []
     turns: list[tuple[int, str]] = []
     for index, tokens in enumerate(kept, start=1):
@@ -175,8 +146,8 @@ def monitoring_html(
     return tokens_html(
         pieces,
         np.concatenate([tokens.values.numpy() for tokens in kept]),
-        title=title or found.name,
-        names=[f"{each.trait}, layer {each.layer}" for each in monitoring.vectors],
+        title=title or projected.name,
+        names=[f"{vector.trait}, layer {vector.layer}" for vector in monitoring.vectors],
         threshold=limits,
         neutral=neutral,
         turns=turns,
@@ -208,17 +179,17 @@ def _matrix(projections: Any) -> np.ndarray:
 def _neutrals(neutral: Neutral, values: np.ndarray) -> list[float]:
     if neutral != "median":
         return _for_each(neutral, values.shape[1])
-    measured = [column[np.isfinite(column)] for column in values.T]
-    return [float(np.median(each)) if len(each) else 0.0 for each in measured]
+    finite = [column[np.isfinite(column)] for column in values.T]
+    return [float(np.median(column)) if len(column) else 0.0 for column in finite]
 
 
-def _for_each(given: Any, n_vectors: int) -> list[Any]:
-    """One for each vector, a single one for all of them."""
-    if not isinstance(given, Sequence):
-        return [given] * n_vectors
-    if len(given) != n_vectors:
-        raise ValueError(f"Expected one number, or one for each of {n_vectors} vectors, got {len(given)}.")
-    return list(given)
+def _for_each(numbers: Any, n_vectors: int) -> list[Any]:
+    """A number for each vector; a single one serves all of them."""
+    if not isinstance(numbers, Sequence):
+        return [numbers] * n_vectors
+    if len(numbers) != n_vectors:
+        raise ValueError(f"Expected one number, or one for each of {n_vectors} vectors, got {len(numbers)}.")
+    return list(numbers)
 
 
 def _reach(distances: np.ndarray) -> float:
@@ -246,43 +217,15 @@ def _token(piece: str, row: np.ndarray, scales: Sequence[_Scale]) -> str:
             colours.append(f"--c{place}:{_colour(value, scale)}")
             marks += [f"o{place}"] if scale.threshold is not None and value > scale.threshold else []
     classes = " ".join(["t", *marks, *(["special"] if _SPECIAL.fullmatch(piece) else [])])
-    hover = escaped("\n".join(numbers)).replace("\n", "&#10;")
+    hover = html.escape("\n".join(numbers)).replace("\n", "&#10;")
     return f'<span class="{classes}" style="{";".join(colours)}" title="{hover}">{visible(piece) or EMPTY}</span>'
 
 
-def _parts(shown: Sequence[str], turns: Sequence[tuple[int, str]]) -> str:
-    """The tokens under the headings of their parts; before the first heading, under none."""
-    places = [place for place, _ in turns]
-    if places != sorted(set(places)) or (places and not 0 <= places[0] <= places[-1] < len(shown)):
-        raise ValueError(f"Turns begin at ascending places from 0 to {len(shown) - 1}, got {places}.")
-    starts = [(0, ""), *turns] if not places or places[0] > 0 else list(turns)
-    ends = [place for place, _ in starts[1:]] + [len(shown)]
-    parts = []
-    for (start, heading), end in zip(starts, ends, strict=True):
-        head = f"<h2>{escaped(heading)}</h2>" if heading else ""
-        parts.append(f"<section>{head}<div class=text>{''.join(shown[start:end])}</div></section>")
-    return "\n".join(parts)
-
-
-def _switch(scales: Sequence[_Scale]) -> str:
-    """Radio buttons, which the style sheet reads; a single vector needs none to be seen."""
-    hidden = " hidden" if len(scales) == 1 else ""
-    return "".join(
-        f"<input type=radio name=vector id=v{place}{' checked' if place == 0 else ''}>"
-        f"<label for=v{place}{hidden}>{escaped(scale.name)}</label>"
-        for place, scale in enumerate(scales)
-    )
-
-
-def _legend(place: int, scale: _Scale, alone: bool) -> str:
-    """The bar of colours with its ends and middle; the threshold is a line on it, or a number where it is outside."""
-    low, middle, high = (number(scale.neutral + side * scale.reach) for side in (-1, 0, 1))
-    mark, words = "", ""
-    if scale.threshold is not None:
-        words = f"<span class=key><u>underlined</u>: above the threshold {number(scale.threshold)}</span>"
-        at = (scale.threshold - scale.neutral + scale.reach) / (2 * scale.reach)
-        mark = f'<b class=mark style="left:{100 * at:.1f}%"></b>' if 0 <= at <= 1 else ""
-    name = f"<span class=name>{escaped(scale.name)}</span>" if alone else ""
-    bar = f"<span class=bar>{mark}</span>"
-    ticks = f"<span class=ticks><span>≤ {low}</span><span>{middle}</span><span>≥ {high}</span></span>"
-    return f"<div class=legend id=l{place}>{name}<span class=scale>{bar}{ticks}</span>{words}</div>"
+def _parts(tokens: Sequence[str], turns: Sequence[tuple[int, str]]) -> list[tuple[str, str]]:
+    """The tokens with the headings of their parts; before the first heading, an empty one."""
+    starts = [start for start, _ in turns]
+    if starts != sorted(set(starts)) or (starts and not 0 <= starts[0] <= starts[-1] < len(tokens)):
+        raise ValueError(f"Turns begin at ascending places from 0 to {len(tokens) - 1}, got {starts}.")
+    headed = [(0, ""), *turns] if not starts or starts[0] > 0 else list(turns)
+    ends = [start for start, _ in headed[1:]] + [len(tokens)]
+    return [(heading, Markup("".join(tokens[start:end]))) for (start, heading), end in zip(headed, ends, strict=True)]
