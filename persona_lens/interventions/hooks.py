@@ -189,7 +189,9 @@ def intervene(
     values = _with_joined_ablations(interventions)
     check_positions(at, prompt_lengths)
     identity = identify(model)  # which reads every weight: once for all vectors
-    relations = [r for value in values for r in value.check(identity, allow_other_model=allow_other_model)]
+    relations: list[Relation] = []
+    for value in values:
+        relations += value.check(identity, allow_other_model=allow_other_model)
     lengths = None if prompt_lengths is None else tuple(prompt_lengths)
     attachment = Attachment(values, at, tuple(relations), lengths, only_in_training)
     needs_boundary = isinstance(at, str) and at != "all"
