@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from persona_lens.extraction.responses import read_reference_csv
+from persona_lens.interop.responses import read_reference_csv
 from persona_lens.judges.agreement import judge_agreement
 from persona_lens.judges.lexicon import SentimentJudge
 from persona_lens.judges.scores import score_rollouts

@@ -115,7 +115,8 @@ def keeps_date(function: Callable[Arguments, Result]) -> Callable[Arguments, Res
 
     @wraps(function)
     def dated(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        output: Any = given.bind_partial(*args, **kwargs).arguments.get("output")
+        arguments = given.bind_partial(*args, **kwargs).arguments
+        output: Any = arguments.get("output_dir", arguments.get("output"))
         with fixed_date("" if output is None else recorded_date(Path(output))):
             return function(*args, **kwargs)
 
