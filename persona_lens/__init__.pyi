@@ -45,10 +45,10 @@ from .interventions.hooks import ablate as ablate
 from .interventions.hooks import cap as cap
 from .interventions.hooks import intervene as intervene
 from .interventions.hooks import steer as steer
-from .interventions.intervention import When as When
 from .interventions.values import Ablate as Ablate
 from .interventions.values import Cap as Cap
 from .interventions.values import Steer as Steer
+from .interventions.values import When as When
 from .judges.agreement import judge_agreement as judge_agreement
 from .judges.classifier import ClassifierJudge as ClassifierJudge
 from .judges.classifier import TextClassifier as TextClassifier

@@ -21,8 +21,7 @@ from persona_lens.finetuning.result import Finetuning
 from persona_lens.finetuning.shift import finetuning_shift
 from persona_lens.finetuning.trainer import ProjectionPenalty
 from persona_lens.interventions.hooks import intervene
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Ablate, Steer
+from persona_lens.interventions.values import Ablate, Intervention, Steer
 from persona_lens.judges.classifier import ClassifierJudge
 from persona_lens.models.adapters import Adapter, adapted
 from persona_lens.models.structure import Model, ModelIdentity, identify
@@ -160,7 +159,7 @@ def finetune_as(
         output=output,
         learning_rate=settings.learning_rate,
         epochs=settings.epochs,
-        batch_rows=settings.batch_rows,
+        batch_size=settings.batch_rows,
         accumulation=settings.accumulation,
         max_length=settings.max_length,
         seed=settings.seed,

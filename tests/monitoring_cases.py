@@ -31,7 +31,7 @@ def experiment(found, layer=0):
 class LengthJudge:
     """Scores by the number of letters: real texts, and scores that differ."""
 
-    batch_rows = 100
+    batch_size = 100
 
     def name(self, trait):
         return "length"

@@ -1,9 +1,11 @@
 """The algebra over cell sums gives what making every direction anew from its rows gives."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -17,6 +19,7 @@ from persona_lens.vectors.direction_statistics import (
     direction_metrics,
     held_out_projections,
 )
+from tests.vector_cases import balanced_design, make_statistics, planted_rows
 
 D_MODEL = 5
 SEEDS = st.integers(0, 2**16)
@@ -33,24 +36,6 @@ def random_design(seed, n_questions=4, n_instructions=2):
             rows += [(f"q{question}", f"i{place}", side) for place, count in enumerate(counts) for _ in range(count)]
     order = generator.permutation(len(rows))
     return Design(*(tuple(rows[place][column] for place in order) for column in range(3)))
-
-
-def balanced_design(n_questions=8, n_instructions=2, n_samples=3):
-    rows = [
-        (f"q{question}", f"i{instruction}", side)
-        for question in range(n_questions)
-        for instruction in range(n_instructions)
-        for side in (True, False)
-        for _ in range(n_samples)
-    ]
-    return Design(*map(tuple, zip(*rows, strict=True)))
-
-
-def planted_rows(design, strength, seed=0):
-    """Noise, plus `strength` along the first axis where a row is positive."""
-    rows = np.random.default_rng(seed).normal(size=(len(design.positive), 8))
-    rows[:, 0] += strength * np.array(design.positive)
-    return rows
 
 
 def random_rows(design, seed):
@@ -282,3 +267,13 @@ def test_a_strong_direction_does_not_lend_its_strength_to_the_placebo():
     assert found["held_out_auc"] > 0.99
     assert found["placebo_norm_95"] < 0.9
     assert found["placebo_auc_95"] < found["held_out_auc"]
+
+
+def test_statistics_need_one_value_a_layer(shapes_unchecked):
+    with pytest.raises(ValueError, match=r"split_half has shape \[1\]: every statistic needs one value a layer"):
+        replace(make_statistics(), split_half=torch.ones(1))
+
+
+def test_the_embedding_row_needs_the_statistics_of_the_layers():
+    with pytest.raises(ValueError, match=r"missing or unknown: .*'auc'.*'held_out_auc'"):
+        replace(make_statistics(), embedding={"auc": 0.5})

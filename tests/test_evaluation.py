@@ -8,8 +8,7 @@ import pytest
 
 from persona_lens.evaluation.evaluate import Evaluation, evaluate
 from persona_lens.interventions.hooks import intervene, steer
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.values import Ablate, Cap, Intervention, Steer
 from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
 from persona_lens.judges.scores import score_rollouts
 from persona_lens.models.loading import bridge_from_transformers
@@ -193,7 +192,7 @@ def kept(tiny_model, tmp_path):
 
     def run(*, judge=None, model=tiny_model, interventions=done, **changes):
         settings = {"per_question": 3, "batch_size": 2, **SHORT, **changes}
-        judge = LetterJudge(batch_rows=2) if judge is None else judge
+        judge = LetterJudge(batch_size=2) if judge is None else judge
         return evaluate(model, TRAIT, judge=judge, interventions=interventions, output_dir=tmp_path, **settings)
 
     return run

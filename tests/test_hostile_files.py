@@ -28,8 +28,7 @@ from persona_lens.interop.tensor_files import (
     write_layer_dict,
     write_reference_vectors,
 )
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Steer
+from persona_lens.interventions.values import Intervention, Steer
 from persona_lens.judges.agreement import read_human_scores
 from persona_lens.judges.classifier import TextClassifier
 from persona_lens.judges.expectation import digit_sequences, expectation, number_tokens, read_number

@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 
-from persona_lens.interventions.intervention import Intervention, When
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.values import Ablate, Cap, Intervention, Steer, When
 from tests.vector_cases import D_MODEL, N_LAYERS, assert_same_bits, make_provenance, make_vectors, random_tensor
 
 RESID = random_tensor(2, 5, D_MODEL, seed=50).double()
@@ -55,7 +54,7 @@ def test_a_fingerprint_survives_the_record(each):
 
 def test_vectors_come_back_with_all_that_is_known_of_them():
     again = Intervention.from_dict(through_json(EACH["steer by an int"]))
-    for found, expected in zip(again.each, [EVIL.at(2), KIND.at(0)], strict=True):
+    for found, expected in zip(again.layer_vectors, [EVIL.at(2), KIND.at(0)], strict=True):
         assert_same_bits(found.direction, expected.direction)
         for name in ("trait", "layer", "position", "residual_norm", "provenance"):
             assert getattr(found, name) == getattr(expected, name)

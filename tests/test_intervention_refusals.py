@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from persona_lens.generation.decoding import generate
-from persona_lens.interventions.hooks import ablate, cap, intervene, steer
-from persona_lens.interventions.intervention import When
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.hooks import ablate, cap, fwd_hooks, intervene, steer
+from persona_lens.interventions.values import Ablate, Cap, Steer, When
 from persona_lens.vectors.persona_vector import PersonaVector
 from tests import tiny
 from tests.intervention_cases import TOKENS, hooks, logits, some_vectors
@@ -217,16 +216,16 @@ def test_positions_that_cannot_be_known_are_refused_as_the_model_runs(shapes_unc
 @pytest.mark.parametrize("at", ["response", "prompt"])
 def test_hook_lists_refuse_positions_that_they_cannot_know(tiny_model, at):
     with pytest.raises(ValueError, match=f"TransformerLens hooks cannot know at='{at}': pass a mask, or use intervene"):
-        Steer(some_vectors(tiny_model)).fwd_hooks(tiny_model, at=at)
+        fwd_hooks(tiny_model, Steer(some_vectors(tiny_model)), at=at)
 
 
 def test_hook_lists_refuse_vectors_that_do_not_fit_the_model(tiny_model):
     with pytest.raises(ValueError, match="evil: the vectors expect d_model 6"):
-        Steer(EVIL).fwd_hooks(tiny_model)
+        fwd_hooks(tiny_model, Steer(EVIL))
 
 
 def test_hook_lists_refuse_a_mask_of_another_shape(shapes_unchecked, tiny_model):
-    hook_list = Steer(some_vectors(tiny_model)).fwd_hooks(tiny_model, at=torch.ones(2, 6).bool())
+    hook_list = fwd_hooks(tiny_model, Steer(some_vectors(tiny_model)), at=torch.ones(2, 6).bool())
     with pytest.raises(ValueError, match=r"\[2, 6\] and the forward pass \[2, 7\]"):
         tiny_model.run_with_hooks(TOKENS, fwd_hooks=hook_list)
     tiny_model.reset_hooks()

@@ -8,9 +8,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from persona_lens.interventions.hooks import intervene, steer
-from persona_lens.interventions.intervention import When
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.hooks import fwd_hooks, intervene, steer
+from persona_lens.interventions.values import Ablate, Cap, Steer, When
 from persona_lens.models.forward import forward
 from persona_lens.models.loading import bridge_from_transformers
 from persona_lens.models.pass_context import KnownPass, announce, announced, watch_passes
@@ -43,16 +42,16 @@ def test_hook_lists_do_what_the_context_does(tiny_model, kind, at):
     each, at = value(kind, tiny_model), MASK if at == "mask" else "all"
     with intervene(tiny_model, each, at=at):
         expected, expected_stream = logits(tiny_model), stream(tiny_model)
-    hook_list = each.fwd_hooks(tiny_model, at=at)
+    hook_list = fwd_hooks(tiny_model, each, at=at)
     with torch.no_grad():
         assert torch.equal(tiny_model.run_with_hooks(TOKENS, fwd_hooks=hook_list), expected)
     with tiny_model.hooks(fwd_hooks=hook_list):
         assert torch.equal(logits(tiny_model), expected)
         assert torch.equal(stream(tiny_model), expected_stream)
     vectors = some_vectors(tiny_model)
-    names = [name for name, _ in Steer([vectors.at(3), vectors.at(1)], 2.0).fwd_hooks(tiny_model)]
-    assert names == ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
-    assert Steer(vectors, 0.0).fwd_hooks(tiny_model) == []
+    hook_list = fwd_hooks(tiny_model, Steer([vectors.at(3), vectors.at(1)], 2.0))
+    assert [name for name, _ in hook_list] == ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
+    assert fwd_hooks(tiny_model, Steer(vectors, 0.0)) == []
 
 
 def test_generation_inside_hook_lists_is_steered(tiny_model):
@@ -61,7 +60,7 @@ def test_generation_inside_hook_lists_is_steered(tiny_model):
     each, options = value("steer", tiny_model), {"max_new_tokens": 4, "temperature": 0.0}
     with intervene(tiny_model, each):
         expected = generate(tiny_model, IDS, **options)
-    with tiny_model.hooks(fwd_hooks=each.fwd_hooks(tiny_model)):
+    with tiny_model.hooks(fwd_hooks=fwd_hooks(tiny_model, each)):
         assert generate(tiny_model, IDS, **options) == expected
 
 

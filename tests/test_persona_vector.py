@@ -13,7 +13,6 @@ from tests.vector_cases import (
     FACTORS,
     N_LAYERS,
     SEEDS,
-    make_provenance,
     make_vectors,
     random_tensor,
     slow_projection,
@@ -29,11 +28,6 @@ def test_a_direction_that_is_not_finite_is_refused_by_trait_and_layer(bad):
 def test_a_direction_with_layers_is_no_single_vector(shapes_unchecked):
     with pytest.raises(ValueError, match=r"one layer's direction has shape \[d_model\], got \[4, 6\]"):
         PersonaVector("evil", 0, torch.ones(N_LAYERS, D_MODEL))
-
-
-def test_the_repr_is_short_and_names_the_model():
-    one = make_vectors(provenance=make_provenance()).at(1)
-    assert repr(one) == f"PersonaVector('evil', layer=1, d_model=6, norm={one.norm:.4g}, model='toy-0')"
 
 
 @given(seed=SEEDS, factor=FACTORS)
@@ -61,11 +55,6 @@ def test_projection_equals_the_slow_obvious_one_at_any_scale_of_the_vector(seed,
     torch.testing.assert_close(v.project(activations), torch.tensor(slow), rtol=1e-4, atol=1e-5)
 
 
-def test_the_projection_of_a_vector_on_itself_is_its_norm():
-    v = make_vectors().at(0)
-    assert float(v.project(v.direction)) == pytest.approx(v.norm)
-
-
 def test_projections_of_half_precision_activations_are_computed_in_float32():
     v, activations = make_vectors().at(0), random_tensor(5, D_MODEL).bfloat16()
     assert v.project(activations).dtype == torch.float32
@@ -87,16 +76,3 @@ def test_activations_of_another_width_are_refused():
 def test_cosine_similarity_ignores_length_and_keeps_sign(seed, factor):
     v = make_vectors(seed=seed).at(1)
     assert v.cosine_similarity(factor * v) == pytest.approx(math.copysign(1, factor))
-
-
-def test_cosine_similarity_compares_layers():
-    v = make_vectors()
-    assert abs(v.at(0).cosine_similarity(v.at(1))) < 1
-
-
-def test_orthogonal_to_removes_the_whole_plane_of_oblique_vectors():
-    first, oblique = (
-        PersonaVector(name, 0, torch.tensor(v)) for name, v in (("x", [2.0, 0, 0]), ("xy", [1.0, 1.0, 0]))
-    )
-    rest = PersonaVector("evil", 0, torch.tensor([3.0, 4.0, 5.0])).orthogonal_to(first, oblique)
-    torch.testing.assert_close(rest.direction, torch.tensor([0.0, 0.0, 5.0]))

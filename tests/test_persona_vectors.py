@@ -160,15 +160,6 @@ def test_increments_without_an_embedding_row_are_refused():
 # What a reader sees
 
 
-def test_the_repr_is_short_and_names_the_model():
-    v = make_vectors(provenance=make_provenance(), statistics=make_statistics())
-    assert repr(v) == (
-        "PersonaVectors('evil', n_layers=4, d_model=6, position='response_mean', "
-        "counts={'positive': 5, 'negative': 4}, model='toy-0')"
-    )
-    assert "increments=True" in repr(v.incremental())
-
-
 def test_the_table_has_the_embedding_row_first_and_a_row_a_layer():
     v = make_vectors(statistics=make_statistics())
     table = v.table()
@@ -227,11 +218,6 @@ def test_projecting_a_cache_projects_every_token_at_every_layer():
     for layer in range(N_LAYERS):
         torch.testing.assert_close(projected[layer], v.at(layer).project(cache[v.hook_names[layer]]))
     torch.testing.assert_close(v.project_cache(cache), projected)
-
-
-def test_a_cache_without_batch_dimension_gives_a_row_a_layer():
-    cache = {name: activations[0] for name, activations in make_cache().items()}
-    assert make_vectors().project_cache(cache).shape == (N_LAYERS, 3)
 
 
 def test_a_cache_that_lacks_layers_is_refused_with_the_filter_to_use():

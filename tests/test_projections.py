@@ -109,11 +109,6 @@ def test_the_last_layer_is_read_before_the_final_norm(pair):
     torch.testing.assert_close(project(model, [last])[..., 0], expected, **_tolerance(model))
 
 
-def test_the_length_of_a_vector_does_not_matter(tiny_model):
-    vector = some_vectors(tiny_model).at(1)
-    torch.testing.assert_close(project(tiny_model, [7 * vector]), project(tiny_model, [vector]), **ROUNDED)
-
-
 def test_interventions_that_are_attached_already_are_seen(tiny_model):
     from persona_lens.interventions.hooks import steer
 

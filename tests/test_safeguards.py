@@ -9,8 +9,7 @@ import torch
 
 from persona_lens.generation.decoding import generate
 from persona_lens.interventions.hooks import steer
-from persona_lens.interventions.intervention import When
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.values import Ablate, Cap, Steer, When
 from persona_lens.monitoring.live import generate_watched, stream_watched
 from persona_lens.monitoring.watch import Alert, Safeguard
 from persona_lens.vectors.persona_vectors import PersonaVectors
@@ -195,7 +194,7 @@ class Broken(Steer):
 
     kind = "broken"
 
-    def _change(self, resid, layer, rows):
+    def apply(self, resid, positions=None, *, layer=None, rows=None):
         raise RuntimeError("out of order")
 
 

@@ -19,8 +19,7 @@ from persona_lens.statistics import mean_estimate, question_resamples
 from persona_lens.traits.trait import load_trait
 from persona_lens.vectors.direction_statistics import direction_metrics
 from persona_lens.vectors.persona_vectors import PersonaVectors
-from tests.test_direction_statistics import balanced_design, planted_rows
-from tests.vector_cases import random_tensor
+from tests.vector_cases import balanced_design, planted_rows, random_tensor
 
 VECTOR = PersonaVectors.from_directions(random_tensor(3, 6, seed=2), trait="evil").at(1)
 SCORES = np.random.default_rng(7).normal(size=40)

@@ -33,7 +33,7 @@ def sweep(tiny_model):
 
     def run(*, judge=None, model=tiny_model, vectors=None, **changes):
         vectors = some_vectors(tiny_model) if vectors is None else vectors
-        judge = LetterJudge(model=model, batch_rows=6) if judge is None else judge
+        judge = LetterJudge(model=model, batch_size=6) if judge is None else judge
         return select_layer(model, vectors, TRAIT, judge=judge, **SWEEP | changes)
 
     return run
@@ -207,7 +207,9 @@ def test_the_folder_of_a_sweep_made_otherwise_is_refused_and_left_alone(
 def reference_gap(hf_model, row, tokenizer, done, place):
     """How sure the reference was of the token at a place."""
     ids = row.prompt.tokenize(tokenizer).prompt
-    additions = {} if done is None else {done.each[0].layer: done.coefficient * done.each[0].direction}
+    additions = (
+        {} if done is None else {done.layer_vectors[0].layer: done.coefficient * done.layer_vectors[0].direction}
+    )
     with naive.added_at(hf_model, additions, slice(len(ids) - 1, None)):
         return naive.top_two_gaps(hf_model, ids, row.response_tokens[: place + 1])[place]
 

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import nn
@@ -76,7 +77,7 @@ def make_statistics(*, n_layers=N_LAYERS, embedding=True) -> Any:
     """One undefined number among the layers, and one in the embedding row."""
     from persona_lens.vectors.direction_statistics import LayerStatistics
 
-    names = [each.name for each in fields(LayerStatistics)][:9]
+    names = [field.name for field in fields(LayerStatistics)][:9]
     by_layer = {name: random_tensor(n_layers, seed=seed).sigmoid() for seed, name in enumerate(names)}
     by_layer["split_half"][2] = math.nan
     row = dict.fromkeys(names, 0.1) | {"split_half": math.nan}
@@ -92,3 +93,23 @@ def assert_same_bits(left, right):
     assert left.dtype == right.dtype
     assert left.shape == right.shape
     assert left.numpy().tobytes() == right.numpy().tobytes()
+
+
+def balanced_design(n_questions=8, n_instructions=2, n_samples=3) -> Any:
+    from persona_lens.vectors.direction_statistics import Design
+
+    rows = [
+        (f"q{question}", f"i{instruction}", side)
+        for question in range(n_questions)
+        for instruction in range(n_instructions)
+        for side in (True, False)
+        for _ in range(n_samples)
+    ]
+    return Design(*map(tuple, zip(*rows, strict=True)))
+
+
+def planted_rows(design, strength, seed=0):
+    """Noise, plus `strength` along the first axis where a row is positive."""
+    rows = np.random.default_rng(seed).normal(size=(len(design.positive), 8))
+    rows[:, 0] += strength * np.array(design.positive)
+    return rows

@@ -1,8 +1,7 @@
-"""Mean residual-stream activations, at every layer, over chosen tokens.
+"""Mean residual-stream activations, and token projections, read in hooks at every layer.
 
 Each hook reduces its layer to one `[batch, d_model]` mean per pool as the forward pass runs, so memory does not grow
 with sequence length; nothing is unembedded and no gradient is kept (arXiv:2507.21509, section 2.2).
-Knows nothing about traits or vectors: token ids and masks come in, means go out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,8 +86,8 @@ def projected_residuals(
     Raises ValueError where a vector does not belong to the model.
     """
     check_vectors(model, vectors, allow_other_model=allow_other_model)
-    with attached_projections(model, vectors) as found:
-        yield found
+    with attached_projections(model, vectors) as projections:
+        yield projections
 
 
 def check_vectors(model: Model, vectors: Sequence[PersonaVector], *, allow_other_model: bool = False) -> None:
@@ -102,10 +101,10 @@ def check_vectors(model: Model, vectors: Sequence[PersonaVector], *, allow_other
 @contextmanager
 def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iterator[Projections]:
     """`projected_residuals` of vectors that were checked before: the check reads every weight, once is enough."""
-    found = Projections(tuple(vectors))
+    projections = Projections(tuple(vectors))
     points = residual_points(model)
     hooks = []
-    for layer in found.layers:
+    for layer in projections.layers:
         # Moved in the dtype of the activations, as the first pass shows it: some accelerators have no float64.
         units = units_of([vector for vector in vectors if vector.layer == layer])
         placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -118,15 +117,15 @@ def attached_projections(model: Model, vectors: Sequence[PersonaVector]) -> Iter
             if key not in placed:
                 placed[key] = units.to(wide.dtype).to(wide.device)
             pattern = "batch pos d_model, vector d_model -> batch pos vector"
-            found.by_layer[layer] = einsum(wide, placed[key], pattern)
+            projections.by_layer[layer] = einsum(wide, placed[key], pattern)
 
         hooks.append(Hook(points[layer + 1], project))
     with hooked(model, hooks):
-        yield found
+        yield projections
 
 
 class NotFinite(ValueError):
-    """Activations that hold NaN or infinity, by the row of what was given and the layer (-1: the embedding)."""
+    """Activations that hold NaN or infinity, by the row among those passed and the layer (-1: the embedding)."""
 
     def __init__(self, row: int, layer: int):
         where = "the embedding" if layer < 0 else f"layer {layer}"
@@ -136,7 +135,7 @@ class NotFinite(ValueError):
 
 
 def refuse_not_finite(means: Float[Tensor, "batch stream d_model"], rows: Sequence[int]) -> None:
-    """Raise `NotFinite`, by the names `rows`, for the lowest layer that is not finite: those above only hand it on."""
+    """Raise `NotFinite`, by the names `rows`, for the lowest layer that is not finite: those above inherit it."""
     finite = reduce(means.isfinite(), "batch stream d_model -> stream batch", "all")
     if not bool(finite.all()):
         stream = int((~finite).nonzero()[0, 0])
@@ -168,14 +167,14 @@ def pool_weights(batch: ChatBatch, positions: Sequence[Position]) -> Float[Tenso
     order = torch.arange(batch.tokens.shape[1])
     last = prompt & (order == reduce(torch.where(prompt, order, -1), "batch pos -> batch 1", "max"))
     masks = {"response_mean": batch.response_mask, "prompt_mean": prompt, "prompt_last": last}
-    chosen = torch.stack([masks[position] for position in positions]).double()
-    counts = reduce(chosen, "pool batch pos -> pool batch 1", "sum")
+    pools = torch.stack([masks[position] for position in positions]).double()
+    counts = reduce(pools, "pool batch pos -> pool batch 1", "sum")
     if bool((counts == 0).any()):
         pool, row, _ = (counts == 0).nonzero()[0].tolist()
         raise ValueError(
             f"Row {row} has no tokens for {positions[pool]}: leave empty rows out, they are never averaged."
         )
-    return chosen / counts
+    return pools / counts
 
 
 def mean_activations(
@@ -206,7 +205,7 @@ def _known(batch: ChatBatch) -> KnownPass | None:
 
 @dataclass(frozen=True)
 class RowMeans:
-    """Means of some rows: `rows` are indices into what was given, in the order of the batch that ran them."""
+    """Means of some of the rows passed to `stream_means`; `rows` are their indices, in the order of the batch."""
 
     rows: list[int]
     means: Float[Tensor, "batch stream d_model"]
@@ -232,19 +231,19 @@ def stream_means(
     waiting = {index for index, row in enumerate(rows) if position != "response_mean" or row.n_averaged > 0}
 
     def attempt(left: list[int], budget: int) -> Iterator[RowMeans]:
-        for found in _means_of(model, rows, left, position, budget):
-            waiting.difference_update(found.rows)
-            yield found
+        for means in _means_of(model, rows, left, position, budget):
+            waiting.difference_update(means.rows)
+            yield means
 
     yield from backing_off(model, waiting, [len(row) for row in rows], budget, attempt)
 
 
 def _means_of(
-    model: Model, rows: Sequence[ChatTokens], chosen: Sequence[int], position: Position, budget: int
+    model: Model, rows: Sequence[ChatTokens], indices: Sequence[int], position: Position, budget: int
 ) -> Iterator[RowMeans]:
-    """The chosen rows; those that share their prompt with none run whole, which splits no pass in two."""
+    """Means of the rows with these indices; a row whose prompt no other row has runs whole, in one pass."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index in chosen:
+    for index in indices:
         by_prompt.setdefault(rows[index].prompt, []).append(index)
     if position != "response_mean":
         yield from _whole_means(
@@ -277,14 +276,14 @@ def _whole_means(
 
 
 def _continued_means(
-    model: Model, rows: Sequence[ChatTokens], chosen: Sequence[int], budget: int
+    model: Model, rows: Sequence[ChatTokens], indices: Sequence[int], budget: int
 ) -> Iterator[RowMeans]:
     """Responses that go on from their prompts, each of which runs once."""
-    for batch in prefix_batches(model, [rows[index] for index in chosen], token_budget=budget):
+    for batch in prefix_batches(model, [rows[index] for index in indices], token_budget=budget):
         if batch.is_prompt:
             batch.run()
             continue
-        batch.rows = [chosen[place] for place in batch.rows]
+        batch.rows = [indices[place] for place in batch.rows]
         weights = batch.mask.double()
         for place, row in enumerate(batch.rows):
             weights[place, : rows[row].skip] = 0

@@ -1,12 +1,7 @@
-"""Which rows run together in a forward pass: a matter of their lengths alone.
+"""Which rows run together in a forward pass, and prompts that several rows share, each of which runs once.
 
-Knows nothing about what rows are.
-
-One forward over a prompt and its many continuations, which share the prompt's keys and values.
-
-Rollouts of one question, and one rollout judged under many system prompts, repeat their prompts over and over; here a
-prompt is run once and each of its continuations goes on from a copy of its cache, exactly as if it had been run whole.
-Knows nothing about what is read from a pass: activations pool inside hooks, judges read the logits.
+Rollouts of one question, and one rollout judged under many system prompts, repeat their prompts; here a prompt runs
+once and each of its continuations goes on from a copy of its keys and values, as exactly as if it had been run whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,20 +29,20 @@ On a CPU, whose budget is 512, some 27 tokens were measured; for accelerators it
 def length_sorted_batches(lengths: Sequence[int], token_budget: int = 4096) -> Iterator[list[int]]:
     """Indices of rows, longest first, in batches of at most `token_budget` padded tokens (one row at the least).
 
-    Neighbours in length share a batch, cut where padding and passes cost the least between them: no other cut of the
-    sorted rows runs fewer tokens, a pass counted as `token_budget / PASS_SHARE` of them.
+    The sorted rows are cut where padding and passes together cost the least, a pass being counted as
+    `token_budget / PASS_SHARE` tokens (dynamic programming over the end of each batch).
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     widths = [max(1, lengths[index]) for index in order]
-    # The least cost of running the first so many rows, and where the last of their batches begins.
+    # cost[n]: the least cost of running the first n rows; begin[n]: where the last of their batches begins.
     cost, begin = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, dtype=int)
     cost[0] = 0.0
     for start, width in enumerate(widths):
         most = min(max(1, token_budget // width), len(order) - start)
-        found = cost[start] + token_budget / PASS_SHARE + width * np.arange(1, most + 1)
+        costs = cost[start] + token_budget / PASS_SHARE + width * np.arange(1, most + 1)
         ends = slice(start + 1, start + most + 1)
-        better = found <= cost[ends]  # of equal cuts the one with the largest batches first
-        cost[ends][better], begin[ends][better] = found[better], start
+        better = costs <= cost[ends]  # of equal cuts the one with the largest batches first
+        cost[ends][better], begin[ends][better] = costs[better], start
     edges = [len(order)]
     while edges[-1] > 0:
         edges.append(int(begin[edges[-1]]))
@@ -66,7 +61,7 @@ class TokenCount(NamedTuple):
 class PrefixBatch:
     """A batch of prompts, or of continuations of prompts that ran before it; `run` it before asking for the next.
 
-    `rows` are indices into the rows that were given (continuations), or into `unique_prompts` (prompts).
+    `rows` are indices into the rows passed to `prefix_batches` (continuations), or into `unique_prompts` (prompts).
     """
 
     model: Model
@@ -144,10 +139,10 @@ def prefix_batches(
         copies = max(1, cache_tokens // width)
         for chunk in length_sorted_batches([len(rows[index].response) for index in members], token_budget):
             for start in range(0, len(chunk), copies):
-                chosen = [members[index] for index in chunk[start : start + copies]]
-                origins = torch.tensor([position[place[rows[index].prompt]] for index in chosen])
-                tokens, mask = pad([rows[index].response for index in chosen], left=False)
-                yield PrefixBatch(model, chosen, False, tokens, mask, past=batch.grown.select(origins))
+                chunk_rows = [members[index] for index in chunk[start : start + copies]]
+                origins = torch.tensor([position[place[rows[index].prompt]] for index in chunk_rows])
+                tokens, mask = pad([rows[index].response for index in chunk_rows], left=False)
+                yield PrefixBatch(model, chunk_rows, False, tokens, mask, past=batch.grown.select(origins))
 
 
 def prompt_batch(model: Model, prompts: Sequence[tuple[int, ...]], indices: list[int]) -> PrefixBatch:

@@ -29,7 +29,7 @@ from persona_lens.cli.output import interval, number, print_table, say, tell, te
 if TYPE_CHECKING:
     from persona_lens.evaluation.capability_result import Capability
     from persona_lens.evaluation.evaluate import Evaluation
-    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.interventions.values import Intervention
     from persona_lens.judges.scores import Judge
     from persona_lens.models.structure import Model
     from persona_lens.statistics import Estimate

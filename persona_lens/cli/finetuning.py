@@ -22,7 +22,7 @@ from persona_lens.cli.output import interval, number, print_table, records, say,
 if TYPE_CHECKING:
     from persona_lens.finetuning.result import Finetuning
     from persona_lens.finetuning.trainer import ProjectionPenalty
-    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.interventions.values import Intervention
     from persona_lens.traits.trait import Trait
 
 
@@ -151,7 +151,7 @@ def finetune(
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
         epochs=epochs,
-        batch_rows=batch_size,
+        batch_size=batch_size,
         accumulation=accumulation,
         max_length=max_length,
         gradient_checkpointing=gradient_checkpointing,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from persona_lens.evaluation.dose_response import DoseResponse
     from persona_lens.evaluation.evaluate import Evaluation
     from persona_lens.evaluation.layer_selection import LayerChoice, LayerSweep
-    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.interventions.values import Intervention
     from persona_lens.traits.trait import Trait
     from persona_lens.vectors.persona_vectors import PersonaVectors
 

@@ -27,8 +27,8 @@ from persona_lens.evaluation.capability_result import (
     mmlu_sample,
 )
 from persona_lens.interventions.hooks import intervene
-from persona_lens.interventions.intervention import Intervention
 from persona_lens.interventions.positions import NamedPositions
+from persona_lens.interventions.values import Intervention
 from persona_lens.judges.likelihood_ratio import intervened_log_likelihoods
 from persona_lens.models.adapters import Adapter, adapted, carries_adapter
 from persona_lens.models.memory import backing_off

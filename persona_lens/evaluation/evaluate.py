@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from persona_lens.interventions.intervention import Intervention
 from persona_lens.interventions.positions import NamedPositions
+from persona_lens.interventions.values import Intervention
 from persona_lens.judges.scores import Judge, ScoredRollout, read_scores, scorable_questions, score_rollouts
 from persona_lens.models.structure import Model
 from persona_lens.rollouts.collection import collect_rollouts, keeps_date, plan_rollouts

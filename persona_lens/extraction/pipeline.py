@@ -32,9 +32,8 @@ from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.storage.files import DAMAGE, read_json, refuse_other_json, write_json
 from persona_lens.storage.locks import writes_output
 from persona_lens.traits.trait import Trait, load_trait
-from persona_lens.vectors.files import refuse_other_vectors
 from persona_lens.vectors.persona_vector import Position
-from persona_lens.vectors.persona_vectors import PersonaVectors
+from persona_lens.vectors.persona_vectors import PersonaVectors, refuse_other_vectors
 
 Pair = TypeVar("Pair")
 

@@ -33,7 +33,7 @@ from persona_lens.finetuning.trainer import (
     last_checkpoint,
 )
 from persona_lens.interventions.hooks import Attachment, intervene
-from persona_lens.interventions.intervention import Intervention
+from persona_lens.interventions.values import Intervention
 from persona_lens.models.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, lora, read_weights
 from persona_lens.models.scopes import global_randomness_kept
 from persona_lens.models.structure import Model, cpu_threads, identify, model_device, refuse_other_threads

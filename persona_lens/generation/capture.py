@@ -1,9 +1,7 @@
-"""Response means that are read while the responses are sampled, so that extracting from them runs the model no more.
+"""Response means read while the responses are sampled, so that extracting from them runs the model no more.
 
 Each pass of the decode loop over a token of a reply adds that token's residual stream, at every layer, to its row's
-sum; the last token, which nothing follows, is run for its own sake. The means equal those of a pass over the finished
-responses (arXiv:2507.21509, section 2.2).
-Knows nothing about traits: token ids name the rows.
+sum. The means equal those of a pass over the finished responses (arXiv:2507.21509, section 2.2).
 """
 
 import hashlib
@@ -47,24 +45,25 @@ class Capture:
         self._current: ReplyPass | None = None
         self._rows = self._places = torch.zeros(0, dtype=torch.long, device=device)
 
-    def add(self, known: ReplyPass, resid: Float[Tensor, "batch pos d_model"], stream: int) -> None:
-        """Add the tokens that a pass runs, in its last column, at one place of the stream."""
-        if known is not self._current:
-            self._begin(known)
-        if not known.of_prompt:
+    def add(self, reply_pass: ReplyPass, resid: Float[Tensor, "batch pos d_model"], stream: int) -> None:
+        """Add the tokens in the last column of a pass, at one point of the stream (0: the embedding)."""
+        if reply_pass is not self._current:
+            self._begin(reply_pass)
+        if not reply_pass.of_prompt:
             spoken = resid[:, -1].to(self.sums).index_select(0, self._places)
             self.sums[stream].index_add_(0, self._rows, spoken)
             self.norms[stream].index_add_(0, self._rows, spoken.norm(dim=-1))
 
-    def _begin(self, known: ReplyPass) -> None:
-        self._current = known
-        self._rows = torch.tensor(known.speaking, device=self.sums.device)
-        self._places = torch.tensor(known.places, device=self.sums.device)
-        if known.of_prompt:  # of rows that begin, perhaps for the second time
+    def _begin(self, reply_pass: ReplyPass) -> None:
+        """At the first layer of a pass: where its rows are, and their counts."""
+        self._current = reply_pass
+        self._rows = torch.tensor(reply_pass.speaking, device=self.sums.device)
+        self._places = torch.tensor(reply_pass.places, device=self.sums.device)
+        if reply_pass.of_prompt:  # these rows begin, perhaps again: a batch that did not fit is begun anew in halves
             self.sums[:, self._rows], self.norms[:, self._rows] = 0, 0
-            self.counts[list(known.speaking)] = 0
+            self.counts[list(reply_pass.speaking)] = 0
         else:
-            self.counts[list(known.speaking)] += 1
+            self.counts[list(reply_pass.speaking)] += 1
 
     def mean(self, row: int) -> CapturedMean | None:
         """A reply's mean, on the CPU; None for an empty one."""
@@ -84,9 +83,9 @@ def capturing(model: Model, n_rows: int) -> Iterator[Capture]:
     for stream, point in enumerate(residual_points(model)):
 
         def read(_module: nn.Module, _inputs: Any, resid: Tensor, stream: int = stream) -> None:
-            known = announced()
-            if isinstance(known, ReplyPass):
-                capture.add(known, resid, stream)
+            reply_pass = announced()
+            if isinstance(reply_pass, ReplyPass):
+                capture.add(reply_pass, resid, stream)
 
         hooks.append(Hook(point, read))
     with hooked(model, hooks):
@@ -94,10 +93,10 @@ def capturing(model: Model, n_rows: int) -> Iterator[Capture]:
 
 
 class CapturedMeans:
-    """Means of sampled responses, in a `.npy` file or in memory, found by the token ids that they are of.
+    """Means of sampled responses, in a `.npy` file or in memory, looked up by the token ids of their chats.
 
-    A response is found again only under the weights and interventions that it was sampled with: elsewhere its mean is
-    another. Hooks that a user attached without this package are not known here: attach the same ones, or none.
+    A mean is returned only under the weights and interventions that the response was sampled with, since it would
+    differ under others. Hooks that a user attached without this package are not seen: attach the same ones, or none.
     """
 
     def __init__(self, path: str | Path | None, model: Model, n_rows: int):
@@ -109,42 +108,45 @@ class CapturedMeans:
         self._path, self._step = None if path is None else Path(path), max(1, n_rows)
         stream, width = int(model.cfg.n_layers) + 1, int(model.cfg.d_model)
         self._dtype = np.dtype([("key", "V16"), ("norm", "<f4", (stream,)), ("mean", "<f4", (stream, width))])
-        self._rows = self._made(self._path, self._step) if path is None or not Path(path).exists() else self._opened()
+        exists = self._path is not None and self._path.exists()
+        self._rows = self._opened() if exists else self._with_room(self._step)
         self._places = {bytes(key): place for place, key in enumerate(self._rows["key"]) if any(bytes(key))}
 
     def put(self, chats: Sequence[ChatTokens], means: Sequence[CapturedMean | None]) -> None:
         """Keep the means of chats; None, of an empty response, is not kept."""
         conditions = self._conditions()
-        for chat, found in zip(chats, means, strict=True):
-            if found is not None:
-                key = _key(conditions, chat)
-                place = self._places.get(key, len(self._places))
-                if place == len(self._rows):
-                    self._grow()
-                self._rows[place] = (key, found.norm.numpy(), found.mean.numpy())
-                self._places[key] = place
+        for chat, captured in zip(chats, means, strict=True):
+            if captured is None:
+                continue
+            key = _key(conditions, chat)
+            place = self._places.get(key, len(self._places))
+            if place == len(self._rows):  # a new file takes the old one's place once it is whole
+                self._rows = self._with_room(len(self._rows) + self._step, first=self._rows)
+            self._rows[place] = (key, captured.norm.numpy(), captured.mean.numpy())
+            self._places[key] = place
         if isinstance(self._rows, np.memmap):
             self._rows.flush()
 
     def places(self, chats: Sequence[ChatTokens]) -> list[int | None]:
-        """Where the mean over each chat's whole response stands, if it was sampled as the model is now; else None."""
+        """Where the mean over each chat's whole response is, if it was sampled as the model is now; else None."""
         conditions = self._conditions()
         return [self._places.get(_key(conditions, chat)) if chat.skip == 0 else None for chat in chats]
 
     def read(self, place: int) -> CapturedMean:
-        """The mean that stands at a place."""
+        """The mean at a place."""
         row = self._rows[place]
         return CapturedMean(torch.from_numpy(row["mean"].copy()), torch.from_numpy(row["norm"].copy()))
 
     def _conditions(self) -> str:
         """What else a response's mean depends on: the weights and the interventions."""
-        done = [(str(held.at), each.fingerprint) for held in attachments(self.model) for each in held.interventions]
-        return repr((identify(self.model).weights_hash, done))
+        acting = [(str(a.at), value.fingerprint) for a in attachments(self.model) for value in a.interventions]
+        return repr((identify(self.model).weights_hash, acting))
 
-    def _made(self, path: Path | None, n_rows: int, *, first: np.ndarray | None = None) -> np.ndarray:
-        if path is not None:
-            _refuse_link(path)
-            return zeros_on_disk(path, self._dtype, (n_rows,), first=first)
+    def _with_room(self, n_rows: int, *, first: np.ndarray | None = None) -> np.ndarray:
+        """Rows of zeros in the file or in memory, the first of them copied from others."""
+        if self._path is not None:
+            _refuse_link(self._path)
+            return zeros_on_disk(self._path, self._dtype, (n_rows,), first=first)
         rows = np.zeros(n_rows, self._dtype)
         if first is not None:
             rows[: len(first)] = first
@@ -164,13 +166,9 @@ class CapturedMeans:
             )
         return rows
 
-    def _grow(self) -> None:
-        """Make room for another plan, in a new file that takes the old one's place once it is whole."""
-        self._rows = self._made(self._path, len(self._rows) + self._step, first=self._rows)
-
 
 def _refuse_link(path: Path) -> None:
-    """Raise OSError in one sentence where means could not be written to a path, or a link has its name."""
+    """Raise OSError where means could not be written to a path, or a symbolic link has its name."""
     ensure_writable(path)
     if path.is_symlink():
         raise OSError(f"Cannot write {path}: expected a file, got a symbolic link: remove it, or name another output.")

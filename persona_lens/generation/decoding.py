@@ -1,14 +1,18 @@
-"""The one decode loop, for both model classes: batched, cached, and with every row's randomness its own.
+"""The one decode loop, for both model classes: batched, cached, with interventions acting and activations read.
 
-A row's token at a step is drawn by one uniform number keyed by (seed, row key, step), through the inverse of the
-cumulative distribution softmax(logits / temperature) after top-p; so its text depends neither on the batch it ran in
-nor on a resume. Interventions that are attached to the model act, also row by row; prompts that repeat are run once, as
-far as their rows are treated alike, and rows that have ended leave the batch.
-Knows nothing about traits: prompts as token ids come in, completions go out.
+A batch goes through `Decoder` in three stages.
 
-Chats in, texts out: the decode loop for people who read.
+1. Prefill. Prompts that repeat run once, padded on the left so that the last token of each stands in the last column,
+   and each row gets a copy of its prompt's keys and values. Where rows have steering coefficients of their own, only
+   what is the same for all rows of a prompt may be shared (`prefix_sharing`).
+2. Steps. The logits of the last column give one token a row; those tokens are the next pass, one column wide, onto the
+   cache. A row that has ended stays in the batch, ignored, until a quarter of the batch has ended: dropping rows copies
+   the cache.
+3. The last token. A row that ends at the length limit has one token that was sampled and never run. Where someone reads
+   activations (`read_up_to`), one more pass runs it, so that every token of a reply is read exactly once.
 
-Knows nothing about how tokens are drawn.
+A row's token at a step is drawn by one uniform number keyed by (seed, row key, step), so its text depends neither on
+the batch it ran in nor on a resume.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,12 +41,12 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class ReplyPass(KnownPass):
-    """A pass of the decode loop over the last token of prompts, or a token of replies, in its last column.
+    """A pass of the decode loop, whose last column holds the last token of each prompt or one token of each reply.
 
     Attributes:
-        speaking: The row of the whole plan of each prompt or reply; one that has ended is left out.
-        places: The row of the batch that runs each of them; rows that share a prompt share its row.
-        fed: The token of each of them.
+        speaking: The rows of the whole plan that this column belongs to, without those that have ended.
+        places: The row of the batch in which each of them runs; rows that share a prompt share its row.
+        fed: The token of each of them in the last column.
         of_prompt: Whether these tokens are the last ones of prompts.
     """
 
@@ -59,14 +63,14 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
 
 
-def plan_batches(n_rows: int, batch_rows: int = 100) -> list[list[int]]:
-    """Row indices in batches of at most `batch_rows`, as even as can be, cut from the whole plan in its order.
+def plan_batches(n_rows: int, batch_size: int = 100) -> list[list[int]]:
+    """Row indices in their order, in batches of at most `batch_size` that are as even as possible.
 
-    A resume that cuts the same plan forms the same batches.
+    They depend on the number of rows alone, so a resume of the same plan forms the same batches.
     """
     if n_rows < 1:
         return []
-    count = -(-n_rows // batch_rows)
+    count = -(-n_rows // batch_size)
     edges = np.linspace(0, n_rows, count + 1).round().astype(int)
     return [list(range(start, stop)) for start, stop in pairwise(edges)]
 
@@ -80,26 +84,38 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     keys: Sequence[str] | None = None,
-    batch_rows: int = 100,
+    batch_size: int = 100,
     progress: bool = False,
     read_up_to: int | None = None,
     back_off: bool = True,
 ) -> list[Completion]:
-    """Sample a completion of every prompt (token ids), `batch_rows` rows at a time.
+    """Sample a completion of every prompt (token ids), `batch_size` rows at a time.
 
-    Temperature 0 is greedy. `keys` name the rows for their randomness (default: their index), so two rows with one
-    prompt need different keys to differ. Interventions that are attached to the model act; row r of a coefficient
-    matrix is prompt r, and rows that differ only in their coefficients may have one key. `read_up_to` is the highest
-    layer at which hooks read the replies: the token that is sampled last, which nothing follows, runs up to it as well.
-    Where memory does not suffice for a batch, it is begun anew in two halves, unless `back_off` is False.
-    Raises ValueError for an empty prompt, repeated keys, or a prompt that leaves no room in the context,
-    DoesNotFit for a row that memory does not suffice for alone.
+    Interventions that are attached to the model act; row r of a coefficient matrix is for prompt r.
+
+    Args:
+        model: Either class.
+        prompts: Token ids, one sequence a row.
+        max_new_tokens: Length limit of a completion.
+        temperature: 0 is greedy.
+        top_p: Sample from the most likely tokens that have this share of the probability together.
+        seed: Of the sampling.
+        keys: Names of the rows for their randomness (default: their index); two rows with one prompt differ only if
+            their keys do. Rows that differ in their steering coefficients may have one key.
+        batch_size: Rows decoded together.
+        progress: Whether to show a bar.
+        read_up_to: The highest layer at which hooks read the replies; the token that is sampled last runs up to it too.
+        back_off: Whether a batch that does not fit the memory is begun anew in two halves.
+
+    Raises:
+        ValueError: An empty prompt, repeated keys, or a prompt that leaves no room in the context.
+        DoesNotFit: The memory does not suffice for one row.
     """
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     check_sampling(model, prompts, keys, max_new_tokens, temperature, top_p)
     sharing = prefix_sharing(model, prompts) if prompts else "nothing"
     completions: list[Completion] = []
-    batches = plan_batches(len(prompts), batch_rows)
+    batches = plan_batches(len(prompts), batch_size)
     with tqdm(
         total=len(prompts) * max_new_tokens, unit="tok", desc="generate", leave=False, disable=not progress
     ) as bar:
@@ -117,7 +133,7 @@ def generate(
             )
             if decoder.run(bar, may_fail=back_off):
                 completions.extend(decoder.completions())
-            else:
+            else:  # too large for the memory: its two halves come next, so completions stay in the order of the prompts
                 middle = len(batch) // 2
                 batches[:0] = [batch[:middle], batch[middle:]]
             bar.update(len(completions) * max_new_tokens - bar.n)
@@ -160,7 +176,11 @@ def prefix_sharing(model: Model, prompts: Sequence[Sequence[int]]) -> PrefixShar
 
 
 class Decoder:
-    """One batch in flight: the rows that still speak, their past, and what each has said."""
+    """One batch in flight: which rows run, their keys and values, and what each has said.
+
+    Two numberings of rows occur: places in this batch (`active`, `said`, `stopped`), and rows of the whole plan
+    (`rows`), which is what hooks and coefficient matrices count in.
+    """
 
     def __init__(
         self,
@@ -178,10 +198,12 @@ class Decoder:
         self.stops = stop_tokens(model)
         self.said: list[list[int]] = [[] for _ in prompts]
         self.stopped = [False] * len(prompts)
-        self.running: tuple[Tensor | None, Tensor] = (None, rows)  # one tensor for as long as the same rows run
+        # The active rows and their rows in the plan. As long as the same rows run this is the same tensor object, by
+        # which `Steer` sees that the deltas of the last step still hold.
+        self._plan_rows: tuple[Tensor | None, Tensor] = (None, rows)
 
     def run(self, bar: tqdm, *, may_fail: bool) -> bool:
-        """Run the batch to its end; False where memory does not suffice: an error for one row or if it may not fail."""
+        """Run the batch to its end; False if it does not fit the memory. One row that does not fit is an error."""
         try:
             for _ in self.steps():
                 bar.update(len(self.prompts))
@@ -194,6 +216,7 @@ class Decoder:
                 raise
         else:
             return True
+        # Outside of `except`, where the exception would still hold the tensors of the pass that failed.
         release_memory(self.model)
         return False
 
@@ -206,7 +229,7 @@ class Decoder:
             for row, token in zip(active.tolist(), tokens.tolist(), strict=True):
                 if token in self.stops:
                     self.stopped[row] = True
-                elif not self.stopped[row]:
+                elif not self.stopped[row]:  # a row that has ended is still sampled, and what it says is ignored
                     self.said[row].append(token)
             yield
             alive = torch.tensor([not self.stopped[row] for row in active.tolist()])
@@ -223,17 +246,19 @@ class Decoder:
     def _prefill(self) -> tuple[Int[Tensor, " row"], Past, Float[Tensor, "row d_vocab"]]:
         """Every row's keys and values of its prompt, and the logits of the prompt's last token."""
         everyone = torch.arange(len(self.prompts))
+        # Row-wise steering of the response acts on a prompt's last token already: that one runs in a pass of its own.
         held_back = self.sharing == "all but its last token"
         heads = [prompt[:-1] if held_back else prompt for prompt in self.prompts]
         unique = heads if self.sharing == "nothing" else list(dict.fromkeys(heads))
+        place = {head: index for index, head in enumerate(unique)}
+        origins = everyone if self.sharing == "nothing" else torch.tensor([place[head] for head in heads])
         tokens, mask = pad(unique, left=True)
         last = torch.zeros_like(mask)
         last[:, -1] = not held_back
-        place = {head: index for index, head in enumerate(unique)}
-        origins = everyone if self.sharing == "nothing" else torch.tensor([place[head] for head in heads])
+        # A shared row serves several rows of the plan, so it has no row of its own: row-wise values refuse such a pass.
         known = KnownPass(self.rows if self.sharing == "nothing" else None, prompt=mask, response=last)
         if not held_back:
-            known = self._named(known, origins, everyone, of_prompt=True)
+            known = self._announced(known, origins, everyone, of_prompt=True)
         logits, past = forward(self.model, tokens, mask, keep_past=True, last_logits=0 if held_back else 1, known=known)
         assert past is not None
         if self.sharing != "nothing":
@@ -248,6 +273,7 @@ class Decoder:
     def _advance(
         self, tokens: Int[Tensor, " row"], past: Past, active: Int[Tensor, " row"], *, of_prompt: bool = False
     ) -> tuple[Float[Tensor, "row d_vocab"], Past]:
+        """Run one token a row onto the cache; the logits that follow it, and the cache that it is in."""
         column, everywhere, known = self._column(tokens, active, of_prompt)
         logits, past_after = forward(self.model, column, everywhere, past=past, last_logits=1, known=known)
         assert logits is not None
@@ -255,7 +281,7 @@ class Decoder:
         return logits[:, -1], past_after
 
     def _read_last(self, tokens: Int[Tensor, " row"], past: Past, active: Int[Tensor, " row"]) -> None:
-        """Run the tokens that nothing follows, as far up as anything may read or change them."""
+        """Run the tokens that nothing follows, only as far up as something reads or changes them."""
         assert self.read_up_to is not None
         column, everywhere, known = self._column(tokens, active, False)
         top = max([self.read_up_to, *(layer for attached in attachments(self.model) for layer in attached.layers)])
@@ -264,25 +290,32 @@ class Decoder:
     def _column(
         self, tokens: Int[Tensor, " row"], active: Int[Tensor, " row"], of_prompt: bool
     ) -> tuple[Int[Tensor, "row 1"], Bool[Tensor, "row 1"], KnownPass]:
+        """A pass over one token a row: its tokens, a mask without padding, and what is announced of it."""
         column = tokens.to(model_device(self.model))[:, None]
         everywhere = torch.ones_like(column).bool()
-        if self.running[0] is not active:
-            self.running = (active, self.rows[active])
-        known = KnownPass(self.running[1], prompt=everywhere if of_prompt else ~everywhere, response=everywhere)
-        return column, everywhere, self._named(known, torch.arange(len(active)), active, of_prompt=of_prompt)
+        if self._plan_rows[0] is not active:
+            self._plan_rows = (active, self.rows[active])
+        known = KnownPass(self._plan_rows[1], prompt=everywhere if of_prompt else ~everywhere, response=everywhere)
+        return column, everywhere, self._announced(known, torch.arange(len(active)), active, of_prompt=of_prompt)
 
-    def _named(
+    def _announced(
         self, known: KnownPass, places: Int[Tensor, " row"], active: Int[Tensor, " row"], *, of_prompt: bool
     ) -> KnownPass:
-        """The pass with what speaks in its last column, where anyone reads that."""
+        """The pass as hooks that read replies need it: with the rows and tokens of its last column."""
         if self.read_up_to is None:
             return known
-        here = [pair for pair in zip(places.tolist(), active.tolist(), strict=True) if not self.stopped[pair[1]]]
+        pairs = zip(places.tolist(), active.tolist(), strict=True)
+        running = [(place, row) for place, row in pairs if not self.stopped[row]]
         plan = self.rows.tolist()
-        speaking = tuple(plan[row] for _, row in here)
-        fed = tuple((self.said[row] or self.prompts[row])[-1] for _, row in here)
-        spoken_at = tuple(place for place, _ in here)
-        return ReplyPass(known.rows, known.prompt, known.response, speaking, spoken_at, fed, of_prompt)
+        return ReplyPass(
+            known.rows,
+            known.prompt,
+            known.response,
+            speaking=tuple(plan[row] for _, row in running),
+            places=tuple(place for place, _ in running),
+            fed=tuple((self.said[row] or self.prompts[row])[-1] for _, row in running),
+            of_prompt=of_prompt,
+        )
 
     def completions(self) -> list[Completion]:
         """What each row has said by now."""
@@ -301,7 +334,7 @@ def generate_text(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_rows: int = 100,
+    batch_size: int = 100,
     progress: bool = False,
 ) -> list[str]:
     """The model's reply to each chat, without special tokens: `generate`, for texts instead of token ids.
@@ -317,7 +350,7 @@ def generate_text(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        batch_rows=batch_rows,
+        batch_size=batch_size,
         progress=progress,
     )
     return [model.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in completions]

@@ -1,7 +1,6 @@
-"""Drawing tokens: a row has uniform numbers of its own, and its token is where the cumulative distribution passes one.
+"""Sampling: each row has uniform numbers of its own, and its token is where the cumulative distribution passes one.
 
 So a row's text depends on its key and the seed, not on the batch that it runs in.
-Knows nothing about models: logits come in, token ids go out.
 """
 
 import hashlib

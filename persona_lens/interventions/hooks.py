@@ -1,33 +1,44 @@
 """The contexts that attach interventions to a model: at its hook points, for as long as they are open, and no longer.
 
-Interventions act in the order in which they are given, those of an inner context after those of an outer one; one that
-did not act although the model ran is an error.
-Knows nothing about what an intervention does.
+`steer`, `ablate` and `cap` make one value and hand it to `intervene`, which hangs two kinds of hooks on the model: one
+at every point of the residual stream that counts the passes, and one at each layer where something acts. The latter
+finds the positions of the pass and calls the value's own `apply`. Interventions act in the order in which they are
+passed, those of an inner context after those of an outer one; one that did not act although the model ran is an error.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from persona_lens.interventions.directions import Vectors, as_given, layers_text
-from persona_lens.interventions.intervention import Intervention, When, rows_in_flight
 from persona_lens.interventions.positions import At, check_positions, positions_of
-from persona_lens.interventions.values import Ablate, Cap, Steer, refuse_conflicting_caps
+from persona_lens.interventions.values import (
+    Ablate,
+    Cap,
+    Intervention,
+    Residual,
+    Steer,
+    Vectors,
+    When,
+    as_list,
+    layers_text,
+    refuse_conflicting_caps,
+)
 from persona_lens.models.pass_context import CurrentPass, KnownPass, announced, watch_passes
 from persona_lens.models.scopes import Hook, Scope, hooked, would_act
-from persona_lens.models.structure import Model, identify, residual_points
+from persona_lens.models.structure import Model, identify, resid_post_name, residual_points
 from persona_lens.vectors.provenance import Relation
 
 _NOWHERE = torch.zeros(0, dtype=torch.bool)
-"""Stands for positions that are none."""
+"""Stands for a pass without any position to act at."""
 
 
 @dataclass(eq=False)
@@ -38,6 +49,7 @@ class Attachment:
         interventions: In the order in which they act.
         at: The positions at which they act.
         relations: How the model relates to the one that each vector came from.
+        prompt_lengths: Tokens of each row up to its response, where the caller passed them.
         only_in_training: Whether passes of the model in evaluation mode are left alone.
         ran: The layers at which they have acted.
         seen: How often each point of the residual stream was passed, the entry of block 0 being 0.
@@ -53,17 +65,17 @@ class Attachment:
     seen: Counter[int] = field(default_factory=Counter, repr=False)
     scope: Scope | None = field(default=None, repr=False)
     _current: CurrentPass = field(default_factory=CurrentPass, repr=False)
-    _held: tuple[KnownPass | None, Any, Tensor | None] = field(default=(None, None, None), repr=False)
+    _last: tuple[KnownPass | None, Any, Tensor | None] = field(default=(None, None, None), repr=False)
 
     @property
     def layers(self) -> list[int]:
         """The layers at which one of them is not the identity, ascending."""
-        return sorted({layer for each in self.interventions for layer in each.acting_layers})
+        return sorted({layer for value in self.interventions for layer in value.acting_layers})
 
     @property
     def n_rows(self) -> list[int]:
-        """How many rows each of them knows that treats rows each in its own way; empty where none does."""
-        return [each.n_rows for each in self.interventions if each.n_rows is not None]
+        """The rows of each coefficient matrix; empty where there is none."""
+        return [value.n_rows for value in self.interventions if value.n_rows is not None]
 
     @property
     def passes(self) -> int:
@@ -71,7 +83,7 @@ class Attachment:
         return max(self.seen.values(), default=0)
 
     def concerns(self, point: nn.Module) -> bool:
-        """Whether they act on a pass that comes by this hook point, which is in training as its model is."""
+        """Whether they act on a pass through this hook point, which is in training mode as its model is."""
         return point.training or not self.only_in_training
 
     def act(self, resid: Tensor, layer: int) -> Tensor:
@@ -79,27 +91,28 @@ class Attachment:
         known = announced()
         try:
             positions = self._positions((resid.shape[0], resid.shape[1]), known)
-            for each in self.interventions:
-                if layer in each.acting_layers and positions is not _NOWHERE:
-                    resid = each.apply(resid, positions, layer=layer, rows=rows_in_flight(each, known))
+            for value in self.interventions:
+                if layer in value.acting_layers and positions is not _NOWHERE:
+                    resid = value.apply(resid, positions, layer=layer, rows=_rows(value, known))
         except Exception:
-            # Whoever catches this was told why the layers above did not run.
+            # The layers above will not run, and whoever catches this knows why: `refuse_absent` must not complain too.
             self.ran.update(self.layers)
             raise
         self.ran.add(layer)
         return resid
 
     def _positions(self, shape: tuple[int, int], known: KnownPass | None) -> Tensor | None:
-        """`positions_of` this pass, found once for its layers: asking whether a mask is empty makes a device wait."""
+        """`positions_of` this pass, computed once for all layers: asking a device whether a mask is empty is slow."""
         if isinstance(self.at, str) and self.at == "all":
             return None
-        held_known, held_for, positions = self._held
-        if held_known is known and held_for == (shape, self._current.number):
+        this_pass = (shape, self._current.number)
+        last_known, last_pass, positions = self._last
+        if last_known is known and last_pass == this_pass:
             return positions
         positions = positions_of(self.at, shape, current=self._current, known=known, prompt_lengths=self.prompt_lengths)
         if positions is not None:
             positions = None if bool(positions.all()) else positions if bool(positions.any()) else _NOWHERE
-        self._held = (known, (shape, self._current.number), positions)
+        self._last = (known, this_pass, positions)
         return positions
 
     def refuse_absent(self) -> None:
@@ -118,14 +131,29 @@ class Attachment:
             )
 
 
-_attached: WeakKeyDictionary[nn.Module, list[Attachment]] = WeakKeyDictionary()
+def _rows(intervention: Intervention, known: KnownPass | None) -> Int[Tensor, " batch"] | None:
+    """Which rows of the plan a pass runs; None where its batch is the plan.
+
+    Raises ValueError where a row of the pass serves several rows that have coefficients of their own.
+    """
+    if intervention.n_rows is None or known is None:
+        return None
+    if known.rows is None:
+        raise ValueError(
+            f"{intervention.traits}: a shared prompt runs once for several rows, which have coefficients of their own: "
+            "attach row-wise coefficients with intervene(), around generate, with at='response'."
+        )
+    return known.rows
+
+
+_attached: WeakKeyDictionary[Any, list[Attachment]] = WeakKeyDictionary()
 
 
 def attachments(model: Model) -> tuple[Attachment, ...]:
     """The interventions that act on a model in this thread now, outermost first; none while they are suspended."""
     at_entry = list(residual_points(model)[0]._forward_hooks.values())
     acting = {getattr(hook, "scope", None) for hook in at_entry if would_act(hook)} - {None}
-    return tuple(each for each in list(_attached.get(_module(model), ())) if each.scope in acting)
+    return tuple(attachment for attachment in list(_attached.get(model, ())) if attachment.scope in acting)
 
 
 @contextmanager
@@ -158,20 +186,17 @@ def intervene(
         RuntimeError: On leaving without another exception, where the model ran and a layer never did, or where it ran
             only in threads that were started inside the context and not handed it.
     """
-    chosen = _together(interventions)
+    values = _with_joined_ablations(interventions)
     check_positions(at, prompt_lengths)
-    found = identify(model)
-    relations = [each.check_identity(found, allow_other_model=allow_other_model) for each in chosen]
-    attachment = Attachment(
-        chosen,
-        at,
-        tuple(relation for each in relations for relation in each),
-        None if prompt_lengths is None else tuple(prompt_lengths),
-        only_in_training,
-    )
-    follows = bool(attachment.layers) and isinstance(at, str) and at != "all"
+    identity = identify(model)  # which reads every weight: once for all vectors
+    relations: list[Relation] = []
+    for value in values:
+        relations += value.check(identity, allow_other_model=allow_other_model)
+    lengths = None if prompt_lengths is None else tuple(prompt_lengths)
+    attachment = Attachment(values, at, tuple(relations), lengths, only_in_training)
+    needs_boundary = isinstance(at, str) and at != "all"
     with (
-        watch_passes(model, attachment.layers if follows else ()) as attachment._current,
+        watch_passes(model, attachment.layers if needs_boundary else ()) as attachment._current,
         hooked(model, _hooks(model, attachment)) as attachment.scope,
         _listed(model, attachment),
     ):
@@ -179,25 +204,25 @@ def intervene(
         attachment.refuse_absent()
 
 
-def _together(interventions: Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """The interventions, checked, with zero ablations that follow each other made into one."""
+def _with_joined_ablations(interventions: Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """The interventions, checked, with zero ablations that follow each other joined into one, which removes a span."""
     if not interventions:
         raise ValueError("There is nothing to attach: pass at least one of Steer, Ablate and Cap.")
-    for each in interventions:
-        if not isinstance(each, Intervention):
-            raise TypeError(f"Expected Steer, Ablate or Cap, got {type(each).__name__}.")
-    refuse_conflicting_caps([each for each in interventions if isinstance(each, Cap) and each.when is None])
+    for value in interventions:
+        if not isinstance(value, Intervention):
+            raise TypeError(f"Expected Steer, Ablate or Cap, got {type(value).__name__}.")
+    refuse_conflicting_caps([value for value in interventions if isinstance(value, Cap) and value.when is None])
 
-    def joins(each: Intervention) -> bool:
-        return isinstance(each, Ablate) and each.around is None and each.when is None
+    def joins(value: Intervention) -> bool:
+        return isinstance(value, Ablate) and value.around is None and value.when is None
 
-    chosen: list[Intervention] = []
-    for joined, group in groupby(interventions, joins):
+    joined: list[Intervention] = []
+    for is_zero_ablation, group in groupby(interventions, joins):
         members = list(group)
-        if joined and len(members) > 1:
-            members = [replace(members[0], vectors=[given for each in members for given in as_given(each.vectors)])]
-        chosen += members
-    return tuple(chosen)
+        if is_zero_ablation and len(members) > 1:
+            members = [replace(members[0], vectors=[v for member in members for v in as_list(member.vectors)])]
+        joined += members
+    return tuple(joined)
 
 
 def _hooks(model: Model, attachment: Attachment) -> list[Hook]:
@@ -221,23 +246,39 @@ def _hooks(model: Model, attachment: Attachment) -> list[Hook]:
 
 @contextmanager
 def _listed(model: Model, attachment: Attachment) -> Iterator[None]:
-    # The list follows the hooks: what an interrupt leaves on it is not among `attachments`, and goes with the next.
-    # Each change of the list is one step: other threads change it too.
-    listed = _attached.setdefault(_module(model), [])
-    for left in [other for other in listed if other.scope is None or not other.scope.is_open]:
+    # The hooks decide what acts, and the list only names it: an entry that an interrupt left behind has a closed scope,
+    # so `attachments` skips it and the next call removes it. Other threads change the list too, hence single steps.
+    entries = _attached.setdefault(model, [])
+    for stale in [other for other in entries if other.scope is None or not other.scope.is_open]:
         with suppress(ValueError):
-            listed.remove(left)
-    listed.append(attachment)
+            entries.remove(stale)
+    entries.append(attachment)
     try:
         yield
     finally:
         with suppress(ValueError):
-            listed.remove(attachment)
+            entries.remove(attachment)
 
 
-def _module(model: Model) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model
+def fwd_hooks(
+    model: Model, intervention: Intervention, *, at: At = "all", allow_other_model: bool = False
+) -> list[tuple[str, Callable[..., Residual]]]:
+    """An intervention as TransformerLens hooks, for `run_with_hooks(fwd_hooks=...)` and `model.hooks(fwd_hooks=...)`.
+
+    `at` is `all`, or a mask [batch, pos] for one forward pass: a hook of this kind cannot see the key-value cache, by
+    which `intervene` follows a generation. Raises ValueError for a model that the vectors do not belong to.
+    """
+    check_positions(at, None)
+    if isinstance(at, str) and at != "all":
+        raise ValueError(f"TransformerLens hooks cannot know at={at!r}: pass a mask, or use intervene().")
+    intervention.check(model, allow_other_model=allow_other_model)
+
+    def act(resid: Residual, hook: Any = None, *, layer: int) -> Residual:
+        known = announced()
+        positions = positions_of(at, (resid.shape[0], resid.shape[1]), current=CurrentPass(), known=known)
+        return intervention.apply(resid, positions, layer=layer, rows=_rows(intervention, known))
+
+    return [(resid_post_name(layer), partial(act, layer=layer)) for layer in intervention.acting_layers]
 
 
 def steer(

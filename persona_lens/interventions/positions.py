@@ -5,9 +5,9 @@ paper's reference code (arXiv:2507.21509, section 3.2): those from which the res
 
 Where the prompt ends is known from one of these, in this order; anything else is an error, never a guess:
 1. what the caller of the pass announced (our own loops);
-2. given prompt lengths;
-3. the prompt that a running Hugging Face `generate` was given: the pass that reaches its last token ends it;
-4. the key-value cache: a pass onto an empty one is the prompt's, and a single token onto a filled one is of the
+2. `prompt_lengths`, where the caller passed them;
+3. the prompt of a running Hugging Face `generate`: the pass that reaches its last token ends it;
+4. the key-value cache: a pass onto an empty one is the prompt's, and a single token onto a filled one belongs to the
    response. Several tokens onto a filled one may be either.
 """
 
@@ -56,9 +56,9 @@ def positions_of(
         return _fitting(at, shape)
     if at == "all":
         return None
-    told = None if known is None else getattr(known, at)
-    if told is not None:
-        return _fitting(told, shape)
+    announced = None if known is None else getattr(known, at)
+    if announced is not None:
+        return _fitting(announced, shape)
     if prompt_lengths is not None:
         return _by_length(at, shape, current, prompt_lengths)
     if current.cached is None:

@@ -1,7 +1,6 @@
-"""Interventions as JSON and back, so that a run records what was done to the model, directions included.
+"""Vectors and numbers as JSON and back, for the records of interventions.
 
 Tensors are base64 of little-endian float32, exactly the numbers that a vector holds.
-Knows nothing about what an intervention does.
 """
 
 import base64
@@ -36,24 +35,22 @@ def decode_value(value: Any) -> Any:
 
 def encode_vectors(vectors: Sequence[PersonaVector]) -> dict[str, Any]:
     """Vectors as JSON; a provenance that several share is written once."""
-    sources: list[Provenance | None] = []
-    rows: list[dict[str, Any]] = []
-    for vector in vectors:
-        if not any(vector.provenance is source for source in sources):
-            sources.append(vector.provenance)
-        rows.append(
-            {
-                "trait": vector.trait,
-                "layer": vector.layer,
-                "position": vector.position,
-                "residual_norm": vector.residual_norm,
-                "provenance": next(i for i, source in enumerate(sources) if source is vector.provenance),
-            }
-        )
+    sources = {id(vector.provenance): vector.provenance for vector in vectors}
+    places = {key: place for place, key in enumerate(sources)}
+    rows = [
+        {
+            "trait": vector.trait,
+            "layer": vector.layer,
+            "position": vector.position,
+            "residual_norm": vector.residual_norm,
+            "provenance": places[id(vector.provenance)],
+        }
+        for vector in vectors
+    ]
     return {
         "directions": encode_value(torch.stack([vector.direction for vector in vectors])),
         "vectors": rows,
-        "provenances": [source and source.header() for source in sources],
+        "provenances": [source and source.header() for source in sources.values()],
     }
 
 

@@ -22,7 +22,7 @@ from persona_lens.generation.decoding import (
     prefix_sharing,
     row_uniforms,
 )
-from persona_lens.interventions.directions import Vectors
+from persona_lens.interventions.values import Vectors
 from persona_lens.models.structure import Model
 from persona_lens.monitoring.watch import Alert, ReplyWatch, Safeguard, spell
 from persona_lens.vectors.persona_vector import PersonaVector
@@ -125,7 +125,7 @@ def generate_watched(
             top_p=top_p,
             seed=seed,
             keys=keys,
-            batch_rows=batch_size,
+            batch_size=batch_size,
             progress=progress,
             read_up_to=watch.top,
             back_off=False,  # a second try would raise, and record, its alerts again

@@ -19,9 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from persona_lens.generation.decoding import ReplyPass
-from persona_lens.interventions.directions import Vectors, each_vector
-from persona_lens.interventions.intervention import Intervention
-from persona_lens.interventions.values import Cap, Steer, refuse_conflicting_caps
+from persona_lens.interventions.values import Cap, Intervention, Steer, Vectors, layer_vectors, refuse_conflicting_caps
 from persona_lens.models.pass_context import announced
 from persona_lens.models.scopes import Hook, hooked
 from persona_lens.models.structure import Model, identify, residual_points
@@ -214,7 +212,7 @@ class ReplyWatch:
         each other.
         """
         given = [vectors] if isinstance(vectors, PersonaVector | PersonaVectors) else list(vectors)
-        columns = list(each_vector(given)) if given else []
+        columns = list(layer_vectors(given)) if given else []
         for safeguard in self.safeguards:
             if safeguard.vector.fingerprint not in {vector.fingerprint for vector in columns}:
                 columns.append(safeguard.vector)
@@ -226,7 +224,7 @@ class ReplyWatch:
         # Watching has the rules of steering along the same vectors.
         watching = Steer([*given, *(safeguard.vector for safeguard in self.safeguards)])
         for intervention in [watching, *interventions]:
-            intervention.check_identity(identity, allow_other_model=allow_other_model)
+            intervention.check(identity, allow_other_model=allow_other_model)
         caps = [
             intervention for intervention in interventions if isinstance(intervention, Cap) and not intervention.when
         ]

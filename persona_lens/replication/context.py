@@ -20,7 +20,7 @@ from persona_lens.traits.trait import Trait
 
 if TYPE_CHECKING:
     from persona_lens.evaluation.layer_selection import LayerChoice, LayerSweep
-    from persona_lens.interventions.intervention import Intervention
+    from persona_lens.interventions.values import Intervention
     from persona_lens.judges.scores import Judge
     from persona_lens.models.adapters import Adapter
     from persona_lens.models.structure import Model, ModelIdentity
@@ -249,7 +249,8 @@ class Context:
             some,
             during=during,
             output=output,
-            **how.model_dump(exclude={"source", "rows", "questions", "per_question", "max_new_tokens"}),
+            batch_size=how.batch_rows,
+            **how.model_dump(exclude={"source", "rows", "questions", "per_question", "max_new_tokens", "batch_rows"}),
             **self.sampling,
         )
         return Trained(tuned.adapter, tuned.rows["trained"], tuned.loss_curve().reset_index().to_dict("list"))

@@ -20,9 +20,8 @@ from persona_lens.chat.templates import date_told, fixed_date
 from persona_lens.generation.capture import CapturedMean, capturing
 from persona_lens.generation.decoding import generate
 from persona_lens.interventions.hooks import intervene
-from persona_lens.interventions.intervention import Intervention
 from persona_lens.interventions.positions import NamedPositions
-from persona_lens.interventions.values import Steer
+from persona_lens.interventions.values import Intervention, Steer
 from persona_lens.models.structure import Model, cpu_threads, identify
 from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.vectors.persona_vector import PersonaVector
@@ -46,7 +45,7 @@ class RolloutEngine(Protocol):
     """A source of rollouts: a model in this process, or a server."""
 
     @property
-    def batch_rows(self) -> int:
+    def batch_size(self) -> int:
         """How many prompts it wants at a time."""
         ...
 
@@ -88,7 +87,7 @@ class ModelEngine:
     max_new_tokens: int = 1000
     temperature: float = 1.0
     top_p: float = 1.0
-    batch_rows: int = 100
+    batch_size: int = 100
 
     def __post_init__(self) -> None:
         identity = identify(self.model)
@@ -132,7 +131,7 @@ class ModelEngine:
             top_p=self.top_p,
             seed=seed,
             keys=[prompt.randomness for prompt in prompts],
-            batch_rows=self.batch_rows,
+            batch_size=self.batch_size,
             progress=progress,
             read_up_to=read_up_to,
         )
@@ -160,9 +159,9 @@ class IntervenedEngine:
     allow_other_model: bool = False
 
     @property
-    def batch_rows(self) -> int:
+    def batch_size(self) -> int:
         """Rows that are decoded together."""
-        return self.engine.batch_rows
+        return self.engine.batch_size
 
     @property
     def name(self) -> str:
@@ -204,9 +203,9 @@ class CellEngine:
     allow_other_model: bool = False
 
     @property
-    def batch_rows(self) -> int:
+    def batch_size(self) -> int:
         """Rows that are decoded together."""
-        return self.engine.batch_rows
+        return self.engine.batch_size
 
     @property
     def name(self) -> str:

@@ -111,7 +111,7 @@ class ModelScorer:
             served = [(row, texts[row.chat.prompt]) for row in rows]
             return {row.sample.row: _Answer(self._written(row, text), text) for row, text in served}
         sampled = generate(
-            self.model, list(prompts), max_new_tokens=self.max_new_tokens, temperature=0, batch_rows=UNIT_ROWS
+            self.model, list(prompts), max_new_tokens=self.max_new_tokens, temperature=0, batch_size=UNIT_ROWS
         )
         generated = {
             prompt: _Answer(

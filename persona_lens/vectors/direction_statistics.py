@@ -1,14 +1,8 @@
-"""How good the direction of each layer is: separation, stability, and the placebo that each must beat.
+"""How good a difference in means is: bootstrap, split halves, a placebo, and a held-out AUC, all over questions.
 
-Every number comes from resampling questions, because the rows of one question are not independent.
-Knows nothing about how the numbers are computed; extraction fills them in.
-
-How good a direction in means is: bootstrap, split halves, a placebo, and a held-out AUC, all over questions.
-
-Every direction that these need is a weighted sum of cell sums (a cell is one question, instruction and polarity), so
-they are computed from products with those sums alone: a rollout's activations are read once a layer, whatever the
-number of resamples.
-Knows nothing about models: row means and their labels come in, numbers go out.
+Questions are resampled because the rows of one question are not independent. Every direction that these statistics need
+is a weighted sum of cell sums (a cell is one question, instruction and polarity), so they are computed from products
+with those sums alone: a rollout's activations are read once a layer, whatever the number of resamples.
 """
 
 from collections.abc import Mapping
@@ -20,7 +14,6 @@ from typing import Any
 import numpy as np
 from einops import einsum
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from persona_lens.statistics import auc, question_resamples, resampled_auc
@@ -84,9 +77,8 @@ class LayerStatistics:
 
     @property
     def by_layer(self) -> dict[str, Float[Tensor, " layer"]]:
-        """The statistics that have one value for each layer, by name, in the order of the fields."""
-        others = {"n_questions", "n_rows", "seed", "embedding"}
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in others}
+        """The `METRICS`, one value for each layer, in the order of the fields."""
+        return {name: getattr(self, name) for name in METRICS}
 
     def header(self) -> dict[str, Any]:
         """The part that a file keeps as JSON, which has no NaN; the rest is `by_layer`."""
@@ -104,17 +96,7 @@ class LayerStatistics:
         return cls(**by_layer, **{**header, "embedding": row})
 
 
-METRICS = (
-    "held_out_auc",
-    "held_out_auc_low",
-    "held_out_auc_high",
-    "placebo_auc_95",
-    "split_half",
-    "split_half_low",
-    "split_half_high",
-    "bootstrap_cosine_low",
-    "placebo_norm_95",
-)
+METRICS = tuple(f.name for f in fields(LayerStatistics) if f.name not in ("n_questions", "n_rows", "seed", "embedding"))
 
 
 @dataclass(frozen=True)
@@ -184,8 +166,7 @@ class Design:
         if sign is not None:
             side = side * np.repeat(sign, 2, axis=-1)
         weights = question_weights[..., self.cell_question]
-        positive, negative = (self._averaging(weights * (side == each)) for each in (1, -1))
-        return positive - negative
+        return self._averaging(weights * (side == 1)) - self._averaging(weights * (side == -1))
 
     def _averaging(self, weights: np.ndarray) -> np.ndarray:
         """Cells' weights [..., cell] scaled so that their rows' weights sum to 1; NaN where no row has any."""
@@ -200,14 +181,11 @@ def _number(labels: tuple) -> np.ndarray:
 def direction_metrics(
     rows: np.ndarray, design: Design, *, n_resamples: int = 200, n_placebo: int = 100, seed: int = 0
 ) -> dict[str, float]:
-    """The `METRICS` of one layer's direction from its row means [row d_model]; NaN where they are undefined.
+    """The `METRICS` (see `LayerStatistics`) of one layer's direction from its row means; NaN where undefined.
 
-    held_out_auc: each question's rows, measured from the mean of all rows, are projected on the unit direction of all
-    other questions, and the projections pooled; its interval resamples questions (95 %). placebo_auc_95,
-    placebo_norm_95: the 95th percentile of the same AUC, and of the direction's norm relative to the real one, when
-    polarity is swapped at random within (question, instruction). split_half: mean cosine, with its central 95 %, of the
-    directions from two random halves of the questions. bootstrap_cosine_low: the 2.5th percentile of the cosine of a
-    resampled direction with the full one.
+    For the held-out AUC each question's rows, measured from the mean of all rows, are projected on the unit direction
+    of all other questions, and the projections are pooled. A placebo swaps the polarity at random within (question,
+    instruction).
     """
     if design.n_questions < 2:
         return dict.fromkeys(METRICS, float("nan"))
@@ -293,16 +271,15 @@ def _placebo(
 
 def _split_halves(gram: np.ndarray, design: Design, n_splits: int, generator: np.random.Generator) -> np.ndarray:
     half = design.n_questions // 2
-    chosen = np.zeros((n_splits, design.n_questions))
-    for row in chosen:
+    in_first = np.zeros((n_splits, design.n_questions))
+    for row in in_first:
         row[generator.permutation(design.n_questions)[:half]] = 1
-    return cosines(gram, design.coefficients(chosen), design.coefficients(1 - chosen))
+    return cosines(gram, design.coefficients(in_first), design.coefficients(1 - in_first))
 
 
-def _over(values: ArrayLike, divisors: ArrayLike) -> np.ndarray:
+def _over(values: Any, divisors: Any) -> np.ndarray:
     """Values / divisors; NaN where a divisor is 0."""
-    divisors = np.asarray(divisors)
-    return np.asarray(np.asarray(values) / np.where(divisors > 0, divisors, np.nan))
+    return np.asarray(values / np.where(divisors > 0, divisors, np.nan))
 
 
 def _percentile(values: np.ndarray, q: float) -> float:

@@ -2,7 +2,6 @@
 
 Sums and norms are taken in float64, so that neither a thousand rows nor a tiny direction loses the result; what comes
 back is float32 on the CPU.
-Knows nothing about traits beyond the name that an error gives.
 """
 
 from functools import partial
@@ -22,7 +21,7 @@ def difference_in_means(
     """Difference in means: from the mean negative to the mean positive activation, at every layer.
 
     mean_i(positive_i) - mean_j(negative_j), where each row is one response's mean over its tokens. Not normalised;
-    pairs were dropped whole by the keep rule, so the means themselves need no pairing.
+    the keep rule drops pairs whole, so the means themselves need no pairing.
     Source: arXiv:2507.21509, section 2.2.
 
     Raises:

@@ -1,12 +1,7 @@
-"""Persona vectors as a vector space: `-v`, `2 * v`, `v / 2`, `v + w`, `v - w`, and which two may be combined.
+"""One direction, `PersonaVector`, and the algebra it shares with `PersonaVectors`: `-v`, `2 * v`, `v + w`, `v - w`.
 
 An operator writes what it did into the trait's name, so that a plot or a file made from `evil - optimistic` says so.
-Knows nothing about layers: a subclass maps a function over its own tensors.
-
-The direction of one trait at one layer.
-
-Its projection of an activation a is the scalar a . v / |v| (arXiv:2507.21509, section 3.3).
-Knows nothing about the other layers: `PersonaVectors.at` hands them out one by one.
+The projection of an activation a on a vector v is the scalar a . v / |v| (arXiv:2507.21509, section 3.3).
 """
 
 import hashlib
@@ -21,7 +16,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_lens.models.structure import Model, identify
+from persona_lens.models.structure import Model, ModelIdentity, identify
 from persona_lens.storage.text import refuse_controls
 from persona_lens.vectors.directions import norms, orthonormal_basis, owned, refuse_non_finite, units
 from persona_lens.vectors.provenance import Provenance, Relation, check_model
@@ -34,6 +29,26 @@ class VectorAlgebra:
 
     trait: str
     provenance: Provenance | None
+    d_model: Any
+
+    def check(self, model: Model | ModelIdentity, *, allow_other_model: bool = False) -> Relation:
+        """Refuse a model (or what `identify` says of it) that this does not belong to; say how an accepted one relates.
+
+        Returns:
+            `same` for equal weights, `adapted` for a finetuned or adapted model of the same base, `other` for an
+            unrelated one that `allow_other_model` let through, `unknown` without a provenance.
+
+        Raises:
+            ValueError: The model has another d_model, n_layers, hook point or residual basis, or is unrelated.
+        """
+        return check_model(
+            model if isinstance(model, ModelIdentity) else identify(model),
+            self.trait,
+            self.provenance,
+            d_model=self.d_model,
+            n_layers=getattr(self, "n_layers", self.provenance and self.provenance.model.n_layers),
+            allow_other_model=allow_other_model,
+        )
 
     def _map(self: Vector, function: Callable[[Tensor], Tensor], trait: str) -> Vector:
         raise NotImplementedError
@@ -194,18 +209,11 @@ class PersonaVector(VectorAlgebra):
         names = ", ".join(other.trait for other in others)
         return replace(self, trait=f"({self.trait} without {names})", direction=rest.float())
 
-    def check(self, model: Model, *, allow_other_model: bool = False) -> Relation:
-        """Refuse a model that the vector does not belong to, by the rules of `PersonaVectors.check`."""
-        found = identify(model)
-        relation = check_model(
-            found,
-            self.trait,
-            self.provenance,
-            d_model=self.d_model,
-            n_layers=self.provenance.model.n_layers if self.provenance else None,
-            allow_other_model=allow_other_model,
-        )
-        refuse_absent_layer(self.trait, self.layer, found.n_layers)
+    def check(self, model: Model | ModelIdentity, *, allow_other_model: bool = False) -> Relation:
+        """As `PersonaVectors.check`; a layer that the model does not have is refused too."""
+        identity = model if isinstance(model, ModelIdentity) else identify(model)
+        relation = super().check(identity, allow_other_model=allow_other_model)
+        refuse_absent_layer(self.trait, self.layer, identity.n_layers)
         return relation
 
     def _as_row(self) -> Float[Tensor, "1 d_model"]:

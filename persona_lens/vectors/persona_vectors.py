@@ -1,33 +1,30 @@
-"""What a forward pass left behind, by hook name: TransformerLens's `ActivationCache`, or any mapping like it.
+"""The direction of one trait at every layer, with what is recorded about it, and the file that it is saved in.
 
-Knows nothing about vectors.
-
-The direction of one trait at every layer, with what is known about it.
-
-Row l is the output of block l, counted from 0: the paper's layer l + 1 (arXiv:2507.21509, section 2.2).
-Knows nothing about how activations are made or how a vector is applied.
-Several traits beside each other: the cosines between their directions at one layer.
-
-Knows nothing about where the vectors came from.
+Row l is the output of block l, counted from 0: the paper's layer l + 1 (arXiv:2507.21509, section 2.2). The file is
+one safetensors file whose metadata hold a JSON header, with a format version and all fields that are no tensor; it is
+written whole or not at all, and nothing is pickled.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from math import isnan, nan
-from typing import TYPE_CHECKING, Protocol, get_args, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, get_args, runtime_checkable
 
+import safetensors.torch
 import torch
 from einops import einsum, pack
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from persona_lens.models.structure import Model, identify, resid_post_name
-from persona_lens.storage.files import DAMAGE
+from persona_lens.models.structure import Model, resid_post_name
+from persona_lens.storage.files import DAMAGE, ensure_writable, write_whole
 from persona_lens.storage.text import refuse_controls
 from persona_lens.vectors.direction_statistics import LayerStatistics
 from persona_lens.vectors.directions import norms, owned, refuse_non_finite, units
-from persona_lens.vectors.files import read_vector_file, write_vector_file
 from persona_lens.vectors.persona_vector import (
     PersonaVector,
     Position,
@@ -36,10 +33,15 @@ from persona_lens.vectors.persona_vector import (
     refuse_absent_layer,
     refuse_unlike,
 )
-from persona_lens.vectors.provenance import Provenance, Relation, check_model
+from persona_lens.vectors.provenance import Provenance
 
 if TYPE_CHECKING:
     import pandas
+
+
+FORMAT_VERSION = 1
+_HEADER = "persona_lens"
+_STATISTIC = "statistics."
 
 
 @runtime_checkable
@@ -229,19 +231,18 @@ class PersonaVectors(VectorAlgebra):
 
     def project_cache(self, cache: Cache) -> Float[Tensor, "layer *batch pos"]:
         """Scalar projection of every token in a TransformerLens cache (or any mapping by hook name), at every layer."""
-        kept = set(cache.keys())
-        missing = [name for name in self.hook_names if name not in kept]
-        if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        cached = set(cache.keys())
+        absent = [name for name in self.hook_names if name not in cached]
+        if absent:
+            shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
             raise ValueError(
                 f"{self.trait}: the cache lacks {shown}: "
                 "run_with_cache(tokens, names_filter=vectors.hook_names) keeps what is needed."
             )
-        # A missing layer is projected on a known one, for the shape, and emptied.
-        used = [layer if layer not in self.missing else self.known_layers[0] for layer in range(self.n_layers)]
-        return self._without_missing(
-            torch.stack([self.at(each).project(cache[name]) for each, name in zip(used, self.hook_names, strict=True)])
-        )
+        # A missing layer is projected on the first known one, for the shape, and emptied.
+        used = [self.known_layers[0] if layer in self.missing else layer for layer in range(self.n_layers)]
+        rows = [self.at(layer).project(cache[name]) for layer, name in zip(used, self.hook_names, strict=True)]
+        return self._without_missing(torch.stack(rows))
 
     def cosine_similarity(self, other: "PersonaVectors") -> Float[Tensor, " layer"]:
         """Cosine of the angle to another trait's, or position's, direction at every layer; NaN where one is missing."""
@@ -261,33 +262,59 @@ class PersonaVectors(VectorAlgebra):
             table = pandas.concat([pandas.DataFrame([row], index=["embedding"], columns=table.columns), table])
         return table.rename_axis("layer")
 
-    def check(self, model: Model, *, allow_other_model: bool = False) -> Relation:
-        """Refuse a model that the vectors do not belong to; say how the accepted one relates to theirs.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one `.safetensors` file; `load` gives back the same bits.
 
-        Returns:
-            `same` for equal weights, `adapted` for a finetuned or adapted model of the same base, `other` for an
-            unrelated one that `allow_other_model` let through, `unknown` without a provenance.
+        An older file of that name stays until the new one is whole.
 
         Raises:
-            ValueError: The model has another d_model, n_layers, hook point or residual basis, or is unrelated.
+            ValueError: The name does not end in `.safetensors`.
+            OSError: The folder is missing or cannot be written to.
         """
-        return check_model(
-            identify(model),
-            self.trait,
-            self.provenance,
-            d_model=self.d_model,
-            n_layers=self.n_layers,
-            allow_other_model=allow_other_model,
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one `.safetensors` file, whole or not at all; `load` gives back the same bits."""
-        write_vector_file(path, {each.name: getattr(self, each.name) for each in fields(self)})
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"Vectors are saved as .safetensors, got {path.name!r}: change the ending of the name.")
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+        header = {"format_version": FORMAT_VERSION} | {n: part for n, part in parts.items() if n not in tensors}
+        if self.provenance is not None:
+            header["provenance"] = self.provenance.header()
+        if self.statistics is not None:
+            header["statistics"] = self.statistics.header()
+            tensors |= {_STATISTIC + name: values for name, values in self.statistics.by_layer.items()}
+        metadata = {_HEADER: json.dumps(header, allow_nan=False)}
+        write_whole(path, safetensors.torch.save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PersonaVectors":
-        """Read what `save` wrote; a file that is cut short, foreign or of another version raises a ValueError."""
-        parts = read_vector_file(path)
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is cut short, foreign, damaged, or of another format version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it or save it again.") from error
+        if _HEADER not in metadata:
+            raise ValueError(
+                f"{path} was not saved by persona_lens: read its tensors with safetensors "
+                "and hand them to PersonaVectors.from_directions."
+            )
+        try:
+            header = json.loads(metadata[_HEADER])
+            version = header.pop("format_version")
+            parts = _parts(tensors, header) if version == FORMAT_VERSION else {}
+        except DAMAGE as error:
+            raise ValueError(f"{path} has a damaged header ({error!r}): copy it or save it again.") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {version}, and this persona_lens reads {FORMAT_VERSION}: "
+                "install the persona_lens that wrote it, or a newer one."
+            )
         try:
             return cls(**parts)
         except DAMAGE as error:
@@ -325,6 +352,39 @@ class PersonaVectors(VectorAlgebra):
         )
 
 
+def _parts(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `PersonaVectors` from a file's tensors and header."""
+    by_layer = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_STATISTIC)}
+    if header["provenance"] is not None:
+        header["provenance"] = Provenance.from_header(header["provenance"])
+    if header["statistics"] is not None:
+        by_layer = {name.removeprefix(_STATISTIC): values for name, values in by_layer.items()}
+        header["statistics"] = LayerStatistics.from_header(header["statistics"], by_layer)
+    # A file without the field is older than it; JSON's keys are strings.
+    header["missing"] = {int(layer): why for layer, why in header.get("missing", {}).items()}
+    return header | tensors
+
+
+def refuse_other_vectors(path: Path) -> None:
+    """Raise ValueError, having changed nothing, where a file is there, is not empty and was not saved by persona_lens.
+
+    Raises OSError in one sentence where it could not be written.
+    """
+    ensure_writable(path)
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            is_ours = _HEADER in (file.metadata() or {})
+    except SafetensorError:
+        is_ours = False
+    if not is_ours:
+        raise ValueError(
+            f"{path} holds something else: expected vectors that persona_lens saved, which would be replaced. Choose "
+            "another output, or move that file away."
+        )
+
+
 def cosine_matrix(vectors: Sequence[PersonaVectors], layer: int) -> "pandas.DataFrame":
     """Cosines between traits at one layer, with their names on both axes."""
     import pandas
@@ -333,7 +393,7 @@ def cosine_matrix(vectors: Sequence[PersonaVectors], layer: int) -> "pandas.Data
         raise ValueError("There are no vectors to compare: pass at least one.")
     for other in vectors:
         refuse_unlike(vectors[0], other, "n_layers", "d_model")
-    rows = torch.stack([each.at(layer).unit.direction for each in vectors])
+    rows = torch.stack([one.at(layer).unit.direction for one in vectors])
     cosines = einsum(rows, rows, "row d_model, column d_model -> row column").clamp(-1, 1)
-    names = [each.trait for each in vectors]
+    names = [one.trait for one in vectors]
     return pandas.DataFrame(cosines.numpy(), index=names, columns=names)

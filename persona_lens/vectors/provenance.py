@@ -2,7 +2,6 @@
 
 A finetuned or adapted model of the same base is accepted, because the paper steers finetuned models with the base's
 vectors (arXiv:2507.21509, sections 4 and 5); another shape, hook point or residual basis never is.
-Knows nothing about directions: identities come in, a relation or one sentence of refusal goes out.
 """
 
 import json
@@ -50,7 +49,7 @@ class Provenance:
         try:
             settings = json.loads(json.dumps(self.settings, allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Provenance settings are kept as JSON, and these cannot be: {error}.") from error
+            raise ValueError(f"Expected provenance settings that JSON can hold: {error}.") from error
         object.__setattr__(self, "settings", settings)
 
     @classmethod
@@ -105,7 +104,7 @@ class Provenance:
 
 
 def check_model(
-    found: ModelIdentity,
+    model: ModelIdentity,
     trait: str,
     provenance: Provenance | None,
     *,
@@ -120,22 +119,22 @@ def check_model(
             `allow_other_model` is false.
     """
     shape_remedy = "use the model that the vectors came from, or extract them again on this one"
-    facts: list[tuple[str, Any, Any, str]] = [("d_model", d_model, found.d_model, shape_remedy)]
+    facts: list[tuple[str, Any, Any, str]] = [("d_model", d_model, model.d_model, shape_remedy)]
     if n_layers is not None:
-        facts.append(("n_layers", n_layers, found.n_layers, shape_remedy))
+        facts.append(("n_layers", n_layers, model.n_layers, shape_remedy))
     if provenance is not None:
         basis = provenance.model.residual_basis
         facts += [
             ("hook point", provenance.hook_point, HOOK_POINT, "extract them again at the outputs of the blocks"),
-            ("residual basis", basis, found.residual_basis, "load the model with weights processed as they were"),
+            ("residual basis", basis, model.residual_basis, "load the model with weights processed as they were"),
         ]
     for fact, expected, got, remedy in facts:
         if expected != got:
-            raise ValueError(f"{trait}: the vectors expect {fact} {expected}, and {found.name} has {got}: {remedy}.")
-    relation = "unknown" if provenance is None else provenance.relation_to(found)
+            raise ValueError(f"{trait}: the vectors expect {fact} {expected}, and {model.name} has {got}: {remedy}.")
+    relation = "unknown" if provenance is None else provenance.relation_to(model)
     if provenance is not None and relation == "other" and not allow_other_model:
         raise ValueError(
-            f"{trait}: the vectors come from {provenance.model.name}, and {found.name} has unrelated embeddings: "
+            f"{trait}: the vectors come from {provenance.model.name}, and {model.name} has unrelated embeddings: "
             "extract them again on this model, or pass allow_other_model=True."
         )
     return relation
