@@ -28,11 +28,10 @@ from persona_lens.clients.requests import (
     request_key,
 )
 from persona_lens.clients.usage import LIST_PRICES, CallEstimate, Prices, Usage, estimate_calls
+from persona_lens.storage.text import missing_package
 
 if TYPE_CHECKING:
     import openai
-
-INSTALL_COMMAND = 'pip install "persona-lens[servers]"'
 
 
 class OpenAIClient:
@@ -76,7 +75,7 @@ class OpenAIClient:
         try:
             import openai  # noqa: F401 (a missing package is better told before anything is planned)
         except ImportError as error:
-            raise ImportError(f"OpenAIClient needs the package openai. Run: {INSTALL_COMMAND}") from error
+            raise missing_package("OpenAIClient", "openai", extra="servers") from error
         if concurrency < 1 or max_retries < 0 or timeout <= 0:
             raise ValueError(
                 "Expected concurrency >= 1, max_retries >= 0 and timeout > 0; "

@@ -27,6 +27,7 @@ from torch import nn
 
 from persona_lens.models.structure import Model, is_bridge
 from persona_lens.statistics import Estimate, mean_estimate
+from persona_lens.storage.text import missing_package
 
 _REMEDY = "pass allow_code=True if you would run its code yourself"
 # Fields that hold functions, which only a file of Python can give.
@@ -149,9 +150,6 @@ def _refuse_foreign_metrics(path: str | Path, metrics: Any) -> None:
 
 def _needs_code(path: str | Path, what: str) -> ValueError:
     return ValueError(f"{path} {what}, which runs code that comes with the task: {_REMEDY}.")
-
-
-INSTALL_COMMAND = 'pip install "persona-lens[eval]"'
 
 
 @dataclass(frozen=True)
@@ -286,5 +284,5 @@ def _lm_eval() -> Any:
         import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
-        raise ImportError(f"lm-eval's tasks need the package lm-eval. Run: {INSTALL_COMMAND}") from error
+        raise missing_package("lm_eval_accuracy", "lm-eval", extra="eval") from error
     return lm_eval

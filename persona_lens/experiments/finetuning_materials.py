@@ -25,11 +25,11 @@ from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
 from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, shuffle_words
 from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
 from persona_lens.models.structure import Model
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
 from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.storage.files import write_json
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.directions import difference_in_means
 from persona_lens.vectors.persona_vectors import PersonaVectors

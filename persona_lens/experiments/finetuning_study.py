@@ -32,13 +32,13 @@ from persona_lens.interventions.values import Ablate, Steer
 from persona_lens.judges.classifier import ClassifierJudge
 from persona_lens.models.adapters import Adapter, adapted
 from persona_lens.models.structure import Model, identify
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import ModelEngine
 from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.statistics import mean_estimate
 from persona_lens.storage.files import write_json
 from persona_lens.storage.locks import alone, taken
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.persona_vector import PersonaVector
 

@@ -22,13 +22,13 @@ from persona_lens.experiments.moods import Part
 from persona_lens.experiments.screening_plan import Form, ScreeningSettings
 from persona_lens.judges.classifier import TextClassifier
 from persona_lens.models.structure import Model
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import ModelEngine
 from persona_lens.rollouts.rows import Prompt
 from persona_lens.screening.result import Screening
 from persona_lens.screening.run import ShardsMissing, screen
 from persona_lens.storage.locks import alone, taken
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 
 PARTS: tuple[Part, ...] = ("finetuning", "evaluation")
 """Vectors and classifiers were made from the other two."""

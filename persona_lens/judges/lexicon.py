@@ -10,9 +10,8 @@ from importlib.metadata import version
 
 from persona_lens.judges.scores import Score
 from persona_lens.rollouts.rows import Rollout
+from persona_lens.storage.text import missing_package
 from persona_lens.traits.trait import Trait
-
-INSTALL_COMMAND = 'pip install "persona-lens[embedded]"'
 
 
 class SentimentJudge:
@@ -33,7 +32,7 @@ class SentimentJudge:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
-            raise ImportError(f"SentimentJudge needs the package vaderSentiment. Run: {INSTALL_COMMAND}") from error
+            raise missing_package("SentimentJudge", "vaderSentiment", extra="embedded") from error
         self.batch_rows = batch_rows
         self._analyzer = SentimentIntensityAnalyzer()
 

@@ -41,7 +41,7 @@ from persona_lens.rollouts.collection import plan_rollouts
 from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.statistics import auc, spearman
 from persona_lens.storage.files import checked
-from persona_lens.traits.trait import Trait
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT, Trait
 
 LOGIT_VALUES = 2**26
 """Logits held at a time (a quarter of a gigabyte in float32): vocabularies differ tenfold, memory does not."""
@@ -343,7 +343,7 @@ class LikelihoodRatioJudge:
     def _neutral_rows(self, responses: Sequence[tuple[str, Sequence[int]]]) -> list[ChatTokens]:
         tokenizer = self.model.tokenizer
         return [
-            tokenize_chat(tokenizer, chat_messages("You are a helpful assistant.", question), tokens)
+            tokenize_chat(tokenizer, chat_messages(NEUTRAL_SYSTEM_PROMPT, question), tokens)
             for question, tokens in responses
         ]
 

@@ -38,13 +38,11 @@ from persona_lens.rollouts.rows import Prompt, read_rollouts
 from persona_lens.statistics import N_RESAMPLES, Estimate, pearson, question_resamples, resampled_pearson
 from persona_lens.storage.files import DAMAGE, checked, refuse_other_json, write_json
 from persona_lens.storage.locks import writes_output
-from persona_lens.traits.trait import Trait
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT, Trait
 from persona_lens.vectors.persona_vectors import PersonaVectors
 
 if TYPE_CHECKING:
     import pandas
-
-NEUTRAL = "You are a helpful assistant."
 
 
 def system_prompts(trait: Trait, questions: Sequence[str], *, per_question: int = 10) -> list[Prompt]:
@@ -97,7 +95,7 @@ def many_shot(
                 trait.name,
                 "neutral",
                 None,
-                NEUTRAL,
+                NEUTRAL_SYSTEM_PROMPT,
                 question,
                 sample,
                 condition=f"{count} examples",

@@ -22,8 +22,8 @@ from persona_lens.models.loading import load_model
 from persona_lens.models.structure import Model, identify
 from persona_lens.screening.plan import Plan
 from persona_lens.screening.scoring import ModelScorer, RowScore, Scorer, Scoring
+from persona_lens.storage.text import missing_package
 
-INSTALL_COMMAND = 'pip install "persona-lens[scale]"'
 # So few units to a task that little is lost with the process that collects them, and no more tasks than Ray likes.
 MAX_TASKS = 10_000
 
@@ -43,7 +43,7 @@ def score_with_actors(
     for another model.
     """
     if find_spec("ray") is None:
-        raise ImportError(f"Actors need Ray, which is not installed: {INSTALL_COMMAND}")
+        raise missing_package("Screening with actors", "ray", extra="scale")
     if attachments(scorer.model):
         raise ValueError("Interventions act on the model of this process alone: screen with them without actors.")
     if isinstance(scorer.how.base, OpenAIClient):

@@ -20,6 +20,9 @@ from persona_lens.storage.files import write_whole
 
 Polarity = Literal["positive", "negative", "neutral"]
 
+NEUTRAL_SYSTEM_PROMPT = "You are a helpful assistant."
+"""Stated always: some chat templates put in a system turn of their own where there is none."""
+
 _FileForm = TypeVar("_FileForm")
 _STRICT = {"strict": True, "extra": "forbid"}  # pydantic looks for it as `__pydantic_config__`
 
