@@ -77,7 +77,7 @@ def test_a_compressed_answer_is_not_unpacked():
 
 
 def test_an_answer_that_trickles_is_given_up_after_the_timeout(monkeypatch):
-    from persona_lens.clients import endpoint as connection
+    from persona_lens.clients import connection
 
     read = connection.BoundedHttpClient._read
 
@@ -314,7 +314,7 @@ def test_a_control_that_fails_for_another_reason_tells_that_one():
 
 
 def test_a_control_says_nothing_of_the_row_and_keeps_its_settings():
-    from persona_lens.clients.refusals import control_body
+    from persona_lens.clients.client import control_body
 
     request = asked("a secret", seed=77, top_logprobs=3, prefill="a beginning")
     client = client_of("http://127.0.0.1:1/v1", extra_body={"min_p": 0.1})

@@ -9,8 +9,7 @@ import pytest
 
 from persona_lens.clients.client import OpenAIClient
 from persona_lens.clients.endpoint import OPENAI_URL
-from persona_lens.clients.requests import ServerError
-from persona_lens.clients.usage import CallEstimate, Prices, Usage
+from persona_lens.clients.requests import CallEstimate, Prices, ServerError, Usage
 from tests.client_cases import SECRET, asked, client_of, forget_settings, start_script
 from tests.fault_server import FaultServer, completion, hang, other_model, unknown_model
 

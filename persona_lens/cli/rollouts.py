@@ -164,7 +164,7 @@ def _exchange_batches(
     llm: "LLMJudge", trait: "Trait", rows: "list[Rollout]", write: Path | None, read: list[Path]
 ) -> None:
     """Take a batch's results into the cache, and write the calls that are still missing as files of a new one."""
-    from persona_lens.clients.batches import read_batch, write_batch
+    from persona_lens.clients.cache import read_batch, write_batch
 
     for path in read:
         say(f"{path}: {read_batch(llm.client, path)}.")

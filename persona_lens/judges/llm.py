@@ -27,9 +27,16 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from persona_lens.clients.client import Ask, OpenAIClient
-from persona_lens.clients.refusals import only_reasoning, stop_if_textless
-from persona_lens.clients.requests import ChatCompletion, ChatRequest, MissingLogprobs, RejectedRequest, ServerError
-from persona_lens.clients.usage import CallEstimate
+from persona_lens.clients.requests import (
+    CallEstimate,
+    ChatCompletion,
+    ChatRequest,
+    MissingLogprobs,
+    RejectedRequest,
+    ServerError,
+    only_reasoning,
+    stop_if_textless,
+)
 from persona_lens.judges.expectation import (
     MIN_MASS,
     Alternatives,

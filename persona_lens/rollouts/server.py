@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from tqdm.auto import tqdm
 
 from persona_lens.clients.client import OpenAIClient
-from persona_lens.clients.refusals import only_reasoning, stop_if_textless
-from persona_lens.clients.requests import ChatRequest
-from persona_lens.clients.usage import CallEstimate
+from persona_lens.clients.requests import CallEstimate, ChatRequest, only_reasoning, stop_if_textless
 from persona_lens.rollouts.rows import REJECTED, Prompt, Rollout
 
 

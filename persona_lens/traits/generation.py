@@ -11,8 +11,7 @@ import re
 from dataclasses import replace
 
 from persona_lens.clients.client import OpenAIClient
-from persona_lens.clients.refusals import only_reasoning
-from persona_lens.clients.requests import ChatCompletion, ChatRequest
+from persona_lens.clients.requests import ChatCompletion, ChatRequest, only_reasoning
 from persona_lens.traits.drafts import Draft, read_draft
 from persona_lens.traits.requests import SYSTEM, Wanted, repair_text, request_text, schema, template_rubric
 from persona_lens.traits.trait import InstructionPair, Trait
