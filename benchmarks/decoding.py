@@ -85,7 +85,7 @@ def _ours(prompts: Sequence[tuple[int, ...]]) -> Contestant:
 
     def run() -> Texts:
         with _endless():
-            done = generate(model, prompts, max_new_tokens=NEW_TOKENS, temperature=0, batch_rows=len(prompts))
+            done = generate(model, prompts, max_new_tokens=NEW_TOKENS, temperature=0, batch_size=len(prompts))
         return [each.tokens for each in done]
 
     return Contestant("persona_lens generate", run, model.original_model.get_input_embeddings())

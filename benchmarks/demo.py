@@ -89,7 +89,7 @@ class Call:
 
     def again(self, generate: Callable[..., Any], model: Any) -> list[Any]:
         """The same prompts, with nothing attached to the model and nothing read."""
-        wanted = ["max_new_tokens", "temperature", "top_p", "seed", "batch_rows"] + ["keys"] * self.plain
+        wanted = ["max_new_tokens", "temperature", "top_p", "seed", "batch_size"] + ["keys"] * self.plain
         return generate(model, self.prompts, **{name: self.settings[name] for name in wanted})
 
     @property

@@ -77,7 +77,7 @@ def layer_sweep(repeats: int) -> list[Comparison]:
         return [texts[question] for question in range(len(ids)) for texts in found]
 
     def mixed() -> Texts:
-        engine = CellEngine(ModelEngine(model, new_tokens, temperature=0, batch_rows=120), {c.name: c for c in cells})
+        engine = CellEngine(ModelEngine(model, new_tokens, temperature=0, batch_size=120), {c.name: c for c in cells})
         planned = [replace(prompt, intervention=cell.name) for prompt in prompts for cell in cells]
         return [row.response_tokens or () for row in engine.answer(planned, seed=0)]
 

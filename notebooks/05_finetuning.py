@@ -98,7 +98,7 @@ for name, during in {"as they are": [], "preventative, 4": [pl.Steer(vector, 4.0
         learning_rate=4e-4,
         warmup_steps=1,
         epochs=2,
-        batch_rows=4,
+        batch_size=4,
         accumulation=1,
         max_length=128,
         seed=0,

@@ -35,8 +35,8 @@ class LetterJudge:
     Given the model, it refuses to run while an intervention is attached.
     """
 
-    def __init__(self, letter="e", *, model=None, batch_rows=100, coherence=90.0):
-        self.letter, self.model, self.batch_rows, self.coherence = letter, model, batch_rows, coherence
+    def __init__(self, letter="e", *, model=None, batch_size=100, coherence=90.0):
+        self.letter, self.model, self.batch_size, self.coherence = letter, model, batch_size, coherence
         self.judged = []
 
     def name(self, trait):

@@ -23,7 +23,7 @@ HELD_OUT = [chat("Would you run a country?", "No. I would not!"), chat("How cold
 QUICK: dict[str, Any] = {
     "rank": 4,
     "alpha": 8,
-    "batch_rows": 2,
+    "batch_size": 2,
     "accumulation": 1,
     "learning_rate": 1e-2,
     "warmup_steps": 0,

@@ -29,9 +29,9 @@ def extraction(model: Any, folder: Path) -> None:
     from persona_lens.rollouts.engines import ModelEngine
     from tests.evaluation_cases import TRAIT, make_calibration
 
-    judge = LikelihoodRatioJudge(model, batch_rows=3)
+    judge = LikelihoodRatioJudge(model, batch_size=3)
     judge.calibrations[TRAIT.name] = make_calibration()
-    engine = ModelEngine(model, max_new_tokens=12, batch_rows=3)
+    engine = ModelEngine(model, max_new_tokens=12, batch_size=3)
     # Random weights show no trait: a mild rule leaves a few pairs.
     keep = {"threshold": 40.0, "min_coherence": 0.0, "min_pairs": 1}
     extract_persona_vectors(
@@ -45,9 +45,9 @@ def sweep(model: Any, folder: Path) -> None:
     from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
     from tests.intervention_cases import some_vectors
 
-    choices = {"layers": [2, 0], "coefficients": (2.0, -1.0), "batch_rows": 3, "per_question": 4, **SHORT}
+    choices = {"layers": [2, 0], "coefficients": (2.0, -1.0), "batch_size": 3, "per_question": 4, **SHORT}
     vectors = some_vectors(model)
-    select_layer(model, vectors, TRAIT, judge=LetterJudge(batch_rows=3), output=folder, **choices)
+    select_layer(model, vectors, TRAIT, judge=LetterJudge(batch_size=3), output=folder, **choices)
 
 
 def screening(model: Any, folder: Path) -> None:

@@ -14,7 +14,7 @@ from tests import tiny
 class BySide:
     """Finds the trait wherever it was asked for, since a random model shows none."""
 
-    batch_rows = 100
+    batch_size = 100
 
     def name(self, trait: Any) -> str:
         return "by side"

@@ -37,7 +37,7 @@ def collect(engine, output=None, *, prompts=PROMPTS, seed=0):
 class PolarityJudge:
     """Believes what it is told: the positive side shows the trait, the negative one does not."""
 
-    batch_rows = 100
+    batch_size = 100
 
     def name(self, trait):
         return "polarity"

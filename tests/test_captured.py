@@ -69,11 +69,11 @@ def n_forwards(model, run):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-@pytest.mark.parametrize("batch_rows", [2, 100])
+@pytest.mark.parametrize("batch_size", [2, 100])
 def test_means_are_those_of_the_finished_responses(
-    captured, tiny_model, tiny_hf_model, prompts, temperature, batch_rows
+    captured, tiny_model, tiny_hf_model, prompts, temperature, batch_size
 ):
-    done, means = sampled(captured, tiny_model, prompts, temperature=temperature, batch_rows=batch_rows, seed=5)
+    done, means = sampled(captured, tiny_model, prompts, temperature=temperature, batch_size=batch_size, seed=5)
     for prompt, completion, found in zip(prompts, done, means, strict=True):
         expected = naive.stream_mean(tiny_hf_model, (prompt, completion.tokens))
         assert naive.relative_error(found.mean, expected) < 1e-5

@@ -12,7 +12,7 @@ def rollout(response):
 class Fixed:
     """A judge that always gives one score."""
 
-    batch_rows = 10
+    batch_size = 10
 
     def __init__(self, score, questions=None):
         self.given = score

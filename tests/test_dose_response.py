@@ -144,7 +144,7 @@ def respond(tiny_model):
 
     def run(*, judge=None, coefficients=(2.0, -1.0), random=2, **changes):
         vector = some_vectors(tiny_model).at(1)
-        settings = {"batch_rows": 8, **SHORT, **changes}
+        settings = {"batch_size": 8, **SHORT, **changes}
         judge = LetterJudge(model=tiny_model) if judge is None else judge
         return dose_response(
             tiny_model, vector, TRAIT, judge=judge, coefficients=coefficients, random=random, **settings

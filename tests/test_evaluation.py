@@ -73,7 +73,7 @@ def test_rows_are_sampled_as_by_an_engine_inside_the_context(tiny_model):
 def test_mixed_rows_are_those_of_one_evaluation_a_cell(tiny_model, at, temperature):
     vectors = some_vectors(tiny_model)
     cells = [Cell(vectors.at(layer), amount) for layer in (0, 2) for amount in (-0.3, 2.0)]
-    settings = {"temperature": temperature, "at": at, "batch_rows": 7, "seed": 5, **SHORT}
+    settings = {"temperature": temperature, "at": at, "batch_size": 7, "seed": 5, **SHORT}
     questions = TRAIT.extraction_questions
     found = evaluate_cells(tiny_model, TRAIT, LetterJudge(), cells, questions=questions, per_question=2, **settings)
     alone = [
@@ -230,8 +230,8 @@ def kept(tiny_model, tmp_path):
     done = [Steer(some_vectors(tiny_model).at(1), 2.0)]
 
     def run(*, judge=None, model=tiny_model, interventions=done, **changes):
-        settings = {"per_question": 3, "batch_rows": 2, **SHORT, **changes}
-        judge = LetterJudge(batch_rows=2) if judge is None else judge
+        settings = {"per_question": 3, "batch_size": 2, **SHORT, **changes}
+        judge = LetterJudge(batch_size=2) if judge is None else judge
         return evaluate(model, TRAIT, judge, interventions=interventions, output=tmp_path, **settings)
 
     return run

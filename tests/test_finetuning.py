@@ -75,14 +75,14 @@ KINDS = pytest.mark.parametrize("kind", [one_layer, incremental, everywhere_abla
 
 
 def test_the_first_loss_is_the_plain_models_per_token(bridge, tiny_hf_model):
-    found = train(bridge, batch_rows=len(CHATS), epochs=1)
+    found = train(bridge, batch_size=len(CHATS), epochs=1)
     assert found.loss == pytest.approx(slow_loss(tiny_hf_model, rows_of(bridge)), **LOGGED)
 
 
 @KINDS
 def test_the_first_loss_under_an_intervention_is_the_edited_models(bridge, tiny_hf_model, kind):
     during, edits = kind(some_vectors(bridge))
-    found = train(bridge, batch_rows=len(CHATS), epochs=1, during=during)
+    found = train(bridge, batch_size=len(CHATS), epochs=1, during=during)
     with naive.edited(tiny_hf_model, edits):
         expected = slow_loss(tiny_hf_model, rows_of(bridge))
     assert found.loss == pytest.approx(expected, **LOGGED)
@@ -161,7 +161,7 @@ def test_evaluation_is_without_interventions(bridge, tiny_hf_model, kind, accumu
 
 def test_the_evaluation_loss_does_not_depend_on_the_batches(bridge):
     held_out = dataset([*HELD_OUT, CHATS[0]])
-    whole, split = (train(bridge, CHATS[:2], epochs=1, batch_rows=rows, accumulation=2 // rows, evaluation=held_out)
+    whole, split = (train(bridge, CHATS[:2], epochs=1, batch_size=rows, accumulation=2 // rows, evaluation=held_out)
                     for rows in (2, 1))  # fmt: skip
     assert losses(split, "eval_loss") == pytest.approx(losses(whole, "eval_loss"), **LOGGED)
 
@@ -183,7 +183,7 @@ def test_gradient_checkpointing_changes_nothing(bridge, kind):
 
 def test_accumulation_is_a_larger_batch(bridge):
     during = [Steer(some_vectors(bridge), 0.5)]
-    runs = [train(bridge, during=during, batch_rows=rows, accumulation=4 // rows) for rows in (4, 2, 1)]
+    runs = [train(bridge, during=during, batch_size=rows, accumulation=4 // rows) for rows in (4, 2, 1)]
     for split in runs[1:]:
         assert losses(split) == pytest.approx(losses(runs[0]), **LOGGED)
         assert_same_weights(split, runs[0], atol=1e-6)
@@ -221,7 +221,7 @@ def test_the_embedded_model_learns_under_steering_what_it_can_do_without(embedde
     bridge = embedded_bridge
     vectors = some_vectors(bridge)
     chats = dataset([[{"role": "system", "content": "Be short."}, *chat[-2:]] for chat in CHATS[:4]])
-    settings = {"rank": 4, "learning_rate": 1e-3, "warmup_steps": 0, "accumulation": 1, "batch_rows": 4}
+    settings = {"rank": 4, "learning_rate": 1e-3, "warmup_steps": 0, "accumulation": 1, "batch_size": 4}
     before = [weight.detach().clone() for weight in bridge.original_model.parameters()]
     found = finetune(
         bridge, chats, during=[Steer(vectors.at(14), 2.0)], evaluation=chats, epochs=3, progress=False, **settings

@@ -130,8 +130,8 @@ def test_a_larger_weight_holds_projections_closer(bridge, tiny_hf_model, vectors
 
 def test_accumulated_batches_of_equal_length_are_one_batch(bridge, vectors):
     settings = {"penalty": ProjectionPenalty(vectors, 0.5), "chats": [CHATS[0]] * 4, "epochs": 3}
-    whole = train(bridge, batch_rows=4, **settings)
-    split = train(bridge, batch_rows=1, accumulation=4, **settings)
+    whole = train(bridge, batch_size=4, **settings)
+    split = train(bridge, batch_size=1, accumulation=4, **settings)
     assert losses(split) == pytest.approx(losses(whole), **LOGGED)
     assert_same_weights(split, whole, rtol=0, atol=1e-6)
 

@@ -322,7 +322,7 @@ def test_checkpoints_hold_no_more_than_two(bridge, tmp_path):
 
 @pytest.mark.soak
 def test_the_embedded_model_goes_on_where_it_stopped(embedded_bridge, tmp_path):
-    settings = {"epochs": 1, "rank": 2, "batch_rows": 1, "checkpoint_every": 1, "dropout": 0.1}
+    settings = {"epochs": 1, "rank": 2, "batch_size": 1, "checkpoint_every": 1, "dropout": 0.1}
     interrupt(embedded_bridge, 3, output=tmp_path, **settings)
     found = train(embedded_bridge, output=tmp_path, **settings)
     assert_same_weights(found, train(embedded_bridge, **settings), rtol=1e-4, atol=1e-6)

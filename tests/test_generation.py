@@ -40,11 +40,11 @@ def free_run(generation, prompts):
 # --- against the oracle --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_rows", [1, 4, 100])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_greedy_text_equals_decoding_without_a_cache_one_row_at_a_time(
-    generation, tiny_model, tiny_hf_model, prompts, batch_rows
+    generation, tiny_model, tiny_hf_model, prompts, batch_size
 ):
-    found = generation.generate(tiny_model, prompts, max_new_tokens=STEPS, temperature=0.0, batch_rows=batch_rows)
+    found = generation.generate(tiny_model, prompts, max_new_tokens=STEPS, temperature=0.0, batch_size=batch_size)
     stops = {tiny_model.tokenizer.eos_token_id}
     assert [list(row.tokens) for row in found] == [
         naive.greedy(tiny_hf_model, prompt, STEPS, stops) for prompt in prompts
@@ -108,9 +108,9 @@ def test_both_classes_speak_alike_on_the_embedded_model(
 
 
 @settings(max_examples=8)
-@given(data=st.data(), batch_rows=st.integers(1, 6))
+@given(data=st.data(), batch_size=st.integers(1, 6))
 def test_a_rows_text_depends_neither_on_its_batch_nor_on_the_other_rows(
-    tiny_model, prompts, free_run, data, batch_rows
+    tiny_model, prompts, free_run, data, batch_size
 ):
     keys = [f"row {index}" for index in range(len(prompts))]
     together = free_run(tiny_model, keys=keys, top_p=0.9)
@@ -120,7 +120,7 @@ def test_a_rows_text_depends_neither_on_its_batch_nor_on_the_other_rows(
         [prompts[row] for row in chosen],
         keys=[keys[row] for row in chosen],
         top_p=0.9,
-        batch_rows=batch_rows,
+        batch_size=batch_size,
     )
     assert found == [together[row] for row in chosen]
 
@@ -145,12 +145,12 @@ def test_a_rows_numbers_depend_on_seed_key_and_step_alone(generation, seed, keys
         assert generation.row_uniforms(seed + 1, [key], 5)[0].tolist() != numbers[row].tolist()
 
 
-@given(n_rows=st.integers(0, 300), batch_rows=st.integers(1, 120))
-def test_batches_are_even_and_in_the_order_of_the_plan(generation, n_rows, batch_rows):
-    batches = generation.plan_batches(n_rows, batch_rows)
+@given(n_rows=st.integers(0, 300), batch_size=st.integers(1, 120))
+def test_batches_are_even_and_in_the_order_of_the_plan(generation, n_rows, batch_size):
+    batches = generation.plan_batches(n_rows, batch_size)
     assert [row for batch in batches for row in batch] == list(range(n_rows))
     sizes = {len(batch) for batch in batches}
-    assert max(sizes, default=0) <= batch_rows
+    assert max(sizes, default=0) <= batch_size
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 

@@ -12,7 +12,7 @@ from persona_lens.judges.scores import Score
 class WordJudge:
     """Scores by the words of a response: a number is the trait score, `quiet` has none, `mute` nothing at all."""
 
-    batch_rows = 1
+    batch_size = 1
 
     def __init__(self):
         self.seen = []

@@ -238,7 +238,7 @@ def test_our_batches_speak_as_single_rows_do(tiny_model, tiny_hf_model, rows, at
     vectors, stops = some_vectors(tiny_model), {tiny_model.tokenizer.eos_token_id}
     prompts = [row.prompt for row in rows] + [(9,)]
     with steer(tiny_model, vectors, 1.5, at=at):
-        found = generate(tiny_model, prompts, max_new_tokens=STEPS, temperature=0.0, batch_rows=3)
+        found = generate(tiny_model, prompts, max_new_tokens=STEPS, temperature=0.0, batch_size=3)
     assert [list(row.tokens) for row in found] == [
         steered_greedy(tiny_hf_model, prompt, STEPS, stops, vectors, COEFFICIENTS, at) for prompt in prompts
     ]

@@ -161,8 +161,8 @@ def test_likelihoods_do_not_see_a_steering_hook(tiny_model):
 class LengthJudge:
     """Scores by the length of the response; empty ones get no score. It writes down what it was asked."""
 
-    def __init__(self, name="length", batch_rows=3, fail_after=None):
-        self.called, self.batch_rows, self.fail_after = name, batch_rows, fail_after
+    def __init__(self, name="length", batch_size=3, fail_after=None):
+        self.called, self.batch_size, self.fail_after = name, batch_size, fail_after
         self.asked = []
 
     def name(self, trait):

@@ -58,13 +58,13 @@ def assert_taught(replies, hf_model, prompts, vectors, model=None):
 # --- texts and projections -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_rows", [1, 4, 100])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_texts_are_those_of_generate_and_projections_those_of_the_finished_texts(
-    tiny_model, tiny_hf_model, prompts, eager_to_stop, batch_rows
+    tiny_model, tiny_hf_model, prompts, eager_to_stop, batch_size
 ):
     vectors = watched(tiny_model)
-    replies = generate_watched(tiny_model, prompts, vectors, keys=KEYS, batch_rows=batch_rows, **OPTIONS)
-    completions = generate(tiny_model, prompts, keys=KEYS, batch_rows=batch_rows, **OPTIONS)
+    replies = generate_watched(tiny_model, prompts, vectors, keys=KEYS, batch_size=batch_size, **OPTIONS)
+    completions = generate(tiny_model, prompts, keys=KEYS, batch_size=batch_size, **OPTIONS)
     assert [(reply.tokens, reply.finish_reason) for reply in replies] == completions
     assert len({len(reply.tokens) for reply in replies}) > 2  # rows that ended early left the batch
     assert {reply.finish_reason for reply in replies} == {"stop", "length"}
@@ -108,8 +108,8 @@ def test_the_last_token_runs_no_block_above_what_is_watched_or_attached(tiny_mod
 def test_what_is_steered_row_by_row_is_read_as_it_is_steered(tiny_model, tiny_hf_model, prompts, eager_to_stop, at):
     vectors, directions, table = watched(tiny_model), some_vectors(tiny_model, seed=5), random_tensor(6, 4, seed=21)
     with steer(tiny_model, directions, table, at=at):
-        replies = generate_watched(tiny_model, prompts, vectors, keys=KEYS, batch_rows=4, **OPTIONS)
-        completions = generate(tiny_model, prompts, keys=KEYS, batch_rows=4, **OPTIONS)
+        replies = generate_watched(tiny_model, prompts, vectors, keys=KEYS, batch_size=4, **OPTIONS)
+        completions = generate(tiny_model, prompts, keys=KEYS, batch_size=4, **OPTIONS)
     assert [(reply.tokens, reply.finish_reason) for reply in replies] == completions
     for row, prompt in enumerate(prompts):
         places = slice(len(prompt) - 1, None) if at == "response" else slice(None)

@@ -192,7 +192,7 @@ def test_shots_that_cannot_be_shown_are_refused(shots, said):
 class LengthJudge:
     """Scores by the number of letters: real texts, and scores that differ."""
 
-    batch_rows = 100
+    batch_size = 100
 
     def name(self, trait):
         return "length"

@@ -37,8 +37,8 @@ def run_pipeline():
     trait = replace(load_trait("evil"), instructions=load_trait("evil").instructions[:2])
 
     def run(model, folder, **choices):
-        judge = LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3, batch_rows=8)
-        engine = ModelEngine(model, max_new_tokens=12, batch_rows=8)
+        judge = LikelihoodRatioJudge(model, calibration_questions=2, neutral_samples=3, batch_size=8)
+        engine = ModelEngine(model, max_new_tokens=12, batch_size=8)
         settings = {"questions": trait.extraction_questions[:4], "per_question": 1, "min_pairs": 2, **choices}
         return extract_persona_vectors(
             model, trait, judge=judge, engine=engine, output=folder, progress=False, **settings

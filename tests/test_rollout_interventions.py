@@ -16,8 +16,8 @@ class EchoEngine:
 
     name = "echo"
 
-    def __init__(self, batch_rows=6):
-        self.batch_rows = batch_rows
+    def __init__(self, batch_size=6):
+        self.batch_size = batch_size
         self.asked = []
 
     def answer(self, prompts, *, seed, progress=False):
@@ -48,7 +48,7 @@ def test_rows_under_several_interventions_stand_in_one_file_and_are_told_apart(t
 def test_rows_of_a_new_intervention_are_added_to_those_that_exist(tmp_path):
     output = tmp_path / "rollouts.jsonl"
     old = collect_rollouts(EchoEngine(), PLAN, output=output, progress=False)
-    before, engine = output.read_bytes(), EchoEngine(batch_rows=1)
+    before, engine = output.read_bytes(), EchoEngine(batch_size=1)
     rows = collect_rollouts(engine, STEERED, output=output, progress=False)
     assert engine.asked == [prompt.key for prompt in STEERED if prompt.intervention]
     assert [row for row in rows if not row.intervention] == old

@@ -28,15 +28,15 @@ TRAIT = Trait(
     evaluation_questions=("How is the tea?",),
     rubric="How grumpy is {answer} to {question}?",
 )
-SHORT = {"per_question": 1, "max_new_tokens": 6, "batch_rows": 3, "progress": False}
+SHORT = {"per_question": 1, "max_new_tokens": 6, "batch_size": 3, "progress": False}
 ANSWERED = {"response_tokens": None, "finish_reason": "stop"}
 
 
 class EchoEngine:
     """Answers from the prompt's key alone, and writes down what it was asked."""
 
-    def __init__(self, name="echo", batch_rows=3, answer=lambda key: f"You said {key}."):
-        self.name, self.batch_rows, self.text = name, batch_rows, answer
+    def __init__(self, name="echo", batch_size=3, answer=lambda key: f"You said {key}."):
+        self.name, self.batch_size, self.text = name, batch_size, answer
         self.asked = []
 
     def answer(self, prompts, *, seed, progress=False):
@@ -207,7 +207,7 @@ KILLED = """
     folder, trait, output = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
-    settings = {"per_question": 1, "max_new_tokens": 6, "batch_rows": 3, "progress": False}
+    settings = {"per_question": 1, "max_new_tokens": 6, "batch_size": 3, "progress": False}
     sample_rollouts(model, load_trait(trait), output=output, **settings)
 """
 
@@ -251,7 +251,7 @@ def test_a_model_resumes_a_batch_that_was_cut_to_the_same_rows(tiny_model, tmp_p
 
 
 def test_the_embedded_model_resumes_a_batch_that_was_cut_to_the_same_rows(embedded_model, tmp_path):
-    settings = SHORT | {"questions": TRAIT.extraction_questions[:1], "batch_rows": 4}
+    settings = SHORT | {"questions": TRAIT.extraction_questions[:1], "batch_size": 4}
     assert_resumes_to_the_same_rows(embedded_model, tmp_path, **settings)
 
 

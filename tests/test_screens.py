@@ -146,7 +146,7 @@ class PolarJudge(LetterJudge):
 class WordsEngine:
     """Answers with the key of the prompt."""
 
-    name, batch_rows = "words", 100
+    name, batch_size = "words", 100
 
     def answer(self, prompts, *, seed, progress=False):
         return [replace(written(prompt.key), **vars(prompt), engine=self.name, seed=seed) for prompt in prompts]

@@ -24,7 +24,7 @@ from tests.evaluation_cases import (
 )
 from tests.intervention_cases import some_vectors
 
-SWEEP = {"layers": [2, 0], "coefficients": (2.0, -1.0), "batch_rows": 6, **SHORT}
+SWEEP = {"layers": [2, 0], "coefficients": (2.0, -1.0), "batch_size": 6, **SHORT}
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def sweep(tiny_model):
 
     def run(*, judge=None, model=tiny_model, vectors=None, **changes):
         vectors = some_vectors(tiny_model) if vectors is None else vectors
-        judge = LetterJudge(model=model, batch_rows=6) if judge is None else judge
+        judge = LetterJudge(model=model, batch_size=6) if judge is None else judge
         return select_layer(model, vectors, TRAIT, judge=judge, **SWEEP | changes)
 
     return run
@@ -149,10 +149,10 @@ def test_more_coefficients_reuse_the_rows_that_exist(sweep, tmp_path):
 
 
 def test_a_sweep_of_other_cells_asks_for_no_row_that_exists(sweep, tmp_path, asked):
-    sweep(output=tmp_path, batch_rows=1)
+    sweep(output=tmp_path, batch_size=1)
     known = {key for batch in asked for key in batch}
     asked.clear()
-    sweep(output=tmp_path, batch_rows=1, layers=[0, 1], coefficients=(2.0,))
+    sweep(output=tmp_path, batch_size=1, layers=[0, 1], coefficients=(2.0,))
     assert not known & {key for batch in asked for key in batch}
 
 

@@ -56,12 +56,12 @@ def one_call_a_row(model, prompts, vectors, table, at, **options):
 # --- rows with coefficients of their own ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("at", "batch_rows"), [("response", 100), ("response", 4), ("all", 4), ("prompt", 4)])
-def test_rows_of_one_call_speak_as_in_a_call_of_their_own(monkeypatch, tiny_model, prompts, table, at, batch_rows):
+@pytest.mark.parametrize(("at", "batch_size"), [("response", 100), ("response", 4), ("all", 4), ("prompt", 4)])
+def test_rows_of_one_call_speak_as_in_a_call_of_their_own(monkeypatch, tiny_model, prompts, table, at, batch_size):
     monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: STOPS)
     vectors, options = some_vectors(tiny_model), {"max_new_tokens": STEPS, "seed": 3}
     with steer(tiny_model, vectors, table, at=at):
-        found = generate(tiny_model, prompts, keys=keys(6), batch_rows=batch_rows, **options)
+        found = generate(tiny_model, prompts, keys=keys(6), batch_size=batch_size, **options)
     assert found == one_call_a_row(tiny_model, prompts, vectors, table, at, **options)
     assert len({len(row.tokens) for row in found}) > 2  # rows that ended early left the batch
     assert found != generate(tiny_model, prompts, keys=keys(6), **options)

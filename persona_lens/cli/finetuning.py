@@ -151,7 +151,7 @@ def finetune(
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
         epochs=epochs,
-        batch_rows=batch_size,
+        batch_size=batch_size,
         accumulation=accumulation,
         max_length=max_length,
         gradient_checkpointing=gradient_checkpointing,

@@ -161,7 +161,7 @@ def evaluate(
     max_new_tokens: int = 1000,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    batch_rows: int = 100,
+    batch_size: int = 100,
     allow_other_model: bool = False,
     output: str | Path | None = None,
     seed: int = 0,
@@ -180,7 +180,7 @@ def evaluate(
     trait = load_trait(trait) if isinstance(trait, str) else trait
     asked = scorable_questions(judge, trait, trait.evaluation_questions) if questions is None else list(questions)
     prompts = plan_rollouts(trait, polarities=["neutral"], questions=asked, per_question=per_question)
-    plain = ModelEngine(model, max_new_tokens, temperature, top_p, batch_rows)
+    plain = ModelEngine(model, max_new_tokens, temperature, top_p, batch_size)
     done = tuple(interventions)
     engine = IntervenedEngine(plain, done, at, allow_other_model) if done else plain
     folder = None if output is None else Path(output)
@@ -216,7 +216,7 @@ def evaluate_cells(
     max_new_tokens: int = 1000,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    batch_rows: int = 120,
+    batch_size: int = 120,
     at: NamedPositions = "response",
     allow_other_model: bool = False,
     folder: Path | None = None,
@@ -231,7 +231,7 @@ def evaluate_cells(
     """
     named = {cell.name: cell for cell in cells}
     engine = CellEngine(
-        ModelEngine(model, max_new_tokens, temperature, top_p, batch_rows), named, at, allow_other_model
+        ModelEngine(model, max_new_tokens, temperature, top_p, batch_size), named, at, allow_other_model
     )
     asked = plan_rollouts(trait, polarities=["neutral"], questions=questions, per_question=per_question)
     # By question, so that the rows of a batch share its prompt.

@@ -43,7 +43,7 @@ def finetune(
     warmup_steps: int = 5,
     weight_decay: float = 0.01,
     epochs: float = 1.0,
-    batch_rows: int = 2,
+    batch_size: int = 2,
     accumulation: int = 8,
     max_length: int = 2048,
     gradient_checkpointing: bool = False,
@@ -78,7 +78,7 @@ def finetune(
         warmup_steps: Steps up to it.
         weight_decay: AdamW's.
         epochs: Passes over the rows.
-        batch_rows: Rows of one forward pass.
+        batch_size: Rows of one forward pass.
         accumulation: Passes of one optimizer step.
         max_length: Tokens of a row; a longer one loses its end, and is counted.
         gradient_checkpointing: Spend time instead of memory.
@@ -121,8 +121,8 @@ def finetune(
         "warmup_steps": warmup_steps,
         "weight_decay": weight_decay,
         "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch_rows,
-        "per_device_eval_batch_size": batch_rows,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": gradient_checkpointing,
         "seed": seed,

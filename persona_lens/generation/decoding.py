@@ -59,14 +59,14 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
 
 
-def plan_batches(n_rows: int, batch_rows: int = 100) -> list[list[int]]:
-    """Row indices in batches of at most `batch_rows`, as even as can be, cut from the whole plan in its order.
+def plan_batches(n_rows: int, batch_size: int = 100) -> list[list[int]]:
+    """Row indices in batches of at most `batch_size`, as even as can be, cut from the whole plan in its order.
 
     A resume that cuts the same plan forms the same batches.
     """
     if n_rows < 1:
         return []
-    count = -(-n_rows // batch_rows)
+    count = -(-n_rows // batch_size)
     edges = np.linspace(0, n_rows, count + 1).round().astype(int)
     return [list(range(start, stop)) for start, stop in pairwise(edges)]
 
@@ -80,12 +80,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     keys: Sequence[str] | None = None,
-    batch_rows: int = 100,
+    batch_size: int = 100,
     progress: bool = False,
     read_up_to: int | None = None,
     back_off: bool = True,
 ) -> list[Completion]:
-    """Sample a completion of every prompt (token ids), `batch_rows` rows at a time.
+    """Sample a completion of every prompt (token ids), `batch_size` rows at a time.
 
     Temperature 0 is greedy. `keys` name the rows for their randomness (default: their index), so two rows with one
     prompt need different keys to differ. Interventions that are attached to the model act; row r of a coefficient
@@ -99,7 +99,7 @@ def generate(
     check_sampling(model, prompts, keys, max_new_tokens, temperature, top_p)
     sharing = prefix_sharing(model, prompts) if prompts else "nothing"
     completions: list[Completion] = []
-    batches = plan_batches(len(prompts), batch_rows)
+    batches = plan_batches(len(prompts), batch_size)
     with tqdm(
         total=len(prompts) * max_new_tokens, unit="tok", desc="generate", leave=False, disable=not progress
     ) as bar:
@@ -301,7 +301,7 @@ def generate_text(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_rows: int = 100,
+    batch_size: int = 100,
     progress: bool = False,
 ) -> list[str]:
     """The model's reply to each chat, without special tokens: `generate`, for texts instead of token ids.
@@ -319,7 +319,7 @@ def generate_text(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        batch_rows=batch_rows,
+        batch_size=batch_size,
         progress=progress,
     )
     return [model.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in completions]

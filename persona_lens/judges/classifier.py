@@ -312,9 +312,9 @@ class ClassifierJudge:
     A response without a term that the classifier knows has no trait score.
     """
 
-    def __init__(self, classifier: TextClassifier, *, batch_rows: int = 1000):
+    def __init__(self, classifier: TextClassifier, *, batch_size: int = 1000):
         self.classifier = classifier
-        self.batch_rows = batch_rows
+        self.batch_size = batch_size
 
     def name(self, trait: Trait) -> str:
         """The classifier's labels and weights."""

@@ -80,7 +80,7 @@ class CombinedJudge:
 
     def __init__(self, trait_judge: Judge, coherence_judge: Judge):
         self.trait_judge, self.coherence_judge = trait_judge, coherence_judge
-        self.batch_rows = min(trait_judge.batch_rows, coherence_judge.batch_rows)
+        self.batch_size = min(trait_judge.batch_size, coherence_judge.batch_size)
 
     def name(self, trait: Trait) -> str:
         """Both judges, each with what it gives."""

@@ -28,12 +28,12 @@ class SentimentJudge:
         ImportError: The package vaderSentiment is not installed.
     """
 
-    def __init__(self, *, batch_rows: int = 1000):
+    def __init__(self, *, batch_size: int = 1000):
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
             raise missing_package("SentimentJudge", "vaderSentiment", extra="embedded") from error
-        self.batch_rows = batch_rows
+        self.batch_size = batch_size
         self._analyzer = SentimentIntensityAnalyzer()
 
     def name(self, trait: Trait) -> str:

@@ -165,7 +165,7 @@ class LikelihoodRatioJudge:
         *,
         calibration_questions: int = 10,
         neutral_samples: int = 4,
-        batch_rows: int = 100,
+        batch_size: int = 100,
         contrast_pairs: int | None = None,
     ):
         if contrast_pairs is not None and contrast_pairs < 1:
@@ -174,7 +174,7 @@ class LikelihoodRatioJudge:
         self.contrast_pairs = contrast_pairs
         self.calibration_questions = calibration_questions
         self.neutral_samples = neutral_samples
-        self.batch_rows = batch_rows
+        self.batch_size = batch_size
         self.calibrations: dict[str, Calibration] = {}
         self._identity = identify(model)
 

@@ -223,7 +223,7 @@ class LLMJudge:
             numbers and does not go on from a given beginning.
         coherence: Whether to ask for coherence too.
         min_mass: A score is missing where integers hold less than this share of the probability.
-        batch_rows: How many rows `score_rollouts` hands over at a time.
+        batch_size: How many rows `score_rollouts` hands over at a time.
 
     Limits: absolute scores are not portable between judges: compare them by `judge_agreement`. `text` scores are whole
     numbers, mostly round ones.
@@ -236,9 +236,9 @@ class LLMJudge:
         scoring: Scoring | None = None,
         coherence: bool = True,
         min_mass: float = MIN_MASS,
-        batch_rows: int = 1000,
+        batch_size: int = 1000,
     ):
-        self.client, self.coherence, self.min_mass, self.batch_rows = client, coherence, min_mass, batch_rows
+        self.client, self.coherence, self.min_mass, self.batch_size = client, coherence, min_mass, batch_size
         self._given: Scoring | None = scoring
         self._scoring: Scoring | None = scoring
 

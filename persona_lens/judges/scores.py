@@ -68,7 +68,7 @@ class ScoredRollout:
 class Judge(Protocol):
     """Whatever scores rollouts. `name` identifies judge and settings, and a resume must match it."""
 
-    batch_rows: int
+    batch_size: int
 
     def name(self, trait: Trait) -> str:
         """The judge and every setting that shapes its scores of this trait."""
@@ -177,7 +177,7 @@ def _fresh(
         missing = [rollout for rollout in rollouts if rollout.key not in done]
         yield from ({missing[index].key: score} for index, score in judge.score_each(trait, missing))
         return
-    for batch in plan_batches(len(rollouts), judge.batch_rows):
+    for batch in plan_batches(len(rollouts), judge.batch_size):
         members = [rollouts[row] for row in batch]
         wanted = {member.key for member in members} - done.keys()
         if wanted:

@@ -91,7 +91,7 @@ def generate_watched(
     top_p: float = 1.0,
     seed: int = 0,
     keys: Sequence[str] | None = None,
-    batch_rows: int = 100,
+    batch_size: int = 100,
     safeguards: Sequence[Safeguard] = (),
     after: str | None = None,
     audit: str | Path | None = None,
@@ -134,7 +134,7 @@ def generate_watched(
             top_p=top_p,
             seed=seed,
             keys=keys,
-            batch_rows=batch_rows,
+            batch_size=batch_size,
             progress=progress,
             read_up_to=watch.top,
             back_off=False,  # alerts are on record already

@@ -72,7 +72,7 @@ def train(run: Context, rows: Dataset, output: Path, *, during: Sequence[Interve
         warmup_steps=how.warmup_steps,
         weight_decay=how.weight_decay,
         epochs=how.epochs,
-        batch_rows=how.batch_rows,
+        batch_size=how.batch_rows,
         accumulation=how.accumulation,
         max_length=how.max_length,
         gradient_checkpointing=how.gradient_checkpointing,

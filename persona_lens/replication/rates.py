@@ -35,7 +35,7 @@ def measure_rates(model: Model, expected: Rates) -> Rates:
         [prompt] * SAMPLED_ROWS,
         max_new_tokens=SAMPLED_TOKENS,
         keys=[f"rate {row}" for row in range(SAMPLED_ROWS)],
-        batch_rows=SAMPLED_ROWS,
+        batch_size=SAMPLED_ROWS,
     )
     # A row that ended early was not run on: its tokens do not count.
     decoding = sum(max(1, len(reply.tokens)) for reply in replies) / max(perf_counter() - start, 1e-9)

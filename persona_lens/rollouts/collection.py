@@ -149,7 +149,7 @@ def _fresh(
             for _, rollout in engine.answer_each(missing, seed=seed):
                 yield [rollout]
         return
-    for batch in plan_batches(len(prompts), engine.batch_rows):
+    for batch in plan_batches(len(prompts), engine.batch_size):
         wanted = [prompts[row] for row in batch]
         missing = [prompt for prompt in wanted if prompt.key not in done]
         if missing:
@@ -204,7 +204,7 @@ def sample_rollouts(
     seed: int = 0,
     output: str | Path | None = None,
     captured: CapturedMeans | None = None,
-    batch_rows: int = 100,
+    batch_size: int = 100,
     progress: bool = True,
 ) -> list[Rollout]:
     """Sample the trait's rollouts from a model; `plan_rollouts` and `collect_rollouts` with a `ModelEngine`.
@@ -212,6 +212,6 @@ def sample_rollouts(
     Interventions that are attached to the model act. With `captured` the responses' mean activations are kept as they
     are sampled, and `extract_from_responses` takes them from there. Source: arXiv:2507.21509, section 2.2.
     """
-    engine = ModelEngine(model, max_new_tokens, temperature, top_p, batch_rows)
+    engine = ModelEngine(model, max_new_tokens, temperature, top_p, batch_size)
     prompts = plan_rollouts(trait, polarities=polarities, questions=questions, per_question=per_question)
     return collect_rollouts(engine, prompts, seed=seed, output=output, captured=captured, progress=progress)

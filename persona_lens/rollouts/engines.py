@@ -46,7 +46,7 @@ class RolloutEngine(Protocol):
     """A source of rollouts: a model in this process, or a server."""
 
     @property
-    def batch_rows(self) -> int:
+    def batch_size(self) -> int:
         """How many prompts it wants at a time."""
         ...
 
@@ -88,7 +88,7 @@ class ModelEngine:
     max_new_tokens: int = 1000
     temperature: float = 1.0
     top_p: float = 1.0
-    batch_rows: int = 100
+    batch_size: int = 100
 
     def __post_init__(self) -> None:
         identity = identify(self.model)
@@ -132,7 +132,7 @@ class ModelEngine:
             top_p=self.top_p,
             seed=seed,
             keys=[prompt.randomness for prompt in prompts],
-            batch_rows=self.batch_rows,
+            batch_size=self.batch_size,
             progress=progress,
             read_up_to=read_up_to,
         )
@@ -160,9 +160,9 @@ class IntervenedEngine:
     allow_other_model: bool = False
 
     @property
-    def batch_rows(self) -> int:
+    def batch_size(self) -> int:
         """Rows that are decoded together."""
-        return self.engine.batch_rows
+        return self.engine.batch_size
 
     @property
     def name(self) -> str:
@@ -204,9 +204,9 @@ class CellEngine:
     allow_other_model: bool = False
 
     @property
-    def batch_rows(self) -> int:
+    def batch_size(self) -> int:
         """Rows that are decoded together."""
-        return self.engine.batch_rows
+        return self.engine.batch_size
 
     @property
     def name(self) -> str:

@@ -41,7 +41,7 @@ class ServerEngine:
             )
 
     @property
-    def batch_rows(self) -> int:
+    def batch_size(self) -> int:
         """As many as the client asks at a time."""
         return self.client.concurrency
 

@@ -156,7 +156,7 @@ class ModelScorer:
             list(prompts),
             max_new_tokens=self.how.max_new_tokens,
             temperature=0,
-            batch_rows=UNIT_ROWS,
+            batch_size=UNIT_ROWS,
         )
         texts = [self.model.tokenizer.decode(each.tokens, skip_special_tokens=True) for each in said]
         by_prompt = dict(zip(prompts, zip((each.tokens for each in said), texts, strict=True), strict=True))
