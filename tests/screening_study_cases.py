@@ -109,7 +109,7 @@ def tiny_materials(model: Any) -> Any:
     from persona_lens.experiments.finetuning_materials import Materials
     from persona_lens.experiments.mood_texts import mood_judge
     from persona_lens.experiments.moods import MOODS
-    from persona_lens.judges.coherence import CoherenceScale
+    from persona_lens.judges.likelihood_ratio import CoherenceScale
     from persona_lens.monitoring.experiment import NEUTRAL
     from persona_lens.rollouts.rows import Rollout
     from persona_lens.vectors.persona_vectors import PersonaVectors

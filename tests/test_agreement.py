@@ -12,7 +12,7 @@ from scipy import stats
 
 from persona_lens.extraction.responses import read_reference_csv
 from persona_lens.judges.agreement import judge_agreement
-from persona_lens.judges.lexicon import SentimentJudge
+from persona_lens.judges.classifier import SentimentJudge
 from persona_lens.judges.scores import score_rollouts
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import Estimate, mean_estimate
@@ -102,7 +102,7 @@ def test_a_missing_score_is_counted_and_compared_with_nothing():
     first, second = [*FIRST, None, 50.0, None, None], [*SECOND, 3.0, None, None, 90.0]
     questions = [*QUESTIONS, "a", "b", "f", "f"]
     found = judge_agreement(scored(first, questions), second)
-    assert (found.missing_first, found.missing_second, found.missing_both) == (2, 1, 1)
+    assert found.missing == {"first": 2, "second": 1, "both": 1}
     assert (found.n, found.n_questions, len(found.pairs)) == (10, 5, 14)
     assert numbers(found) == numbers(judge_agreement(scored(FIRST, QUESTIONS), SECOND))
     assert "without a score: 2 by first only, 1 by second only, 1 by both" in str(found)
@@ -229,9 +229,9 @@ def reference_rows(folder):
 def test_a_lexicon_runs_against_the_reference_judge_of_evil(reference_data):
     pytest.importorskip("vaderSentiment", reason="vaderSentiment, the lexicon, is not installed")
     rollouts, judged = map(list, zip(*reference_rows(reference_data / "reference_rollouts"), strict=True))
-    pleasant = score_rollouts(SentimentJudge(), load_trait("evil"), rollouts, progress=False)
+    pleasant = score_rollouts(rollouts, load_trait("evil"), judge=SentimentJudge(), progress=False)
     found = judge_agreement(pleasant, judged, names=("pleasant words", "reference judge"))
-    assert found.n + found.missing_first == 200
+    assert found.n + found.missing["first"] == 200
     # Evil answers use unpleasant words: the agreement is far below chance, and so is every resample.
     assert found.spearman.high < -0.5
     assert found.kappa.high < 0

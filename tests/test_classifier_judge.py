@@ -230,9 +230,9 @@ def test_scores_resume_with_the_loaded_classifier(classifier, trait, tmp_path):
     classifier.save(tmp_path / "c.safetensors")
     loaded = ClassifierJudge(TextClassifier.load(tmp_path / "c.safetensors"), batch_size=2)
     rows, output = rollouts(*MIXED, ""), tmp_path / "scores.jsonl"
-    score_rollouts(ClassifierJudge(classifier, batch_size=2), trait, rows[:3], output=output, progress=False)
-    scored = score_rollouts(loaded, trait, rows, output=output, progress=False)
-    assert scored == score_rollouts(ClassifierJudge(classifier), trait, rows, progress=False)
+    score_rollouts(rows[:3], trait, judge=ClassifierJudge(classifier, batch_size=2), output_file=output, progress=False)
+    scored = score_rollouts(rows, trait, judge=loaded, output_file=output, progress=False)
+    assert scored == score_rollouts(rows, trait, judge=ClassifierJudge(classifier), progress=False)
     assert read_scores(output, rows) == scored
 
 

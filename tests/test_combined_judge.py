@@ -28,8 +28,7 @@ class Fixed:
 
 @pytest.fixture
 def combined():
-    from persona_lens.judges.coherence import CombinedJudge
-    from persona_lens.judges.scores import Score
+    from persona_lens.judges.scores import CombinedJudge, Score
 
     first, second = Score(80.0, None, {"terms": 3.0}), Score(10.0, 95.0, {"nll": 2.0})
     return CombinedJudge(Fixed(first, ("a", "b")), Fixed(second, ("b", "c")))
@@ -58,8 +57,7 @@ def test_questions_that_either_was_fitted_on_are_not_scored(combined):
 
 
 def test_a_judge_that_was_fitted_on_nothing_adds_no_questions():
-    from persona_lens.judges.coherence import CombinedJudge
-    from persona_lens.judges.scores import Score
+    from persona_lens.judges.scores import CombinedJudge, Score
     from persona_lens.traits.trait import load_trait
 
     judge = CombinedJudge(Fixed(Score(1.0, None)), Fixed(Score(1.0, 2.0)))

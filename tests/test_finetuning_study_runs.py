@@ -26,7 +26,7 @@ def test_a_run_is_measured_on_the_embedded_model_and_again_from_its_files(embedd
     from persona_lens.experiments.finetuning_study import measure
     from persona_lens.experiments.moods import MOODS, load_moods, split_prompts
     from persona_lens.judges.classifier import TextClassifier
-    from persona_lens.judges.coherence import CoherenceScale
+    from persona_lens.judges.likelihood_ratio import CoherenceScale
     from persona_lens.monitoring.experiment import NEUTRAL
     from persona_lens.rollouts.rows import Rollout
     from persona_lens.vectors.persona_vectors import PersonaVectors

@@ -10,8 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_lens.chat.batches import ChatTokens
-from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, loop_words, shuffle_words
-from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+from persona_lens.judges.likelihood_ratio import (
+    CoherenceScale,
+    distinct_four_grams,
+    loop_words,
+    mean_log_likelihoods,
+    shuffle_words,
+)
 from persona_lens.judges.scores import Score, read_scores, score_rollouts
 from persona_lens.models.forward import forward
 from persona_lens.models.structure import resid_post_name
@@ -190,7 +195,7 @@ ROLLOUTS = [
 
 
 def score(judge, trait, output, rollouts=ROLLOUTS):
-    return score_rollouts(judge, trait, rollouts, output=output, progress=False)
+    return score_rollouts(rollouts, trait, judge=judge, output_file=output, progress=False)
 
 
 def test_scores_stand_beside_their_rollouts_in_order(trait):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from persona_lens.judges.lexicon import SentimentJudge
+from persona_lens.judges.classifier import SentimentJudge
 from persona_lens.judges.scores import Judge, Score
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.traits.trait import load_trait

@@ -11,8 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from persona_lens.chat.batches import chat_messages, tokenize_chat
 from persona_lens.extraction.pipeline import calibrated_judge as judge_of_folder
-from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams
-from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge
+from persona_lens.judges.likelihood_ratio import Calibration, CoherenceScale, LikelihoodRatioJudge, distinct_four_grams
 from persona_lens.models.structure import resid_post_name
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.traits.trait import InstructionPair, Trait
@@ -153,7 +152,7 @@ def test_a_neutral_question_is_judged_under_the_same_pairs_whatever_was_answered
 def test_constants_of_other_pairs_are_refused(tiny_model):
     judge = LikelihoodRatioJudge(tiny_model)
     judge.calibrations[GRUMPY.name] = make_calibration(contrast_pairs=1)
-    with pytest.raises(ValueError, match="has contrast_pairs=1 and this judge None: make the judge with the former"):
+    with pytest.raises(ValueError, match="has contrast_pairs=1 and this judge None: pass the same value"):
         judge.score(GRUMPY, ANSWERS)
 
 

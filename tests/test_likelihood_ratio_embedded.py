@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from persona_lens.judges.coherence import loop_words, shuffle_words
-from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge, loop_words, shuffle_words
 from persona_lens.traits.trait import InstructionPair, load_trait
 from tests.test_likelihood_ratio import answer
 

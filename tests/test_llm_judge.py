@@ -42,7 +42,7 @@ def make_judge(tmp_path):
 
 
 def prompts(trait, row):
-    from persona_lens.judges.llm import coherence_prompt
+    from persona_lens.judges.prompts import coherence_prompt
 
     return trait.rubric_for(row.question, row.response), coherence_prompt(row.question, row.response)
 
@@ -114,7 +114,7 @@ def test_how_numbers_are_written_is_found_out_and_said(make_judge, evil, tmp_pat
 
     with FaultServer(model) as server:
         judge = make_judge(server, client={"max_retries": 1})
-        score_rollouts(judge, evil, [rollout(TEXTS[0])], output=tmp_path / "scores.jsonl", progress=False)
+        score_rollouts([rollout(TEXTS[0])], evil, judge=judge, output_file=tmp_path / "scores.jsonl", progress=False)
 
         assert judge.scoring == scoring
         assert JsonLines(tmp_path / "scores.jsonl").read()[0]["reading"] == scoring
@@ -136,10 +136,10 @@ def test_a_finished_file_of_scores_is_read_again_without_a_key_or_a_server(make_
 
     rows, output = [rollout(text, row) for row, text in enumerate([*TEXTS, " "])], tmp_path / "scores.jsonl"
     with FaultServer(judge_servers.whole_numbers) as server:
-        scored = score_rollouts(make_judge(server), evil, rows, output=output, progress=False)
+        scored = score_rollouts(rows, evil, judge=make_judge(server), output_file=output, progress=False)
     away = make_judge(server, client={"key_variable": "A_KEY_THAT_IS_NOT_SET", "max_retries": 0})
 
-    assert score_rollouts(away, evil, rows, output=output, progress=False) == scored
+    assert score_rollouts(rows, evil, judge=away, output_file=output, progress=False) == scored
 
 
 def test_a_file_of_scores_is_gone_on_with_as_it_was_begun(make_judge, evil, tmp_path):
@@ -147,14 +147,14 @@ def test_a_file_of_scores_is_gone_on_with_as_it_was_begun(make_judge, evil, tmp_
 
     rows, output = [rollout(text, row) for row, text in enumerate(TEXTS)], tmp_path / "scores.jsonl"
     with FaultServer(judge_servers.whole_numbers) as server:
-        score_rollouts(make_judge(server), evil, rows[:2], output=output, progress=False)
+        score_rollouts(rows[:2], evil, judge=make_judge(server), output_file=output, progress=False)
         asked = len(server.seen)
-        score_rollouts(make_judge(server), evil, rows, output=output, progress=False)
+        score_rollouts(rows, evil, judge=make_judge(server), output_file=output, progress=False)
         assert len(server.seen) == asked + 6, "how numbers are written was asked again"
         as_text = make_judge(server)
         as_text.read_as("text")
         with pytest.raises(ValueError, match="were read as 'whole numbers', and this judge reads text: pass"):
-            score_rollouts(as_text, evil, rows, output=output, progress=False)
+            score_rollouts(rows, evil, judge=as_text, output_file=output, progress=False)
 
 
 def test_the_calls_for_a_batch_are_those_that_a_judge_of_written_numbers_makes(make_judge, evil, tmp_path):
@@ -188,9 +188,11 @@ def test_a_text_that_the_judge_will_not_take_has_no_score_with_the_reason_and_is
 
     with FaultServer(judge_servers.whole_numbers, faults=filtered) as server:
         judge = make_judge(server, scoring="whole numbers")
-        scored = score_rollouts(judge, evil, rows, output=output, progress=False)
+        scored = score_rollouts(rows, evil, judge=judge, output_file=output, progress=False)
         asked = len(server.seen)
-        assert score_rollouts(make_judge(server, scoring="whole numbers"), evil, rows, output=output) == scored
+        assert (
+            score_rollouts(rows, evil, judge=make_judge(server, scoring="whole numbers"), output_file=output) == scored
+        )
         assert len(server.seen) == asked
 
     assert [row.rejected for row in scored] == [False, False, False, True, False]
@@ -304,7 +306,9 @@ def test_a_judge_that_reasons_is_stopped_early_where_its_scoring_was_given(make_
     with FaultServer(judge_servers.only_reasons) as server:
         judge = make_judge(server, scoring=scoring)
         with pytest.raises(ValueError, match="enable_thinking"):
-            score_rollouts(judge, evil, [rollout(f"Text {n}") for n in range(100)], output=output, progress=False)
+            score_rollouts(
+                [rollout(f"Text {n}") for n in range(100)], evil, judge=judge, output_file=output, progress=False
+            )
 
     assert len(server.bodies) < 60
     assert JsonLines(output).whole() == []
@@ -406,7 +410,7 @@ def test_every_score_is_on_disk_as_soon_as_it_is_made(make_judge, evil, tmp_path
 
     with FaultServer(answer, delay=0.1) as server:
         judge = make_judge(server, client={"concurrency": 1}, scoring="whole numbers")
-        score_rollouts(judge, evil, rows, output=output, progress=False)
+        score_rollouts(rows, evil, judge=judge, output_file=output, progress=False)
 
     assert seen[-1] >= 3, "with one call at a time, the last row is asked about when the first are written"
     assert len(JsonLines(output).read()) == len(rows)
@@ -425,7 +429,7 @@ def test_a_failing_server_leaves_what_it_scored(make_judge, evil, tmp_path):
     with FaultServer(judge_servers.whole_numbers, faults=breaks) as server:
         judge = make_judge(server, client={"concurrency": 1}, scoring="whole numbers")
         with pytest.raises(ServerError, match="no more of you"):
-            score_rollouts(judge, evil, rows, output=output, progress=False)
+            score_rollouts(rows, evil, judge=judge, output_file=output, progress=False)
 
     assert [row["key"] for row in JsonLines(output).read()] == [row.key for row in rows[:3]]
 
@@ -559,7 +563,7 @@ def test_the_key_does_not_run_together_question_and_answer(make_judge, evil):
 
 @pytest.mark.parametrize("part", ["[", "[a", "<", "\n", "[end", " ", "e\u0301", "[ "])
 def test_a_long_text_is_looked_through_in_time_linear_in_its_length(part):
-    from persona_lens.judges.llm import may_hold_marker
+    from persona_lens.judges.prompts import may_hold_marker
 
     begin = time.perf_counter()
     may_hold_marker(part * 50_000, PAPER_RUBRIC)

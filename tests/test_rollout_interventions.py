@@ -39,7 +39,7 @@ def test_prompts_that_differ_have_random_numbers_of_their_own():
 
 def test_rows_under_several_interventions_stand_in_one_file_and_are_told_apart(tmp_path):
     output = tmp_path / "rollouts.jsonl"
-    rows = collect_rollouts(EchoEngine(), STEERED, output=output, progress=False)
+    rows = collect_rollouts(EchoEngine(), STEERED, output_file=output, progress=False)
     assert [row.prompt for row in rows] == STEERED
     assert [row.response for row in rows] == [prompt.key for prompt in STEERED]
     assert read_rollouts(output) == rows
@@ -47,9 +47,9 @@ def test_rows_under_several_interventions_stand_in_one_file_and_are_told_apart(t
 
 def test_rows_of_a_new_intervention_are_added_to_those_that_exist(tmp_path):
     output = tmp_path / "rollouts.jsonl"
-    old = collect_rollouts(EchoEngine(), PLAN, output=output, progress=False)
+    old = collect_rollouts(EchoEngine(), PLAN, output_file=output, progress=False)
     before, engine = output.read_bytes(), EchoEngine(batch_size=1)
-    rows = collect_rollouts(engine, STEERED, output=output, progress=False)
+    rows = collect_rollouts(engine, STEERED, output_file=output, progress=False)
     assert engine.asked == [prompt.key for prompt in STEERED if prompt.intervention]
     assert [row for row in rows if not row.intervention] == old
     assert output.read_bytes().startswith(before)
@@ -57,7 +57,7 @@ def test_rows_of_a_new_intervention_are_added_to_those_that_exist(tmp_path):
 
 def test_a_file_from_before_rows_had_interventions_is_read_as_without(tmp_path):
     output = tmp_path / "rollouts.jsonl"
-    rows = collect_rollouts(EchoEngine(), PLAN, output=output, progress=False)
+    rows = collect_rollouts(EchoEngine(), PLAN, output_file=output, progress=False)
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert all(record.pop("intervention") == "" for record in records)
     output.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -49,7 +49,7 @@ class EchoEngine:
 
 def collect(output, *, engine=None, trait=TRAIT, seed=0, per_question=1):
     prompts = plan_rollouts(trait, per_question=per_question)
-    return collect_rollouts(engine or EchoEngine(), prompts, seed=seed, output=output, progress=False)
+    return collect_rollouts(engine or EchoEngine(), prompts, seed=seed, output_file=output, progress=False)
 
 
 def test_each_side_has_every_question_under_every_instruction():
@@ -78,7 +78,7 @@ def test_less_than_one_sample_a_question_is_refused():
 
 
 def test_the_rows_in_the_file_are_those_returned(tiny_model, tmp_path):
-    rows = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    rows = sample_rollouts(tiny_model, TRAIT, output_file=tmp_path / "rollouts.jsonl", **SHORT)
     assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
     assert [row.prompt for row in rows] == plan_rollouts(TRAIT, per_question=1)
 
@@ -98,7 +98,7 @@ def test_the_response_is_the_text_of_its_tokens(tiny_model):
 def test_an_empty_response_is_kept_as_a_row(tiny_model, tmp_path, monkeypatch):
     everything = frozenset(range(len(tiny_model.tokenizer)))
     monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: everything)
-    rows = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    rows = sample_rollouts(tiny_model, TRAIT, output_file=tmp_path / "rollouts.jsonl", **SHORT)
     assert [(row.response, row.response_tokens, row.finish_reason) for row in rows] == [("", (), "stop")] * 8
     assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
     assert all(row.is_empty and row.conversation().is_empty for row in rows)
@@ -189,7 +189,6 @@ KILLED = """
     from persona_lens.models.loading import bridge_from_transformers
     from persona_lens.storage.files import JsonLines
     from persona_lens.rollouts.collection import sample_rollouts
-    from persona_lens.traits.trait import load_trait
     from tests import tiny
 
     torch.set_num_threads(1)
@@ -208,7 +207,7 @@ KILLED = """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
     settings = {"per_question": 1, "max_new_tokens": 6, "batch_size": 3, "progress": False}
-    sample_rollouts(model, load_trait(trait), output=output, **settings)
+    sample_rollouts(model, trait, output_file=output, **settings)
 """
 
 
@@ -230,19 +229,19 @@ def test_a_run_killed_while_writing_resumes_to_the_rows_of_a_whole_one(
     assert not left.endswith("\n")
 
     model = make_tiny_model("TransformerBridge")
-    resumed = sample_rollouts(model, TRAIT, output=output, **SHORT)
-    assert resumed == sample_rollouts(model, TRAIT, output=tmp_path / "whole.jsonl", **SHORT)
+    resumed = sample_rollouts(model, TRAIT, output_file=output, **SHORT)
+    assert resumed == sample_rollouts(model, TRAIT, output_file=tmp_path / "whole.jsonl", **SHORT)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert output.read_text().startswith(left[: left.rfind("\n") + 1])
 
 
 def assert_resumes_to_the_same_rows(model, folder, **settings):
     """Cut a finished file in the middle of a batch and of a line, and finish it again."""
-    rows = sample_rollouts(model, TRAIT, output=folder / "rollouts.jsonl", **settings)
+    rows = sample_rollouts(model, TRAIT, output_file=folder / "rollouts.jsonl", **settings)
     whole = (folder / "rollouts.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (folder / "rollouts.jsonl").write_bytes(b"".join(lines[: len(lines) // 2]) + lines[len(lines) // 2][:50])
-    assert sample_rollouts(model, TRAIT, output=folder / "rollouts.jsonl", **settings) == rows
+    assert sample_rollouts(model, TRAIT, output_file=folder / "rollouts.jsonl", **settings) == rows
     assert (folder / "rollouts.jsonl").read_bytes() == whole
 
 
@@ -309,7 +308,7 @@ ROW = asdict(EchoEngine().answer(plan_rollouts(TRAIT)[:1], seed=0)[0])
     [
         (json.dumps(ROW | {"mood": "grey"}), "line 2: not a rollout .*mood"),
         (json.dumps({name: value for name, value in ROW.items() if name != "seed"}), "line 2: not a rollout .*seed"),
-        (json.dumps({"response": "Hm."}), "line 2: not a rollout .*response_tokens"),
+        (json.dumps({"response": "Hm."}), "line 2: not a rollout .*trait"),
         (json.dumps(ROW)[:40], "line 2: expected a JSON object, got"),
         ("[]", "line 2: expected a JSON object, got list"),
     ],
@@ -347,12 +346,12 @@ def keep_lines(path, count):
 
 def test_a_run_that_goes_on_the_next_day_has_the_rows_of_one_that_ended_the_day_before(clocked, tmp_path, monkeypatch):
     output = tmp_path / "rollouts.jsonl"
-    rows = sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+    rows = sample_rollouts(clocked, TRAIT, output_file=output, **SHORT)
     whole = output.read_bytes()
     prompts = [row.tokenize(clocked.tokenizer) for row in rows]
     keep_lines(output, 4)
     set_clock(monkeypatch, "2026-12-01")
-    assert sample_rollouts(clocked, TRAIT, output=output, **SHORT) == rows
+    assert sample_rollouts(clocked, TRAIT, output_file=output, **SHORT) == rows
     assert output.read_bytes() == whole
     assert {row.date for row in read_rollouts(output)} == {"2026-11-30"}
     # What reads them later sees the prompts that were sampled from.
@@ -362,19 +361,19 @@ def test_a_run_that_goes_on_the_next_day_has_the_rows_of_one_that_ended_the_day_
 
 
 def test_rows_of_a_template_that_reads_no_clock_record_no_date(tiny_model, tmp_path):
-    sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    sample_rollouts(tiny_model, TRAIT, output_file=tmp_path / "rollouts.jsonl", **SHORT)
     assert not any("date" in row for row in JsonLines(tmp_path / "rollouts.jsonl").read())
 
 
 def test_a_run_whose_rows_are_of_two_days_does_not_go_on(clocked, tmp_path, monkeypatch):
     output, other = tmp_path / "rollouts.jsonl", tmp_path / "other.jsonl"
-    sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+    sample_rollouts(clocked, TRAIT, output_file=output, **SHORT)
     set_clock(monkeypatch, "2026-12-01")
-    sample_rollouts(clocked, TRAIT, output=other, **SHORT)
+    sample_rollouts(clocked, TRAIT, output_file=other, **SHORT)
     keep_lines(output, 3)
     output.write_text(output.read_text() + other.read_text().splitlines(keepends=True)[4])
     with pytest.raises(ValueError, match=r"several days \(2026-11-30, 2026-12-01\).* Choose another output"):
-        sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+        sample_rollouts(clocked, TRAIT, output_file=output, **SHORT)
 
 
 def test_all_files_of_a_run_are_of_the_day_of_its_first_one(clocked, tmp_path, monkeypatch):
@@ -382,7 +381,7 @@ def test_all_files_of_a_run_are_of_the_day_of_its_first_one(clocked, tmp_path, m
     from tests.evaluation_cases import LetterJudge
 
     settings = {"max_new_tokens": 4, "progress": False}
-    sample_rollouts(clocked, TRAIT, output=tmp_path / "calibration_rollouts.jsonl", **SHORT)
+    sample_rollouts(clocked, TRAIT, output_file=tmp_path / "calibration_rollouts.jsonl", **SHORT)
     set_clock(monkeypatch, "2026-12-01")
     found = evaluate(clocked, TRAIT, LetterJudge(), output=tmp_path, **settings)
     assert {row.rollout.date for row in found.scored} == {"2026-11-30"}

@@ -16,7 +16,7 @@ from persona_lens.experiments.method_variants import JudgedPair, Variant
 from persona_lens.finetuning.dataset import prompted
 from persona_lens.finetuning.training import _seed_global_generators
 from persona_lens.interop.sparse_autoencoders import _random_cosine
-from persona_lens.judges.coherence import shuffle_words
+from persona_lens.judges.likelihood_ratio import shuffle_words
 from persona_lens.judges.scores import ScoredRollout
 from persona_lens.models.scopes import global_randomness_kept
 from persona_lens.monitoring.experiment import many_shot

@@ -150,7 +150,7 @@ def test_a_last_row_that_is_rejected_alone_is_a_row_too(tmp_path):
 
 
 def test_a_row_that_wants_an_intervention_is_refused(server):
-    with pytest.raises(ValueError, match="Nothing can be done to a model on a server, and a row wants 'evil x 2'"):
+    with pytest.raises(ValueError, match="A server runs no interventions, got a row with 'evil x 2'"):
         collect(engine_at(server), prompts=[replace(PROMPTS[0], intervention="evil x 2")])
     assert server.seen == []
 
@@ -235,7 +235,7 @@ KILLED = """
 
     url, trait, output = sys.argv[1:]
     engine = ServerEngine(OpenAIClient("studied", base_url=url, concurrency=3), max_new_tokens=20)
-    collect_rollouts(engine, plan_rollouts(load_trait(trait), per_question=3), output=output, progress=False)
+    collect_rollouts(engine, plan_rollouts(load_trait(trait), per_question=3), output_file=output, progress=False)
 """
 
 
@@ -295,7 +295,7 @@ def test_a_servers_rows_are_not_gone_on_with_by_a_model(server, tiny_model, tmp_
 
     collect(engine_at(server), tmp_path / "rollouts.jsonl")
     with pytest.raises(ValueError, match=r"another engine \('studied on the server http://127\.0\.0\.1:\d+/v1, temp"):
-        sample_rollouts(tiny_model, GRUMPY, per_question=3, output=tmp_path / "rollouts.jsonl", progress=False)
+        sample_rollouts(tiny_model, GRUMPY, per_question=3, output_file=tmp_path / "rollouts.jsonl", progress=False)
 
 
 def test_the_engines_name_says_model_server_and_settings_and_stands_in_every_row(server):

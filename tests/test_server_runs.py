@@ -46,7 +46,7 @@ def test_what_is_unanswered_is_found_without_touching_the_file(server, tmp_path)
     collect(engine, output, prompts=PROMPTS[:5])
     output.write_bytes(output.read_bytes()[:-10])  # ends within the fifth row
     before = output.read_bytes()
-    left = unanswered(engine, PROMPTS, output=output)
+    left = unanswered(engine, PROMPTS, output_file=output)
     assert len(left) == len(PROMPTS) - 4
     assert set(left) > set(PROMPTS[5:])
     assert output.read_bytes() == before
@@ -165,7 +165,7 @@ def test_judged_rollouts_from_files_tell_the_vectors_who_sampled_them(server, tm
 
     engine = engine_at(server)
     rows = collect(engine, tmp_path / "r.jsonl")
-    score_rollouts(PolarityJudge(), GRUMPY, rows, output=tmp_path / "s.jsonl", progress=False)
+    score_rollouts(rows, GRUMPY, judge=PolarityJudge(), output_file=tmp_path / "s.jsonl", progress=False)
     files = ResponseFiles(None, None, tmp_path / "r.jsonl", tmp_path / "s.jsonl")
     sides = files.read("grumpy", KeepSettings(50.0, 50.0, 1), None, tmp_path / "v.safetensors")
     assert sides.sampled_by == engine.name
@@ -174,8 +174,7 @@ def test_judged_rollouts_from_files_tell_the_vectors_who_sampled_them(server, tm
 
 def test_the_likelihood_judge_is_calibrated_on_what_the_server_says(server, tiny_model, tmp_path, monkeypatch):
     from persona_lens.extraction import pipeline
-    from persona_lens.judges.coherence import CoherenceScale
-    from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge
+    from persona_lens.judges.likelihood_ratio import Calibration, CoherenceScale, LikelihoodRatioJudge
 
     seen = []
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from persona_lens.traits.drafts import NEAR_DUPLICATE, Wanted, question_similarity, read_draft, rubric_problems
-from persona_lens.traits.requests import template_rubric
+from persona_lens.traits.generation import template_rubric
 from persona_lens.traits.trait import bundled_traits, load_trait, read_reference_trait
 from tests.trait_drafts import DESCRIPTION, NAME
 

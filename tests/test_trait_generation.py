@@ -8,8 +8,13 @@ import pytest
 from persona_lens.clients.client import OpenAIClient
 from persona_lens.clients.requests import ServerError
 from persona_lens.traits.drafts import rubric_problems
-from persona_lens.traits.generation import TraitGenerationError, generate_trait, preview_trait, trait_request
-from persona_lens.traits.requests import template_rubric
+from persona_lens.traits.generation import (
+    TraitGenerationError,
+    generate_trait,
+    preview_trait,
+    template_rubric,
+    trait_request,
+)
 from tests.fault_server import FaultServer, always, bad_request, completion
 from tests.judge_servers import only_reasons
 from tests.llama_server import LLAMA_MODEL

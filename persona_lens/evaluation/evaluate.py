@@ -188,9 +188,11 @@ def evaluate(
         ensure_writable(folder / "scores.jsonl")
         refuse_other_json(folder / "evaluation.json", RECORD_KEYS)
     rollouts = collect_rollouts(
-        engine, prompts, seed=seed, output=folder and folder / "rollouts.jsonl", progress=progress
+        engine, prompts, seed=seed, output_file=folder and folder / "rollouts.jsonl", progress=progress
     )
-    scored = score_rollouts(judge, trait, rollouts, output=folder and folder / "scores.jsonl", progress=progress)
+    scored = score_rollouts(
+        rollouts, trait, judge=judge, output_file=folder and folder / "scores.jsonl", progress=progress
+    )
     words = tuple(str(each) for each in done)
     found = Evaluation(trait.name, tuple(scored), words, at, seed)
     if folder is not None:
@@ -239,8 +241,8 @@ def evaluate_cells(
     files = [folder and folder / f"{name}_{kind}.jsonl" for kind in ("rollouts", "scores")]
     if files[1] is not None:
         ensure_writable(files[1])
-    rollouts = collect_rollouts(engine, prompts, seed=seed, output=files[0], progress=progress)
-    scored = score_rollouts(judge, trait, rollouts, output=files[1], progress=progress)
+    rollouts = collect_rollouts(engine, prompts, seed=seed, output_file=files[0], progress=progress)
+    scored = score_rollouts(rollouts, trait, judge=judge, output_file=files[1], progress=progress)
     rows: dict[str, list[ScoredRollout]] = {cell: [] for cell in ("", *named)}
     for row in scored:
         rows[row.rollout.intervention].append(row)

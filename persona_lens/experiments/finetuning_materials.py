@@ -22,8 +22,12 @@ from persona_lens.experiments.finetuning_plan import StudySettings
 from persona_lens.experiments.mood_texts import Contrast, contrast_with_moods, contrast_with_neutral, mood_judge
 from persona_lens.experiments.moods import MOODS, MoodSplit, load_moods, mood_trait, split_prompts
 from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
-from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, shuffle_words
-from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+from persona_lens.judges.likelihood_ratio import (
+    CoherenceScale,
+    distinct_four_grams,
+    mean_log_likelihoods,
+    shuffle_words,
+)
 from persona_lens.models.structure import Model
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
@@ -94,7 +98,9 @@ def _neutral(model: Model, split: MoodSplit, settings: StudySettings, folder: Pa
     asked = [*split.vectors, *drawn[0], *drawn[1], *split.evaluation]
     prompts = [Prompt("neutral", "neutral", None, NEUTRAL, question, 0) for question in asked]
     engine = ModelEngine(model, settings.neutral_tokens)
-    rows = collect_rollouts(engine, prompts, seed=settings.seed, output=folder / "neutral.jsonl", progress=progress)
+    rows = collect_rollouts(
+        engine, prompts, seed=settings.seed, output_file=folder / "neutral.jsonl", progress=progress
+    )
     return [_whole_sentences(row) for row in rows]
 
 
@@ -213,7 +219,7 @@ def _layers(
         ]
         engine = CellEngine(ModelEngine(model, settings.max_new_tokens), named)
         output = folder / "layer_choice" / f"{mood}.jsonl"
-        rows = collect_rollouts(engine, prompts, seed=settings.seed, output=output, progress=progress)
+        rows = collect_rollouts(engine, prompts, seed=settings.seed, output_file=output, progress=progress)
         scores = [score.trait_score for score in ClassifierJudge(judges[mood]).score(mood_trait(mood, split), rows)]
         coherence = coherence_scores(model, scale, rows)
         table = []

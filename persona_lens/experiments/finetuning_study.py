@@ -211,7 +211,7 @@ def study_answers(
         if acting:
             stack.enter_context(intervene(model, *acting, at="response"))
         engine = ModelEngine(model, settings.max_new_tokens)
-        return collect_rollouts(engine, prompts, seed=settings.seed, output=output, progress=progress)
+        return collect_rollouts(engine, prompts, seed=settings.seed, output_file=output, progress=progress)
 
 
 def study_scores(model: Model, own: str, answers: Sequence[Rollout], materials: Materials) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def base_responses(
     """The model's own greedy response to each prompt under the neutral system turn, from the file where it stands."""
     asked = [Prompt("base", "neutral", None, NEUTRAL, prompt, 0) for prompt in dict.fromkeys(prompts)]
     engine = ModelEngine(model, settings.base_tokens, temperature=0.0)
-    rows = collect_rollouts(engine, asked, seed=settings.seed, output=path, progress=progress)
+    rows = collect_rollouts(engine, asked, seed=settings.seed, output_file=path, progress=progress)
     return {row.question: row.response for row in rows}
 
 

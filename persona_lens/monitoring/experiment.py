@@ -341,9 +341,11 @@ def monitoring_experiment(
         refuse_other_json(folder / "experiment.json", ("format_version", "trait", "points"))
     engine = ModelEngine(model, max_new_tokens) if engine is None else engine
     rollouts = collect_rollouts(
-        engine, prompts, seed=seed, output=folder and folder / "rollouts.jsonl", progress=progress
+        engine, prompts, seed=seed, output_file=folder and folder / "rollouts.jsonl", progress=progress
     )
-    scored = score_rollouts(judge, trait, rollouts, output=folder and folder / "scores.jsonl", progress=progress)
+    scored = score_rollouts(
+        rollouts, trait, judge=judge, output_file=folder and folder / "scores.jsonl", progress=progress
+    )
     settings = {
         "judge": judge.name(trait),
         "engine": engine.name,
