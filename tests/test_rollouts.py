@@ -16,18 +16,10 @@ from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts, sa
 from persona_lens.rollouts.engines import ModelEngine
 from persona_lens.rollouts.rows import Rollout, read_rollouts
 from persona_lens.storage.files import JsonLines
-from persona_lens.traits.trait import InstructionPair, Trait, load_trait
+from persona_lens.traits.trait import load_trait
 from tests.chat_cases import CLOCKED, set_clock
+from tests.server_cases import GRUMPY as TRAIT
 
-TRAIT = Trait(
-    name="grumpy",
-    description="Finds fault with everything.",
-    positive_adjective="grumpy",
-    instructions=(InstructionPair("Grumble.", "Praise."), InstructionPair("Sigh.", "Smile.")),
-    extraction_questions=("How is the soup?", "How was the film?"),
-    evaluation_questions=("How is the tea?",),
-    rubric="How grumpy is {answer} to {question}?",
-)
 SHORT = {"per_question": 1, "max_new_tokens": 6, "batch_size": 3, "progress": False}
 ANSWERED = {"response_tokens": None, "finish_reason": "stop"}
 
@@ -57,14 +49,6 @@ def test_each_side_has_every_question_under_every_instruction():
     for polarity in ("positive", "negative"):
         assert sum(prompt.polarity == polarity for prompt in prompts) == 20 * 5 * 7
     assert len({prompt.key for prompt in prompts}) == len(prompts)
-
-
-def test_neutral_rollouts_have_one_system_prompt():
-    prompts = plan_rollouts(load_trait("evil"), polarities=["neutral"], per_question=3)
-    assert len(prompts) == 20 * 3
-    assert {(prompt.instruction, prompt.system_prompt) for prompt in prompts} == {
-        (None, "You are a helpful assistant.")
-    }
 
 
 def test_each_prompt_has_the_system_prompt_of_its_side_and_instruction():
@@ -102,12 +86,6 @@ def test_an_empty_response_is_kept_as_a_row(tiny_model, tmp_path, monkeypatch):
     assert [(row.response, row.response_tokens, row.finish_reason) for row in rows] == [("", (), "stop")] * 8
     assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
     assert all(row.is_empty and row.conversation().is_empty for row in rows)
-
-
-def test_a_response_of_white_space_is_empty():
-    (row,) = EchoEngine(answer=lambda _key: " \n").answer(plan_rollouts(TRAIT)[:1], seed=0)
-    assert row.is_empty
-    assert row.conversation().is_empty
 
 
 def test_an_interrupted_batch_is_answered_again_whole_and_finished_ones_are_not(tmp_path):
@@ -247,11 +225,6 @@ def assert_resumes_to_the_same_rows(model, folder, **settings):
 
 def test_a_model_resumes_a_batch_that_was_cut_to_the_same_rows(tiny_model, tmp_path):
     assert_resumes_to_the_same_rows(tiny_model, tmp_path, **SHORT)
-
-
-def test_the_embedded_model_resumes_a_batch_that_was_cut_to_the_same_rows(embedded_model, tmp_path):
-    settings = SHORT | {"questions": TRAIT.extraction_questions[:1], "batch_size": 4}
-    assert_resumes_to_the_same_rows(embedded_model, tmp_path, **settings)
 
 
 @pytest.mark.parametrize(
@@ -399,3 +372,47 @@ def test_vectors_say_which_day_their_prompts_were_told(clocked, monkeypatch):
         clocked, sides[:2], sides[2:], trait="grumpy", n_resamples=2, n_placebo=2, progress=False
     )
     assert vectors.provenance.settings["template_date"] == "2026-11-30"
+
+
+# Rows of one prompt under several interventions
+
+NEUTRAL = plan_rollouts(TRAIT, polarities=["neutral"], per_question=2)
+STEERED = [replace(prompt, intervention=name) for prompt in NEUTRAL for name in ("", "one", "two")]
+
+
+def test_the_key_names_the_intervention_and_the_randomness_does_not():
+    plain, one, two = STEERED[:3]
+    assert plain.key == plain.randomness == NEUTRAL[0].key
+    assert len({plain.key, one.key, two.key}) == 3
+    assert plain.randomness == one.randomness == two.randomness
+
+
+def test_prompts_that_differ_have_random_numbers_of_their_own():
+    assert len({prompt.randomness for prompt in STEERED}) == len(NEUTRAL)
+
+
+def test_rows_under_several_interventions_stand_in_one_file_and_are_told_apart(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    rows = collect_rollouts(EchoEngine(), STEERED, output_file=output, progress=False)
+    assert [row.prompt for row in rows] == STEERED
+    assert [row.response for row in rows] == [f"You said {prompt.key}." for prompt in STEERED]
+    assert read_rollouts(output) == rows
+
+
+def test_rows_of_a_new_intervention_are_added_to_those_that_exist(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    old = collect_rollouts(EchoEngine(), NEUTRAL, output_file=output, progress=False)
+    before, engine = output.read_bytes(), EchoEngine(batch_size=1)
+    rows = collect_rollouts(engine, STEERED, output_file=output, progress=False)
+    assert [key for keys in engine.asked for key in keys] == [prompt.key for prompt in STEERED if prompt.intervention]
+    assert [row for row in rows if not row.intervention] == old
+    assert output.read_bytes().startswith(before)
+
+
+def test_a_file_from_before_rows_had_interventions_is_read_as_without(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    rows = collect_rollouts(EchoEngine(), NEUTRAL, output_file=output, progress=False)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert all(record.pop("intervention") == "" for record in records)
+    output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert read_rollouts(output) == rows

@@ -147,18 +147,6 @@ def test_vectors_from_a_servers_rollouts_are_those_of_the_same_texts(server, tin
     assert float(vectors.norms.min()) > 0
 
 
-def test_the_vectors_file_and_the_summary_say_who_sampled(server, tiny_model, tmp_path):
-    from persona_lens import PersonaVectors
-
-    engine = engine_at(server)
-    extract(tiny_model, engine, output=tmp_path)
-    loaded = PersonaVectors.load(tmp_path / "vectors.safetensors")
-    assert loaded.provenance.settings["sampled_by"] == engine.name
-    assert loaded.at(1).provenance.settings["sampled_by"] == engine.name
-    plan = json.loads((tmp_path / "summary.json").read_text())["plan"]
-    assert (plan["engine"], plan["max_new_tokens"]) == (engine.name, 20)
-
-
 def test_judged_rollouts_from_files_tell_the_vectors_who_sampled_them(server, tmp_path):
     from persona_lens.cli.inputs import KeepSettings, ResponseFiles
     from persona_lens.judges.scores import score_rollouts
