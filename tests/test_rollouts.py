@@ -416,3 +416,12 @@ def test_a_file_from_before_rows_had_interventions_is_read_as_without(tmp_path):
     assert all(record.pop("intervention") == "" for record in records)
     output.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert read_rollouts(output) == rows
+
+
+def test_an_engine_may_take_the_place_of_the_model_and_keeps_its_own_settings():
+    engine = EchoEngine()
+    rows = sample_rollouts(engine, TRAIT, per_question=1, progress=False)
+    assert rows == collect(None)
+    assert sample_rollouts(engine, "evil", questions=["Why?"], per_question=1, progress=False)[0].trait == "evil"
+    with pytest.raises(ValueError, match="An engine has its own sampling settings"):
+        sample_rollouts(engine, TRAIT, max_new_tokens=6)

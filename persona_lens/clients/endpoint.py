@@ -150,8 +150,8 @@ _SUFFIX = re.compile(
 )
 
 
-def _same_model(asked: str, answered: str) -> bool:
+def _same_model(requested: str, answered: str) -> bool:
     """Whether two names mean one model: they may differ by a folder, a date, a quantisation or `:latest`."""
-    one, other = (re.split(r"[/\\]", name.casefold())[-1] for name in (asked, answered))
+    one, other = (re.split(r"[/\\]", name.casefold())[-1] for name in (requested, answered))
     shorter, longer = sorted((one, other), key=len)
     return bool(shorter) and longer.startswith(shorter) and _SUFFIX.fullmatch(longer[len(shorter) :]) is not None

@@ -357,7 +357,7 @@ class LikelihoodRatioJudge:
     def _tokens(self, rollout: Rollout) -> tuple[int, ...]:
         return rollout.tokenize(self.model.tokenizer).response
 
-    def _asked_pairs(self, trait: Trait, rollout: Rollout) -> list[int]:
+    def _pairs(self, trait: Trait, rollout: Rollout) -> list[int]:
         """The pairs that a rollout is judged under, never its own."""
         count = len(trait.instructions)
         if rollout.instruction is None:
@@ -371,7 +371,7 @@ class LikelihoodRatioJudge:
     def _mean_ratios(self, trait: Trait, rollouts: Sequence[Rollout], ratios: np.ndarray) -> np.ndarray:
         """The mean of each rollout over the pairs that it is judged under."""
         return np.array(
-            [row[self._asked_pairs(trait, rollout)].mean() for rollout, row in zip(rollouts, ratios, strict=True)]
+            [row[self._pairs(trait, rollout)].mean() for rollout, row in zip(rollouts, ratios, strict=True)]
         )
 
     def _contrast_rows(
@@ -382,9 +382,9 @@ class LikelihoodRatioJudge:
             raise ValueError(f"{trait.name} has one instruction pair; leaving out the own pair needs two at least.")
         rows, places = [], []
         for index, rollout in enumerate(rollouts):
-            asked = self._asked_pairs(trait, rollout)
+            pairs = self._pairs(trait, rollout)
             for pair in range(len(trait.instructions)):
-                if pair not in asked and not (own_pair and pair == rollout.instruction):
+                if pair not in pairs and not (own_pair and pair == rollout.instruction):
                     continue
                 for side, polarity in enumerate(("positive", "negative")):
                     system = trait.system_prompt(polarity, pair)
@@ -433,10 +433,10 @@ class LikelihoodRatioJudge:
         half = np.array([order[question] % 2 for question in questions])
         crossed: dict[str, list[float]] = {kind: [] for kind in texts}
         for fold in (0, 1):
-            fit, held = half != fold, half == fold
+            fit, scored = half != fold, half == fold
             scale = CoherenceScale.fit(nll["clean"][fit], nll["shuffled"][fit], distinct["clean"][fit])
             for kind in texts:
-                crossed[kind] += map(scale.score, nll[kind][held], distinct[kind][held])
+                crossed[kind] += map(scale.score, nll[kind][scored], distinct[kind][scored])
         diagnostics: dict[str, float | int | None] = {"neutral_rows": len(neutral)}
         for kind in ("shuffled", "looping"):
             diagnostics[f"coherence_auc_{kind}"] = auc(crossed["clean"], crossed[kind])

@@ -62,7 +62,7 @@ def plan_rollouts(
 
 
 def sample_rollouts(
-    engine: Model | RolloutEngine,
+    model: Model | RolloutEngine,
     trait: Trait | str,
     *,
     polarities: Sequence[Polarity] = ("positive", "negative"),
@@ -77,14 +77,18 @@ def sample_rollouts(
     batch_size: int = 100,
     progress: bool = True,
 ) -> list[Rollout]:
-    """Sample the trait's rollouts from a model, or from an engine, whose own sampling settings then hold.
+    """Sample the trait's rollouts from a model, or from an engine, which has sampling settings of its own.
 
     Interventions that are attached to the model act. With `captured` the responses' mean activations are kept while
     they are sampled, for `extract_from_responses`. See `plan_rollouts` for what is asked, and `collect_rollouts` for
     `output_file` and what it raises. Source: arXiv:2507.21509, section 2.2.
     """
-    if not isinstance(engine, RolloutEngine):
-        engine = ModelEngine(engine, max_new_tokens, temperature, top_p, batch_size)
+    if isinstance(model, RolloutEngine):
+        if (max_new_tokens, temperature, top_p, batch_size) != (1000, 1.0, 1.0, 100):
+            raise ValueError("An engine has its own sampling settings: set max_new_tokens and others on the engine.")
+        engine = model
+    else:
+        engine = ModelEngine(model, max_new_tokens, temperature, top_p, batch_size)
     prompts = plan_rollouts(trait, polarities=polarities, questions=questions, per_question=per_question)
     return collect_rollouts(engine, prompts, seed=seed, output_file=output_file, captured=captured, progress=progress)
 

@@ -116,10 +116,10 @@ class ModelEngine:
     ) -> list[Rollout]:
         tokenizer = self.model.tokenizer
         with fixed_date():
-            date, asked = date_told(tokenizer), [prompt.tokenize(tokenizer).prompt for prompt in prompts]
+            date, token_ids = date_told(tokenizer), [prompt.tokenize(tokenizer).prompt for prompt in prompts]
         completions = generate(
             self.model,
-            asked,
+            token_ids,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
