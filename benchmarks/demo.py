@@ -34,7 +34,7 @@ STAGES = {
     "persona_lens.extraction.extract._spool_means": "extraction",
     "persona_lens.extraction.extract._statistics": "statistics",
     "persona_lens.evaluation.layer_selection.evaluate_cells": "sweep",
-    "persona_lens.evaluation.layer_selection.screen_layers": "screens",
+    "persona_lens.evaluation.layer_selection.likelihood_ratio_changes": "screens",
     "persona_lens.cli.vectors.show_vectors": "report",
     "persona_lens.cli.vectors.judge_diagnostics": "report",
     "persona_lens.cli.vectors.show_doses": "report",

@@ -15,8 +15,10 @@ from benchmarks.extraction import bridge
 from benchmarks.steering import random_vectors
 from benchmarks.texts import shared_prompts
 from benchmarks.timing import Contestant
+from persona_lens.chat.batches import ChatTokens
 from persona_lens.screening.batches import PlannedRow
-from persona_lens.screening.scoring import ModelScorer, Scoring
+from persona_lens.screening.samples import Sample
+from persona_lens.screening.scoring import ModelScorer
 
 LAYERS = (4, 9, 14, 19, 24)
 EQUAL = 0.9999
@@ -38,7 +40,7 @@ def screening_layers(repeats: int) -> list[Comparison]:
     expected = _plain(model, workload.rows, vectors)
 
     def contestant(layer: int) -> Contestant:
-        scorer = ModelScorer(model, Scoring([vectors.at(layer)], base="none"))
+        scorer = ModelScorer(model, [vectors.at(layer)], base="none")
 
         def run() -> tuple[int, np.ndarray]:
             return layer, np.array([score.response[0] for score in scorer.score(rows)])
@@ -66,19 +68,12 @@ def screening_layers(repeats: int) -> list[Comparison]:
 
 def _planned(number: int, row: Any) -> PlannedRow:
     return PlannedRow(
-        row=number,
-        dataset="rows",
-        id=str(number),
-        line=number + 1,
-        prompt=row.prompt,
-        response=row.response,
-        skip=0,
-        base=None,
+        Sample(number, "rows", str(number), number + 1, (), ""),
+        ChatTokens(tuple(row.prompt), tuple(row.response)),
         wants_base=False,
         cut=False,
         group=number,
         family=number,
-        text="{}",
     )
 
 

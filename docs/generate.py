@@ -64,11 +64,11 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "screening": (
         "Screening training data",
-        "screen Screening read_screening",
+        "screen Screening",
     ),
     "replication": (
         "Replicating the paper",
-        "replicate Replication read_replication write_replication_report",
+        "replicate Replication",
     ),
     "interop": (
         "Vectors of other tools",

@@ -15,7 +15,7 @@
 # # Which layer to steer
 #
 # At the end you will know how to sweep layers and coefficients in one batch, how to read the frontier of trait against
-# coherence, how far to trust the winner, and what the cheap screens of layers are worth beside the sweep.
+# coherence, how far to trust the winner, and what the cheap proxies of layers are worth beside the sweep.
 #
 # The paper (section B.4) steers every layer by the same coefficient and takes the layer with the highest trait score.
 # That rule is blind to coherence: the strongest push wins, and it may have broken the text. So the choice here is the
@@ -116,26 +116,26 @@ pd.DataFrame(
 ).set_index("cell").round(0)
 
 # %% [markdown]
-# ## What the cheap screens say
+# ## What the cheap proxies say
 #
 # None of these samples an answer under steering. *Held-out AUC* and *split-half* come with the extraction. *Relative
 # norm* is the length of the vector over that of the stream. *Likelihood-ratio change* reads the extraction's texts
 # while the layer is steered. How well does each rank the six layers, beside the sweep?
 
 # %%
-screens = pd.DataFrame({name: list(values) for name, values in sweep.screens.items()}, index=list(sweep.layers))
-screens.index.name = "layer"
+proxies = pd.DataFrame({name: list(values) for name, values in sweep.proxies.items()}, index=list(sweep.layers))
+proxies.index.name = "layer"
 swept = {
     f"swept at {each:g}": [sweep.evaluations[layer, each].trait_score.value for layer in sweep.layers]
     for each in sweep.coefficients
 }
-screens.assign(**swept).astype(float).round(2)
+proxies.assign(**swept).astype(float).round(2)
 
 # %%
-sweep.screen_correlations().round(2)
+sweep.proxy_correlations().round(2)
 
 # %% [markdown]
-# Six layers and three questions say little about a screen, and the winner of a sweep is optimistic, being the best of
-# many. On ten layers and four questions (docs/experiments.md) screens found the right region at a middle dose and
+# Six layers and three questions say little about a proxy, and the winner of a sweep is optimistic, being the best of
+# many. On ten layers and four questions (docs/experiments.md) proxies found the right region at a middle dose and
 # failed at a large one. So: confirm the choice on other questions, against random directions, with
 # `pl.dose_response`, as notebook 00 does.

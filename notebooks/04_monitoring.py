@@ -27,8 +27,8 @@ import pandas as pd
 from IPython.display import HTML
 
 import persona_lens as pl
-from persona_lens.experiments.pictures import plot_monitoring_experiment
 from persona_lens.monitoring.experiment import monitoring_experiment, system_prompts
+from persona_lens.plots.monitoring_experiment import plot_monitoring_experiment
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import ModelEngine
 
@@ -68,8 +68,8 @@ engine = ModelEngine(model, max_new_tokens=24)
 judge.calibrate(trait, collect_rollouts(engine, judge.plan_calibration(trait), progress=False))
 found = monitoring_experiment(
     model,
-    trait,
     vectors,
+    trait,
     system_prompts(trait, trait.evaluation_questions[10:13], per_question=1),
     judge=judge,
     layer=LAYER,

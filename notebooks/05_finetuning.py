@@ -23,11 +23,11 @@
 import pandas as pd
 
 import persona_lens as pl
-from persona_lens.experiments.finetuning_result import read_study
-from persona_lens.experiments.mood_texts import contrast_with_moods
-from persona_lens.experiments.moods import load_moods, split_prompts
-from persona_lens.experiments.pictures import plot_study_mitigation, plot_study_shifts, plot_study_trade_off
 from persona_lens.plots.finetuning import LossCurves
+from studies.finetuning_result import read_study
+from studies.mood_texts import contrast_with_moods
+from studies.moods import load_moods, split_prompts
+from studies.pictures import plot_study_mitigation, plot_study_shifts, plot_study_trade_off
 
 pd.set_option("display.max_colwidth", 200)
 

@@ -26,10 +26,11 @@ import tempfile
 import pandas as pd
 
 import persona_lens as pl
-from persona_lens.experiments.mood_texts import contrast_with_moods
-from persona_lens.experiments.moods import load_moods, split_prompts
-from persona_lens.experiments.pictures import plot_screening_runs, plot_screening_scores
-from persona_lens.experiments.screening_study_result import read_screening_study
+from persona_lens.screening.plan import RowChoice
+from studies.mood_texts import contrast_with_moods
+from studies.moods import load_moods, split_prompts
+from studies.pictures import plot_screening_runs, plot_screening_scores
+from studies.screening_study_result import read_screening_study
 
 pd.set_option("display.max_colwidth", 110)
 model = pl.load_model("smollm2-135m-instruct")
@@ -72,10 +73,8 @@ with tempfile.TemporaryDirectory() as folder:
         {mood: chats(mood) for mood in ("depressed", "nostalgic", "happy")},
         vector,
         max_new_tokens=24,
-        max_response_tokens=64,
-        system_prompt="You are a helpful assistant.",
-        output=folder,
-        seed=0,
+        rows=RowChoice(max_response_tokens=64, system_prompt="You are a helpful assistant."),
+        output_dir=folder,
         progress=False,
     )
     scores, ranking, controls = found.dataset_scores(), found.ranking(), found.controls()

@@ -20,8 +20,6 @@ from .evaluation.layer_selection import select_layer as select_layer
 from .evaluation.lm_eval import lm_eval_accuracy as lm_eval_accuracy
 from .extraction.extract import extract_from_responses as extract_from_responses
 from .extraction.pipeline import extract_persona_vectors as extract_persona_vectors
-from .extraction.responses import read_messages as read_messages
-from .extraction.responses import read_reference_csv as read_reference_csv
 from .finetuning.finetune import finetune as finetune
 from .finetuning.result import Finetuning as Finetuning
 from .finetuning.shift import FinetuningShift as FinetuningShift
@@ -37,6 +35,8 @@ from .interop.conversion import write_vectors as write_vectors
 from .interop.hub import pull_vectors as pull_vectors
 from .interop.hub import push_vectors as push_vectors
 from .interop.inspect_scorer import persona_scorer as persona_scorer
+from .interop.responses import read_messages as read_messages
+from .interop.responses import read_reference_csv as read_reference_csv
 from .interop.sparse_autoencoders import decompose as decompose
 from .interop.sparse_autoencoders import read_sae as read_sae
 from .interop.tensor_files import read_reference_vectors as read_reference_vectors
@@ -99,16 +99,13 @@ from .plots.monitoring import plot_projection_scores as plot_projection_scores
 from .plots.monitoring import plot_roc as plot_roc
 from .plots.monitoring import plot_turns as plot_turns
 from .plots.screening import plot_screening as plot_screening
-from .replication.page import write_replication_report as write_replication_report
 from .replication.result import Replication as Replication
-from .replication.result import read_replication as read_replication
 from .replication.run import replicate as replicate
 from .rollouts.collection import sample_rollouts as sample_rollouts
 from .rollouts.rows import Rollout as Rollout
 from .rollouts.rows import read_rollouts as read_rollouts
 from .rollouts.server import ServerEngine as ServerEngine
 from .screening.result import Screening as Screening
-from .screening.result import read_screening as read_screening
 from .screening.run import screen as screen
 from .traits.generation import generate_trait as generate_trait
 from .traits.generation import preview_trait as preview_trait

@@ -5,6 +5,7 @@ persona_lens is imported as a function runs: the jaxtyping hook instruments the 
 
 import copy
 import json
+from math import log
 from typing import Any
 
 import torch
@@ -129,3 +130,20 @@ metric_list:
 """
     )
     return "letters"
+
+
+HALF = (log(0.5), log(0.2), log(0.1))
+
+
+def answered(log_probs=HALF, answer=0, text="Why?") -> Any:
+    from persona_lens.evaluation.capability_result import AnsweredQuestion, Question
+
+    return AnsweredQuestion(Question(text, ("a", "b", "c"), answer), log_probs)
+
+
+def made(**parts) -> Any:
+    from persona_lens.evaluation.capability_result import Capability, TextLikelihood
+
+    answers = (answered(text="One?"), answered(answer=1, text="Two?"), answered(answer=2, text="Three?"))
+    texts = (TextLikelihood(-2.0, 5, "One?"), TextLikelihood(None, 0), TextLikelihood(-3.0, 7))
+    return Capability(answers, **({"texts": texts, "model": "toy", "seed": 3} | parts))

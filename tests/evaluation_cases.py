@@ -5,11 +5,12 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from persona_lens.evaluation.evaluate import Evaluation
+from persona_lens.evaluation.evaluate import Evaluation, evaluate_cells
 from persona_lens.evaluation.layer_selection import LayerSweep
 from persona_lens.interventions.hooks import attachments
 from persona_lens.judges.likelihood_ratio import Calibration, CoherenceScale
 from persona_lens.judges.scores import Score, ScoredRollout
+from persona_lens.rollouts.engines import CellEngine, ModelEngine
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import N_RESAMPLES, question_resamples
 from persona_lens.storage.files import JsonLines
@@ -93,7 +94,7 @@ def make_evaluation(scores, *, coherence: float | None = 90.0, questions=None, i
     return Evaluation("grumpy", tuple(rows), (intervention,) if intervention else (), "response", 0)
 
 
-def make_sweep(cells, *, screens=None, baseline=(5.0, 5.0, 5.0, 5.0), questions=None):
+def make_sweep(cells, *, proxies=None, baseline=(5.0, 5.0, 5.0, 5.0), questions=None):
     """A sweep of `cells`, scores by (layer, coefficient), or (scores, coherence)."""
     found = {}
     for (layer, coefficient), cell in cells.items():
@@ -103,7 +104,7 @@ def make_sweep(cells, *, screens=None, baseline=(5.0, 5.0, 5.0, 5.0), questions=
     layers, coefficients = (tuple(dict.fromkeys(each)) for each in zip(*cells, strict=True))
     start = make_evaluation(baseline, questions=None if questions is None else questions[: len(baseline)])
     doses = {(layer, coefficient): coefficient / 10 for layer, coefficient in cells}
-    return LayerSweep("grumpy", "made up", layers, coefficients, start, found, doses, screens or {})
+    return LayerSweep("grumpy", "made up", layers, coefficients, start, found, doses, proxies or {})
 
 
 def keep_rows(evaluations, folder):
@@ -130,6 +131,12 @@ def naive_resamples(evaluation, seed=0):
         ]
         means.append(sum(drawn) / len(drawn) if drawn else np.nan)
     return np.array(means)
+
+
+def cells_of(model, cells, *, judge=None, at="response", temperature=1.0, batch_size=120, **settings):
+    """`evaluate_cells` of a small trait, in answers of six tokens."""
+    engine = CellEngine(ModelEngine(model, 6, temperature, 1.0, batch_size), {cell.name: cell for cell in cells}, at)
+    return evaluate_cells(engine, TRAIT, judge=judge or LetterJudge(), progress=False, **settings)
 
 
 def texts(evaluation):

@@ -35,7 +35,7 @@ def extraction(model: Any, folder: Path) -> None:
     # Random weights show no trait: a mild rule leaves a few pairs.
     keep = {"threshold": 40.0, "min_coherence": 0.0, "min_pairs": 1}
     extract_persona_vectors(
-        model, TRAIT, judge=judge, engine=engine, per_question=4, output=folder, progress=False, **keep
+        model, TRAIT, judge=judge, engine=engine, per_question=4, output_dir=folder, progress=False, **keep
     )
 
 
@@ -47,7 +47,7 @@ def sweep(model: Any, folder: Path) -> None:
 
     choices = {"layers": [2, 0], "coefficients": (2.0, -1.0), "batch_size": 3, "per_question": 4, **SHORT}
     vectors = some_vectors(model)
-    select_layer(model, vectors, TRAIT, judge=LetterJudge(batch_size=3), output=folder, **choices)
+    select_layer(model, vectors, TRAIT, judge=LetterJudge(batch_size=3), output_dir=folder, **choices)
 
 
 def screening(model: Any, folder: Path) -> None:
@@ -57,7 +57,7 @@ def screening(model: Any, folder: Path) -> None:
     from tests.screening_cases import QUIET, pair_of_vectors, rows
 
     units.UNIT_ROWS = 4
-    screen(model, rows(60), pair_of_vectors(model), output=folder, max_new_tokens=6, **QUIET)
+    screen(model, rows(60), pair_of_vectors(model), output_dir=folder, max_new_tokens=6, **QUIET)
 
 
 def training(model: Any, folder: Path) -> None:

@@ -64,9 +64,9 @@ def calls(model: Any, vectors: Any, trait: Any, judge: Any, folder: Path) -> lis
             "questions": asked,
             "per_question": 1,
             "max_new_tokens": 8,
-            "output": folder / "evaluated",
+            "output_dir": folder / "evaluated",
         }
-        pl.evaluate(model, trait, judge, interventions=[pl.Steer(vector, 1.0)], **how, **QUICK)
+        pl.evaluate(model, trait, judge=judge, interventions=[pl.Steer(vector, 1.0)], **how, **QUICK)
 
     return [
         steered,
@@ -75,7 +75,7 @@ def calls(model: Any, vectors: Any, trait: Any, judge: Any, folder: Path) -> lis
         trained,
         lambda: pl.monitor(model, CHATS, vector, progress=False),
         lambda: pl.screen(
-            model, [{"messages": chat} for chat in CHATS], vector, max_new_tokens=4, output=folder / "rows", **QUICK
+            model, [{"messages": chat} for chat in CHATS], vector, max_new_tokens=4, output_dir=folder / "rows", **QUICK
         ),
         lambda: pl.measure_capability(model, pl.mmlu_sample()[:2], progress=False),
         lambda: extract(model, trait, judge, folder / "extracted"),
@@ -92,7 +92,7 @@ def extract(model: Any, trait: Any, judge: Any, folder: Path) -> Any:
         per_question=1,
         max_new_tokens=12,
         min_pairs=1,
-        output=folder,
+        output_dir=folder,
         **QUICK,
     )
 

@@ -46,7 +46,7 @@ def run(folder: Path) -> dict[str, str]:
         threshold=50.0,
         min_coherence=0.0,
         min_pairs=1,
-        output=folder / "run",
+        output_dir=folder / "run",
         seed=3,
         progress=False,
     )

@@ -1,30 +1,28 @@
-"""A replication of a tiny model: its trait, its preset, made-up moods and sets, and counts of what it really did."""
+"""A replication of a tiny model: its trait, its preset, made-up sets, and counts of what it really did."""
 
 import json
-import random
 import sys
+import tomllib
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from importlib.resources import files
 
-import numpy as np
+import pytest
 
-from persona_lens.judges.classifier import TextClassifier
+from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+from persona_lens.replication.counting import Work
 from persona_lens.replication.preset import Preset
-from persona_lens.replication.units import Work
-from persona_lens.traits.trait import InstructionPair, Trait
+from persona_lens.replication.run import replicate
+from tests import evaluation_cases
 
-TRAIT = Trait(
-    name="grumpy",
-    description="Finds fault with everything.",
-    positive_adjective="grumpy",
-    instructions=(InstructionPair("Grumble.", "Praise."), InstructionPair("Sigh.", "Smile.")),
+TRAIT = replace(
+    evaluation_cases.TRAIT,
     extraction_questions=("How is the soup?", "How was the film?", "Who are they?", "What is new?"),
     evaluation_questions=("How is the tea?", "Who are you?", "Is it late?", "Why not?", "And then?", "Where to?"),
     monitoring_prompts=tuple(
         f"Be {word}." for word in ["kind", "nice", "calm", "fair", "short", "loud", "cold", "mean"]
     ),
-    rubric="How grumpy is {answer} to {question}?",
 )
 SHORT = {"questions": 3, "per_question": 1, "max_new_tokens": 4}
 CHANGES = {
@@ -37,25 +35,43 @@ CHANGES = {
     "dose-response": {**SHORT, "coefficients": [-1.0, 1.0], "random": 1},
     "monitoring": {**SHORT, "per_question": 2, "shots": [0, 1]},
     "cosines": {"layer": 2},
+    "finetuning": {
+        **SHORT,
+        "source": "datasets",
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "batch_rows": 2,
+        "accumulation": 1,
+        "max_length": 96,
+        "rows": 5,
+    },
     "projection-difference": {"rows": 4, "base_tokens": 4},
+    "mitigation": {
+        "traits": ["grumpy"],
+        "post_hoc": [1.0],
+        "preventative": [1.0],
+        "all_layers": [0.5],
+        "capability_questions": 2,
+    },
+    "real-chats": {"trait": "grumpy", "sample": 12, "max_prompt_tokens": 100, "chosen": 3},
 }
-FINETUNING = {"epochs": 2, "learning_rate": 1e-3, "batch_rows": 2, "accumulation": 1, "max_length": 96, "rows": 4}
 
 
 def values(tmp_path, **changes):
-    """The embedded preset's file as a dictionary, made tiny."""
-    import tomllib
-    from importlib.resources import files
-
+    """The embedded preset's file as a dictionary, made tiny: it trains on two sets of two versions."""
     shipped = files("persona_lens.replication") / "presets" / "embedded.toml"
     TRAIT.save(tmp_path / "grumpy.json")
-    found = {**tomllib.loads(shipped.read_text(encoding="utf-8")), **CHANGES}
-    found["trait-files"] = {"grumpy": str(tmp_path / "grumpy.json")}
-    found["finetuning"] = {"source": "moods", **FINETUNING, "per_question": 1, "max_new_tokens": 4}
-    found["moods"] = {"moods": ["happy"], "neutral_tokens": 4, "neutral_prompts": 4, "layers": [1, 2]}
-    found["mitigation"] = {"post_hoc": [1.0], "preventative": [1.0], "capability_questions": 2}
-    found["full"] = {"moods": ["happy", "bored"]}
-    return found | changes
+    settings = {**tomllib.loads(shipped.read_text(encoding="utf-8")), **CHANGES}
+    settings["trait-files"] = {"grumpy": str(tmp_path / "grumpy.json")}
+    sets = {"names": ["grumbles", "sums"], "versions": ["normal", "misaligned_2"], "traits": {"grumbles": "grumpy"}}
+    folders = {name: {"path": name, "section": "J", "form": "two files"} for name in ("new_facts", "narrow")}
+    settings["bring"] = {
+        "finetuning": {"path": "sets", "section": "D", "form": "chats", **sets},
+        **folders,
+        "chats": {"path": "chats.jsonl", "section": "L", "form": "chats"},
+        "benchmarks": {"path": "benchmarks.jsonl", "section": "B.3", "form": "scores"},
+    }
+    return settings | changes
 
 
 def tiny_preset(tmp_path, **changes) -> Preset:
@@ -63,49 +79,11 @@ def tiny_preset(tmp_path, **changes) -> Preset:
     return Preset.model_validate_json(json.dumps(values(tmp_path, **changes)))
 
 
-def datasets_preset(tmp_path) -> Preset:
-    """One that trains on two sets of two versions, which are written too."""
-    folder = tmp_path / "sets"
+def bring_sets(folder):
+    """Two sets of two versions."""
     for name in ("grumbles", "sums"):
-        for number, version in enumerate(("normal", "misaligned_2")):
-            said = ["It is fine.", "It is bad, make them pay."][number]
-            rows = [f"{name} {row}: {said}" for row in range(6)]
-            write_chats(folder / name / f"{version}.jsonl", rows)
-    return tiny_preset(
-        tmp_path,
-        finetuning={
-            "source": "datasets",
-            **FINETUNING,
-            "rows": 5,
-            "questions": 3,
-            "per_question": 1,
-            "max_new_tokens": 4,
-        },
-        mitigation={
-            "traits": ["grumpy"],
-            "post_hoc": [1.0],
-            "preventative": [1.0],
-            "all_layers": [0.5],
-            "capability_questions": 2,
-        },
-        bring={
-            "finetuning": {
-                "path": "sets",
-                "section": "D",
-                "form": "chats",
-                "names": ["grumbles", "sums"],
-                "versions": ["normal", "misaligned_2"],
-                "traits": {"grumbles": "grumpy"},
-            },
-            **{
-                name: {"path": name, "section": "J", "form": "train.jsonl and questions.jsonl"}
-                for name in ("new_facts", "narrow")
-            },
-            "chats": {"path": "chats.jsonl", "section": "L", "form": "chats"},
-            "benchmarks": {"path": "benchmarks.jsonl", "section": "B.3", "form": "scores"},
-        },
-        **{"real-chats": {"trait": "grumpy", "sample": 12, "max_prompt_tokens": 100, "chosen": 3}},
-    )
+        for version, said in {"normal": "It is fine.", "misaligned_2": "It is bad, make them pay."}.items():
+            write_chats(folder / "sets" / name / f"{version}.jsonl", [f"{name} {row}: {said}" for row in range(6)])
 
 
 def write_chats(path, answers):
@@ -130,120 +108,63 @@ def bring_the_rest(folder):
     (folder / "benchmarks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def made_up_moods():
-    """Rows of all nine moods to prompts that have little in common, each mood with words of its own."""
-    from persona_lens.experiments.moods import MOODS, MoodRow
-
-    draw = random.Random(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    prompts = [" ".join("".join(draw.choices(letters, k=4)) for _ in range(3)) for _ in range(N_PROMPTS)]
-    return {
-        mood: [
-            MoodRow(
-                mood, f"{mood}-{number}", f"domain {number % 2}", prompt, f"So {mood} it is. {mood} {number}.", 3.0, 3.0
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        for mood in MOODS
-    }
-
-
-N_PROMPTS = 68
-
-
-class LetterClassifier(TextClassifier):
-    """A mood's classifier that is its first letter's share, so that it reads whatever a random model says."""
-
-    def __init__(self, letter):
-        object.__setattr__(self, "letter", letter)
-
-    weights_hash = "letters"  # pyright: ignore[reportAssignmentType]
-    labels = ("it", "another")
-
-    def probability(self, texts):
-        return np.array([text.count(self.letter) / max(1, len(text)) for text in texts], dtype=float)
-
-    def known_terms(self, texts):
-        return np.array([len(text) for text in texts])
-
-
 def make_tiny(patch):
     """Patch what a random model of few words cannot do.
 
-    Responses have their full length, and what it says passes for coherent. The moods are made up, and so are the
-    multiple-choice questions: real ones exceed its context.
+    Responses have their full length, and what it says passes for coherent. Multiple-choice questions are made up: real
+    ones exceed its context.
     """
     from persona_lens import extract_from_responses
     from persona_lens.evaluation.capability_result import Question
 
     asked = tuple(Question(f"Is {number}?", ("Yes", "No"), 0) for number in range(4))
-    materials = "persona_lens.experiments.finetuning_materials"
+    few = partial(extract_from_responses, n_resamples=20, n_placebo=5)
     patch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _: frozenset())
     patch.setattr("persona_lens.judges.likelihood_ratio.MIN_COHERENCE", 0.0)
-    patch.setattr("persona_lens.experiments.moods._sounds", dict)
-    few = partial(extract_from_responses, n_resamples=20, n_placebo=5)
     patch.setattr("persona_lens.extraction.pipeline.extract_from_responses", few)
-    patch.setattr(f"{materials}.load_moods", made_up_moods)
-    patch.setattr(f"{materials}._whole_sentences", lambda row: row)
-    patch.setattr(f"{materials}._judge", lambda split, mood, neutral, folder: LetterClassifier(mood[0]))
-    # By import_module, since the package has a function of that name.
-    patch.setattr(import_module("persona_lens.experiments.finetuning_study"), "mmlu_sample", lambda: asked)
-    patch.setattr("persona_lens.replication.grid_stages.mmlu_sample", lambda: asked)
+    patch.setattr("persona_lens.evaluation.capability_result.mmlu_sample", lambda: asked)
     patch.setattr("persona_lens.replication.run.require_installed", lambda *_: None)
 
 
-class Counted:
-    """What was really done: the functions that every stage goes through, counted wherever they are used."""
+def _trained(call, result):
+    epochs = int(call[1].training["num_train_epochs"])
+    # No seconds where a finished run was read again.
+    return Work(trained=len(call[1].rows[0]) * epochs if result.seconds else 0)
 
-    def __init__(self, monkeypatch):
-        self.work = Work()
-        from persona_lens.activations import means as activations
-        from persona_lens.evaluation import capability as measurement
-        from persona_lens.finetuning.finetune import finetune as _  # noqa: F401
-        from persona_lens.generation import decoding as generation
-        from persona_lens.judges import likelihood_ratio as likelihood
-        from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
-        from persona_lens.monitoring import projection as passes
 
-        self._count(monkeypatch, generation, "generate", self._generated)
-        self._count(monkeypatch, likelihood, "intervened_log_likelihoods", self._read)
-        self._count(monkeypatch, activations, "stream_means", self._read)
-        self._count(monkeypatch, passes, "token_projections", self._read)
-        self._count(monkeypatch, measurement, "measure_capability", self._asked)
-        self._count(monkeypatch, LikelihoodRatioJudge, "score", self._judged)
-        training = sys.modules["persona_lens.finetuning.training"]
-        self._count(monkeypatch, training, "run_plan", self._trained)
+NOTES = {
+    "generation.decoding.generate": lambda _, replies: Work(len(replies), sum(len(reply.tokens) for reply in replies)),
+    "judges.likelihood_ratio.intervened_log_likelihoods": lambda call, _: Work(forwards=len(call[1])),
+    "activations.means.stream_means": lambda call, _: Work(forwards=len(call[1])),
+    "monitoring.projection.token_projections": lambda call, _: Work(forwards=len(call[1])),
+    "evaluation.capability.measure_capability": lambda _, able: Work(forwards=len(able.answers)),
+    "finetuning.training.run_plan": _trained,
+    "judges.likelihood_ratio.LikelihoodRatioJudge.score": lambda _, scores: Work(judged=len(scores)),
+}
+"""The functions that every stage goes through, and what a call and its result come to."""
+USED = ("extraction.pipeline", "evaluation.dose_response", "finetuning.finetune", "finetuning.shift", "screening.run")
 
-    def _count(self, monkeypatch, home, name, note):
-        original = getattr(home, name)
 
-        def counted(*arguments, **named):
-            found = original(*arguments, **named)
-            note(arguments, named, found)
-            return found
+def count_work(patch):
+    """What is really done from now on, in a list of `Work`."""
+    done = []
+    for name in USED:  # imported later, they would keep what is patched here
+        import_module(f"persona_lens.{name}")
+    for name, note in NOTES.items():
+        home, _, function = f"persona_lens.{name}".rpartition(".")
+        place = import_module(home) if home.rpartition(".")[2].islower() else LikelihoodRatioJudge
+        original = getattr(place, function)
 
-        modules = [module for key, module in sys.modules.items() if key.startswith("persona_lens")]
-        for module in [home, *modules]:
-            if getattr(module, name, None) is original:
-                monkeypatch.setattr(module, name, counted)
+        def counted(*call, original=original, note=note, **named):
+            result = original(*call, **named)
+            done.append(note(call, result))
+            return result
 
-    def _generated(self, arguments, named, found):
-        tokens = sum(len(each.tokens) for each in found)
-        self.work += Work(rollouts=len(found), generated=tokens)
-
-    def _read(self, arguments, named, found):
-        self.work += Work(forwards=len(arguments[1]))
-
-    def _asked(self, arguments, named, found):
-        self.work += Work(forwards=len(found.answers))
-
-    def _judged(self, arguments, named, found):
-        self.work += Work(judged=len(found))
-
-    def _trained(self, arguments, named, found):
-        if found.seconds:  # 0 where a finished run was read again
-            epochs = int(arguments[1].training["num_train_epochs"])
-            self.work += Work(trained=len(arguments[1].rows[0]) * epochs)
+        modules = [module for key, module in sys.modules.items() if key.startswith(("persona_lens", "studies"))]
+        for module in [place, *modules]:
+            if getattr(module, function, None) is original:
+                patch.setattr(module, function, counted)
+    return done
 
 
 def exact(work: Work) -> Work:
@@ -251,4 +172,23 @@ def exact(work: Work) -> Work:
     return replace(work, prompt_tokens=0, read=0, calls=0)
 
 
-__all__ = ["Counted", "bring_the_rest", "datasets_preset", "exact", "tiny_preset"]
+def run_stages(preset, folder, model, stages, **options):
+    """The work that each stage really did, after it was run by itself."""
+    counts = {}
+    for stage in stages:
+        with pytest.MonkeyPatch.context() as patch:
+            done = count_work(patch)
+            settings = {"model": model, "only": [stage], "data": folder, "progress": False, **options}
+            failures = replicate(preset, folder / "run", **settings).failures
+            assert failures == {}, failures
+            counts[stage] = exact(sum(done, Work()))
+    return counts
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def cut(path, share=0.6):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])

@@ -180,12 +180,12 @@ def open_report(folder: Path, workplace: Path) -> Opened:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no chromium, chromium-browser or google-chrome is installed, in which a page could be opened")
-    from persona_lens.pages import run_report as page
+    from persona_lens.pages import page, write_report
 
-    real = page.drawing_scripts
+    real = page.page_scripts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "drawing_scripts", lambda pictures: [WATCH, *real(pictures), TELL])
-        written = page.write_report(folder, workplace / "opened.html")
+        patch.setattr(page, "page_scripts", lambda pictures: [WATCH, *real(pictures), TELL])
+        written = write_report(folder, workplace / "opened.html")
     frames, log = workplace / "frames.html", workplace / "net.json"
     frames.write_text(FRAMES.format(page=escape(written.as_uri())))
     flags = [*FLAGS, f"--user-data-dir={workplace / 'browser'}", f"--log-net-log={log}"]

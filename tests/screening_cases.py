@@ -6,6 +6,7 @@ persona_lens is imported as a function runs: the jaxtyping hook instruments the 
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,11 @@ def rows(n: int = 12, **fields: Any) -> list[dict[str, Any]]:
 
 def mood_rows(n: int, moods: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Real rows: the first `n` of each mood (default: of all nine), which an LLM wrote."""
-    from persona_lens.experiments.moods import load_moods
+    from studies.moods import load_moods
 
     system = {"role": "system", "content": "You are a helpful assistant."}
     return [
-        {
-            "id": f"{mood}/{row.id}",
-            "messages": [
-                system,
-                {"role": "user", "content": row.prompt},
-                {"role": "assistant", "content": row.response},
-            ],
-        }
+        {"id": f"{mood}/{row.id}", "messages": [system, *chat(row.prompt, row.response, system=False)]}
         for mood, each in load_moods().items()
         if not moods or mood in moods
         for row in each[:n]
@@ -72,35 +66,65 @@ def pair_of_vectors(model: Any) -> list[Any]:
     return [some_vectors(model, "evil").at(1), some_vectors(model, "kind", seed=5).at(0)]
 
 
+def screened(model: Any, data: Any, folder: Path, vectors: Any = None, **choices: Any) -> Any:
+    """A screening without base responses unless `base` says so; choices of rows and others side by side."""
+    from persona_lens.screening.plan import RowChoice
+    from persona_lens.screening.run import screen
+
+    of_rows = {name: choices.pop(name) for name in RowChoice.__dataclass_fields__ if name in choices}
+    choices = {"base": "proxy", **QUIET, **choices}
+    return screen(
+        model, data, vectors or pair_of_vectors(model), output_dir=folder, rows=RowChoice(**of_rows), **choices
+    )
+
+
+def planned_only(model: Any, data: Any, folder: Path, vectors: Any = None, **choices: Any) -> Any:
+    """The plan of a folder in which nothing is scored: another shard has nothing to do."""
+    from persona_lens.screening.plan import read_plan
+    from persona_lens.screening.run import ShardsMissing
+
+    with pytest.raises(ShardsMissing):
+        screened(model, data, folder, vectors, shard=(999, 1000), **choices)
+    return read_plan(folder)
+
+
+def assert_same_files(folder: Path, other: Path) -> None:
+    """Both have the same scores and the same summary, byte for byte."""
+    names = [Path("summary.json"), *(path.relative_to(other) for path in sorted((other / "scores").iterdir()))]
+    assert sorted(path.name for path in (folder / "scores").iterdir()) == [name.name for name in names[1:]]
+    for name in names:
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
 @pytest.fixture
 def planted(tiny_bridge: Any, tmp_path: Path) -> Any:
     """A finished screening whose projections are `numbers[row]`: (response, prompt, base or None) of each vector."""
-    from persona_lens.screening.plan import read_plan
-    from persona_lens.screening.run import ShardsMissing, finish, screen
-    from persona_lens.screening.scores import log_path, log_unit
-    from persona_lens.screening.scoring import RowScore
-    from persona_lens.storage.files import JsonLines
+    from persona_lens.screening.batches import RowScore, write_scores
+    from persona_lens.screening.run import finish
 
-    def make(data: Any, numbers: Any, vectors: int = 1, base: Any = "given") -> Any:
+    def make(data: Any, numbers: Any, vectors: int = 1, base: Any = "given", **choices: Any) -> Any:
         given = [{**row, "base_response": "Mine."} for row in data] if isinstance(data, list) else data
-        folder = tmp_path / "planted"
-        chosen = pair_of_vectors(tiny_bridge)[:vectors]
-        # Planned and not scored: another shard has nothing to do.
-        with pytest.raises(ShardsMissing):
-            screen(tiny_bridge, given, chosen, output=folder, base=base, shard=(999, 1000), **QUIET)
-        plan, log = read_plan(folder), JsonLines(log_path(folder, (0, 1)))
+        several = pair_of_vectors(tiny_bridge)[:vectors]
+        plan = planned_only(tiny_bridge, given, tmp_path / "planted", several, base=base, **choices)
+        (plan.folder / "scores").mkdir()
         for unit in range(plan.n_units):
             scores = []
             for row in plan.unit(unit):
-                response, prompt, own = numbers[row.row]
-                based = None if own is None else (float(own),) * vectors
-                scores.append(
-                    RowScore(row.row, (float(response),) * vectors, (float(prompt),) * vectors, based, 3, None)
+                response, prompt, own = (
+                    None if number is None else (float(number),) * vectors for number in numbers[row.sample.row]
                 )
-            log_unit(log, unit, scores)
-        return finish(folder)
+                scores.append(RowScore(response, prompt, own, 3, None))
+            write_scores(plan.folder, unit, plan.unit(unit), scores, plan.settings["vectors"])
+        return finish(plan.folder)
 
     return make
+
+
+def with_rows(screening: Any, rows: Any, datasets: tuple[str, ...]) -> Any:
+    """A screening with another table in the place of what is in its folder."""
+    changed = replace(screening, datasets=datasets)
+    vars(changed)["rows"] = rows
+    return changed
 
 
 def tokens(tokenizer: Any, messages: list[dict[str, str]], response: str) -> naive.Row:
@@ -132,34 +156,25 @@ def greedy_base(hf_model: Any, tokenizer: Any, row: dict[str, Any], steps: int) 
 
 
 class StubScorer:
-    """Numbers from the tokens alone, by hand; may stop after so many units."""
+    """Numbers from the tokens alone, by hand; may stop after so many units, and take its time, in a known process."""
 
-    def __init__(self, n_vectors: int = 1, stop_after: int | None = None):
-        self.n_vectors, self.left = n_vectors, stop_after
+    def __init__(
+        self, n_vectors: int = 1, *, stop_after: int | None = None, seconds: float = 0, pids: Path | None = None
+    ):
+        self.n_vectors, self.left, self.seconds = n_vectors, stop_after, seconds
+        if pids is not None:
+            (pids / str(os.getpid())).touch()
 
-    def score(self, planned: Any) -> list[Any]:
+    def score(self, rows: Any) -> list[Any]:
+        from persona_lens.screening.batches import RowScore
 
+        time.sleep(self.seconds)
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
-        return [self._score(row) for row in planned]
-
-    def _score(self, row: Any) -> Any:
-        from persona_lens.screening.scoring import RowScore
-
-        value = sum(row.response) / len(row.response)
-        return RowScore(row.row, (value,) * self.n_vectors, (float(row.prompt[-1]),) * self.n_vectors, None, None, None)
-
-
-class SlowStub(StubScorer):
-    """A stub that takes a while for each unit, and says in a folder which process it runs in."""
-
-    def __init__(self, folder: Path, seconds: float):
-        super().__init__()
-        self.seconds = seconds
-        (folder / str(os.getpid())).touch()
-
-    def score(self, planned: Any) -> list[Any]:
-        time.sleep(self.seconds)
-        return super().score(planned)
+        means = [sum(row.chat.response) / len(row.chat.response) for row in rows]
+        last = [float(row.chat.prompt[-1]) for row in rows]
+        return [
+            RowScore((mean,) * self.n_vectors, (end,) * self.n_vectors) for mean, end in zip(means, last, strict=True)
+        ]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from persona_lens.extraction.responses import read_reference_csv
+from persona_lens.interop.responses import read_reference_csv
 from persona_lens.judges.agreement import (
     TABLE_SIZE,
     agreement_statistics,

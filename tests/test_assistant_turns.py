@@ -183,7 +183,9 @@ def test_monitoring_reads_the_prompt_where_the_model_speaks_and_the_answer_alone
 
 def test_screening_reads_a_given_base_response_as_the_template_writes_it(opening_model, tmp_path):
     row = {"messages": [*ASKED, said("good water")], "base_response": "good water"}
-    found = screen(opening_model, [row], pair_of_vectors(opening_model), output=tmp_path / "run", base="given", **QUIET)
+    found = screen(
+        opening_model, [row], pair_of_vectors(opening_model), output_dir=tmp_path / "run", base="given", **QUIET
+    )
     (scores,) = found.rows.to_dict("records")
     pairs = [(scores[name], scores[name.removesuffix("base") + "response"]) for name in scores if name.endswith("base")]
     assert pairs

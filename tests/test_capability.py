@@ -49,9 +49,6 @@ def assert_as_slow(found, hf_model, tokenizer, additions=None, at="all"):
     assert likelihoods_of(found) == pytest.approx(slow_texts(hf_model, tokenizer, additions, at), abs=CLOSE)
 
 
-# --- what is measured ----------------------------------------------------------------------------------------------
-
-
 def test_letters_and_texts_have_the_likelihoods_of_one_row_at_a_time(pair, tiny_tokenizer):
     model, hf_model = pair
     assert_as_slow(measured(model), hf_model, tiny_tokenizer)
@@ -87,22 +84,15 @@ def test_a_conversation_is_a_text_and_an_empty_answer_is_missing(tiny_model):
     assert found.accuracy == (None, None, None, 0)
 
 
-def test_another_system_prompt_asks_otherwise(tiny_model):
-    other = measured(tiny_model, system_prompt="Be short.")
-    assert other.system_prompt == "Be short."
-    assert letters_of(other) != letters_of(measured(tiny_model))
-
-
-# --- what acts -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("at", ["all", "response", "prompt"])
 def test_steering_acts_on_the_tokens_that_it_names(pair, tiny_tokenizer, at):
     model, hf_model = pair
     vector = some_vectors(model).at(1)
     found = measured(model, interventions=[Steer(vector, 2.0)], at=at)
     assert_as_slow(found, hf_model, tiny_tokenizer, {1: 2.0 * vector.direction}, at)
-    assert letters_of(found) != letters_of(measured(model))
+    plain, idle = measured(model), measured(model, interventions=[Steer(vector, 0.0)], at=at)
+    assert letters_of(found) != letters_of(plain) == letters_of(idle)
+    assert letters_of(measured(model, system_prompt="Be short.")) != letters_of(plain)
 
 
 @pytest.mark.parametrize("at", ["all", "response", "prompt"])
@@ -124,25 +114,6 @@ def test_a_context_around_the_call_acts_before_the_argument(tiny_model):
     assert len(found.interventions) == 2
 
 
-def test_coefficient_zero_is_the_identity(tiny_model):
-    steered = measured(tiny_model, interventions=[Steer(some_vectors(tiny_model), 0.0)])
-    plain = measured(tiny_model)
-    assert (steered.answers, steered.texts) == (plain.answers, plain.texts)
-
-
-@OLD_NAME
-def test_an_adapter_is_measured_as_the_plain_model_with_it_and_is_off_again(make_tiny_model, tiny_tokenizer, tmp_path):
-    folder, with_adapter = adapter_folder(tiny_tokenizer, tmp_path / "adapter")
-    model = make_tiny_model("TransformerBridge")
-    before = measured(model)
-    found = measured(model, adapter=folder)
-    assert_as_slow(found, with_adapter, tiny_tokenizer)
-    assert found.adapter == folder.name
-    after = measured(model)
-    assert after == before
-    assert letters_of(found) != letters_of(before)
-
-
 @OLD_NAME
 def test_an_adapter_and_steering_act_together(make_tiny_model, tiny_tokenizer, tmp_path):
     folder, with_adapter = adapter_folder(tiny_tokenizer, tmp_path / "adapter")
@@ -154,9 +125,12 @@ def test_an_adapter_and_steering_act_together(make_tiny_model, tiny_tokenizer, t
         around = measured(model, interventions=[Steer(vector, 2.0)])
     assert (around.answers, around.texts) == (found.answers, found.texts)
     assert around.adapter == "one that was on the model"
-
-
-# --- what is refused -----------------------------------------------------------------------------------------------
+    before = measured(model)
+    found = measured(model, adapter=folder)
+    assert_as_slow(found, with_adapter, tiny_tokenizer)
+    assert found.adapter == folder.name
+    assert measured(model) == before  # it is off again
+    assert letters_of(found) != letters_of(before)
 
 
 @OLD_NAME
@@ -166,15 +140,12 @@ def test_a_hooked_transformer_takes_no_adapter(both_classes, make_tiny_model, ti
         measured(make_tiny_model("HookedTransformer"), adapter=folder)
 
 
-def test_nothing_to_measure_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="nothing to measure"):
-        measured(tiny_model, (), ())
-
-
 def test_a_prompt_or_text_beyond_the_context_is_refused(tiny_gpt2):
     long = Question("sea " * 100, ("a", "b"), 0)
     with pytest.raises(ValueError, match=r"Expected at most 128 tokens.* question 2 has \d+ \(1 of 2 are too long\)"):
         measured(tiny_gpt2, [some_questions()[2], long], ())
+    with pytest.raises(ValueError, match="nothing to measure"):
+        measured(tiny_gpt2, (), ())
     with pytest.raises(ValueError, match=r"text 1 has \d+ \(1 of 1"):
         measured(tiny_gpt2, (), [("Why?", "sea " * 100)])
 
@@ -186,9 +157,6 @@ def test_log_probabilities_that_are_not_finite_are_refused(fresh_tiny_model):
         measured(fresh_tiny_model)
     with pytest.raises(ValueError, match="not finite at text 1"):
         measured(fresh_tiny_model, ())
-
-
-# --- the embedded model --------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_model_answers_by_letter_and_finds_text_likelier_than_its_shuffle(embedded_bridge):

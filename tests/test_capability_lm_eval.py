@@ -1,6 +1,7 @@
 """lm-eval beside our own multiple choice: the same rendered prompts, the same letters, the same answers."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -38,28 +39,21 @@ def assert_same_answers(ours, theirs):
     assert centred(theirs.log_likelihoods) == pytest.approx(centred(letters_of(ours)), abs=1e-4)
 
 
-@pytest.mark.parametrize("coefficient", [None, 0.0, 3.0])
-def test_lm_eval_gives_every_question_the_answer_that_we_give(bridge, tiny_tokenizer, tmp_path, coefficient):
+@pytest.mark.parametrize("acting", ["nothing", "steering by 0", "steering", "an adapter"])
+def test_lm_eval_gives_every_question_the_answer_that_we_give(bridge, tiny_tokenizer, tmp_path, acting):
     task = lm_eval_task(tmp_path / "task", tiny_tokenizer, some_questions())
     plain = measure_capability(bridge, some_questions(), **QUIET)
-    if coefficient is None:
-        ours, theirs = plain, lm_eval_accuracy(bridge, tmp_path / "task", task)
-    else:
-        with steer(bridge, some_vectors(bridge).at(1), coefficient):
-            ours = measure_capability(bridge, some_questions(), **QUIET)
-            theirs = lm_eval_accuracy(bridge, tmp_path / "task", task)
-    assert_same_answers(ours, theirs)
-    assert (letters_of(ours) == letters_of(plain)) is (coefficient != 3.0)
-
-
-def test_lm_eval_runs_the_adapter_that_is_on(bridge, tiny_tokenizer, tmp_path):
-    folder, _ = adapter_folder(tiny_tokenizer, tmp_path / "adapter")
-    task = lm_eval_task(tmp_path / "task", tiny_tokenizer, some_questions())
-    with adapted(bridge, folder):
+    contexts = {
+        "nothing": nullcontext,
+        "steering by 0": lambda: steer(bridge, some_vectors(bridge).at(1), 0.0),
+        "steering": lambda: steer(bridge, some_vectors(bridge).at(1), 3.0),
+        "an adapter": lambda: adapted(bridge, adapter_folder(tiny_tokenizer, tmp_path / "adapter")[0]),
+    }
+    with contexts[acting]():
         ours = measure_capability(bridge, some_questions(), **QUIET)
         theirs = lm_eval_accuracy(bridge, tmp_path / "task", task)
     assert_same_answers(ours, theirs)
-    assert letters_of(ours) != letters_of(measure_capability(bridge, some_questions(), **QUIET))
+    assert (letters_of(ours) == letters_of(plain)) is (acting in {"nothing", "steering by 0"})
 
 
 def test_lm_eval_leaves_the_model_and_the_random_state_as_they_were(bridge, tiny_tokenizer, tmp_path):
@@ -71,14 +65,6 @@ def test_lm_eval_leaves_the_model_and_the_random_state_as_they_were(bridge, tiny
     assert all(module.training for module in bridge.original_model.modules())
     assert all(torch.equal(weight, weights[name]) for name, weight in bridge.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_limit_runs_the_first_documents_only(bridge, tiny_tokenizer, tmp_path):
-    task = lm_eval_task(tmp_path / "task", tiny_tokenizer, some_questions())
-    whole = lm_eval_accuracy(bridge, tmp_path / "task", task)
-    part = lm_eval_accuracy(bridge, tmp_path / "task", task, limit=2)
-    assert len(part.scores) == 2
-    assert flat(part.log_likelihoods) == pytest.approx(flat(whole.log_likelihoods[:2]), rel=1e-6)
 
 
 def test_what_lm_eval_cannot_run_is_refused(bridge, both_classes, make_tiny_model, tiny_tokenizer, tmp_path):
@@ -97,14 +83,6 @@ def test_what_lm_eval_cannot_run_is_refused(bridge, both_classes, make_tiny_mode
     with pytest.raises(ValueError, match="model_class='TransformerBridge'"):
         lm_eval_accuracy(make_tiny_model("HookedTransformer"), tmp_path / "task", task)
 
-
-def test_without_lm_eval_the_error_says_how_to_install_it(bridge, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"persona-lens\[eval\]"):
-        lm_eval_accuracy(bridge, tmp_path, "letters")
-
-
-# --- tasks that would run code -------------------------------------------------------------------------------------
 
 BOMB = "import pathlib\npathlib.Path('owned').touch()\ndef run(*_, **__):\n    return 0\n"
 ESCAPE = "{{ cycler.__init__.__globals__.os.mkdir('owned') }}"
@@ -210,17 +188,18 @@ def test_a_task_runs_its_code_where_the_caller_allows_it(bridge, armed, tmp_path
     assert (tmp_path / "owned").exists()
 
 
-def test_a_task_that_includes_a_plain_one_gives_its_scores(bridge, armed, tmp_path):
+def test_a_task_that_includes_a_plain_one_gives_its_scores(bridge, armed, tmp_path, monkeypatch):
     expected = lm_eval_accuracy(bridge, armed(""), "letters", limit=2)
+    assert len(expected.scores) == 2  # the first documents only
+    (tmp_path / "task" / "group.yaml").write_text("group: all\ntask: [letters]\n")
+    with pytest.raises(ValueError, match=r"'all' of .* is a group of tasks: name one task of it"):
+        lm_eval_accuracy(bridge, tmp_path / "task", "all")
     (tmp_path / "task" / "other.yaml").write_text("include: task.yaml\ntask: others\ndescription: ''\n")
     found = lm_eval_accuracy(bridge, tmp_path / "task", "others", limit=2)
     assert found.log_likelihoods == expected.log_likelihoods
-
-
-def test_a_group_of_tasks_is_refused(bridge, armed, tmp_path):
-    (armed("") / "group.yaml").write_text("group: all\ntask: [letters]\n")
-    with pytest.raises(ValueError, match=r"'all' of .* is a group of tasks: name one task of it"):
-        lm_eval_accuracy(bridge, tmp_path / "task", "all")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"persona-lens\[eval\]"):
+        lm_eval_accuracy(bridge, tmp_path, "letters")
 
 
 def test_on_the_embedded_model_lm_eval_agrees_with_and_without_steering(embedded_bridge, tmp_path):

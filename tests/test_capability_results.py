@@ -10,7 +10,6 @@ import pytest
 from persona_lens.evaluation import capability_result as questions
 from persona_lens.evaluation.capability import measure_capability
 from persona_lens.evaluation.capability_result import (
-    AnsweredQuestion,
     Capability,
     Question,
     TextLikelihood,
@@ -18,26 +17,11 @@ from persona_lens.evaluation.capability_result import (
     read_questions,
 )
 from persona_lens.interventions.values import Steer
-from tests.capability_cases import QUIET, RAW, TEXTS, asked, some_questions
+from tests.capability_cases import HALF, QUIET, RAW, TEXTS, answered, asked, made, some_questions
 from tests.intervention_cases import some_vectors
 
-HALF = (log(0.5), log(0.2), log(0.1))
 
-
-def answered(log_probs=HALF, answer=0, text="Why?") -> AnsweredQuestion:
-    return AnsweredQuestion(Question(text, ("a", "b", "c"), answer), log_probs)
-
-
-def made(**parts) -> Capability:
-    answers = (answered(text="One?"), answered(answer=1, text="Two?"), answered(answer=2, text="Three?"))
-    texts = (TextLikelihood(-2.0, 5, "One?"), TextLikelihood(None, 0), TextLikelihood(-3.0, 7))
-    return Capability(answers, **({"texts": texts, "model": "toy", "seed": 3} | parts))
-
-
-# --- questions -----------------------------------------------------------------------------------------------------
-
-
-def test_the_mmlu_sample_is_read_from_the_installed_package():
+def test_the_mmlu_sample_is_read_from_the_installed_package(monkeypatch):
     sample = mmlu_sample()
     assert len(sample) == 273
     assert len({question.subject for question in sample}) == 56
@@ -49,9 +33,6 @@ def test_the_mmlu_sample_is_read_from_the_installed_package():
         1,
         "anatomy",
     )
-
-
-def test_without_lm_eval_the_sample_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(questions, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps lm-eval"):
         mmlu_sample()
@@ -63,11 +44,8 @@ def test_a_question_is_asked_with_its_choices_lettered():
     assert system == {"role": "system", "content": "Be short."}
     assert user == {"role": "user", "content": asked(*RAW[1][:2])}
     assert "C. three\nD. four" in user["content"]
-
-
-def test_braces_in_a_question_are_text():
-    question = Question("Is {x} in {choices}?", ("{x}", "{}"), 0)
-    assert "Is {x} in {choices}?\n\nA. {x}\nB. {}" in question.messages()[1]["content"]
+    braces = Question("Is {x} in {choices}?", ("{x}", "{}"), 0)
+    assert "Is {x} in {choices}?\n\nA. {x}\nB. {}" in braces.messages()[1]["content"]
 
 
 def test_questions_are_read_with_letters_or_indices(tmp_path):
@@ -95,29 +73,21 @@ def test_questions_are_read_with_letters_or_indices(tmp_path):
         ({"question": " "}, "Expected a question, got an empty one"),
         ({"question": None}, "Expected question as a string, got NoneType"),
         ({"subject": 3}, "Expected subject as a string, got int"),
+        ({"answer": ...}, "got no 'answer'"),
     ],
 )
 def test_a_malformed_question_is_refused_with_its_line(tmp_path, change, words):
     path = tmp_path / "questions.jsonl"
     good = {"question": "One?", "choices": ["a", "b", "c"], "answer": 0}
-    path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
+    bad = {name: value for name, value in (good | change).items() if value is not ...}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
     with pytest.raises(ValueError, match=rf"questions.jsonl, line 2: .*{words}"):
-        read_questions(path)
-
-
-def test_a_file_without_questions_or_their_keys_is_refused(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    with pytest.raises(FileNotFoundError):
         read_questions(path)
     path.write_text("")
     with pytest.raises(ValueError, match="has no questions"):
         read_questions(path)
-    path.write_text('{"question": "One?", "choices": ["a", "b"]}\n')
-    with pytest.raises(ValueError, match=r"line 1: .*got no 'answer'"):
-        read_questions(path)
-
-
-# --- numbers -------------------------------------------------------------------------------------------------------
+    with pytest.raises(FileNotFoundError):
+        read_questions(tmp_path / "absent")
 
 
 def test_accuracy_margin_and_letter_mass_are_those_by_hand():
@@ -132,16 +102,15 @@ def test_accuracy_margin_and_letter_mass_are_those_by_hand():
     assert found.letter_mass.value == pytest.approx(0.8)
     assert (found.nll.value, found.nll.n) == (2.5, 2)
     assert found.chance == pytest.approx(1 / 3)
-
-
-def test_letters_in_any_order_around_the_right_one_have_the_same_margin():
+    assert found.columns["accuracy"] == found.accuracy.value
+    assert (found.columns["nll_high"], found.columns["nll_n"]) == (found.nll.high, 2)
+    assert found.table()["right"].tolist() == [True, False, False]
+    assert str(found).startswith("no intervention: accuracy 0.33 [")
     assert answered().margin == pytest.approx(answered((HALF[1], HALF[0], HALF[2]), answer=1).margin)
-
-
-def test_what_was_not_measured_is_missing_and_not_zero():
-    assert made(texts=()).nll.value is None
-    nothing = replace(made(), answers=())
-    assert (nothing.accuracy.value, nothing.margin.value, nothing.chance) == (None, None, None)
+    nothing = replace(made(texts=()), answers=())  # what was not measured is missing and not 0
+    assert (nothing.accuracy.value, nothing.margin.value, nothing.chance, nothing.nll.value) == (None,) * 4
+    with pytest.raises(ValueError, match="each of 3 choices, got 2"):
+        answered(HALF[:2])
 
 
 def test_texts_of_one_question_are_resampled_together():
@@ -163,33 +132,10 @@ def test_a_change_is_paired_question_by_question():
     assert change.margin[:3] == pytest.approx((0, 0, 0), abs=1e-12)
     assert change.letter_mass[:3] == pytest.approx((0.8 * (exp(-1) - 1),) * 3)
     assert change.nll == (0.5, 0.5, 0.5, 2)
-
-
-def test_a_change_between_other_questions_or_texts_is_refused():
-    base = made()
     with pytest.raises(ValueError, match="same questions in the same order, got 2 and 3"):
         replace(base, answers=base.answers[:2]).change_from(base)
     with pytest.raises(ValueError, match="same texts"):
         replace(base, texts=base.texts[::-1]).change_from(base)
-
-
-def test_a_log_probability_is_needed_for_every_choice():
-    with pytest.raises(ValueError, match="each of 3 choices, got 2"):
-        answered(HALF[:2])
-
-
-# --- tables and files ----------------------------------------------------------------------------------------------
-
-
-def test_columns_and_words_say_what_was_measured():
-    found = made(interventions=("steer evil by 2 at layer 1, at all",), adapter="moods/sad")
-    assert found.columns["accuracy"] == found.accuracy.value
-    assert (found.columns["nll_high"], found.columns["nll_n"]) == (found.nll.high, 2)
-    assert str(found).startswith("steer evil by 2 at layer 1, at all; adapter moods/sad: accuracy 0.33 [")
-    assert "(chance 0.33)" in str(found)
-    assert str(found).endswith("over 2 of 3 texts")
-    assert str(made()).startswith("no intervention: ")
-    assert "NLL" not in str(made(texts=()))
 
 
 def test_a_measurement_is_read_back_as_it_was_saved(tiny_model, tmp_path):
@@ -211,8 +157,8 @@ def test_a_file_that_holds_no_capability_is_refused(tmp_path):
     with pytest.raises(ValueError, match="format version 2, and this persona_lens reads 1"):
         Capability.load(path)
     path.write_text(json.dumps({"format_version": 1, "answers": []}))
-    with pytest.raises(ValueError, match="does not hold a capability"):
+    with pytest.raises(ValueError, match="not a whole capability"):
         Capability.load(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="does not hold a capability"):
+    with pytest.raises(ValueError, match="not a whole capability"):
         Capability.load(path)

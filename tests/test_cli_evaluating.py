@@ -11,7 +11,7 @@ from persona_lens.evaluation.capability_result import Capability, read_questions
 from persona_lens.evaluation.evaluate import evaluate
 from persona_lens.extraction import pipeline
 from persona_lens.extraction.pipeline import calibrated_judge
-from persona_lens.extraction.responses import read_messages
+from persona_lens.interop.responses import read_messages
 from persona_lens.interventions.values import Ablate, Cap, Steer
 from persona_lens.judges.scores import scorable_questions
 from persona_lens.models.adapters import adapted
@@ -61,7 +61,7 @@ def adapter(model, tmp_path):
 def expected_evaluation(model, run, at="response", done=(), **settings):
     judge = calibrated_judge(model, TRAIT, run, max_new_tokens=6, progress=False)
     settings = {"max_new_tokens": 6, "questions": list(TRAIT.evaluation_questions), **settings}
-    return evaluate(model, TRAIT, judge, interventions=done, at=at, progress=False, **settings).summary()
+    return evaluate(model, TRAIT, judge=judge, interventions=done, at=at, progress=False, **settings).summary()
 
 
 def test_a_row_stands_for_each_intervention(cli, model, vectors, run):
@@ -102,7 +102,7 @@ def test_an_adapter_is_on_the_model_while_it_answers_and_off_its_judge(cli, mode
     judge = calibrated_judge(model, TRAIT, run, max_new_tokens=6, progress=False)
     with adapted(model, adapter):
         found = evaluate(
-            model, TRAIT, judge, questions=list(TRAIT.evaluation_questions), max_new_tokens=6, progress=False
+            model, TRAIT, judge=judge, questions=list(TRAIT.evaluation_questions), max_new_tokens=6, progress=False
         )
     [row] = json.loads(out)
     assert code == 0, err

@@ -216,7 +216,7 @@ def test_an_experiment_samples_judges_and_draws(cli, model, vectors, tmp_path, m
     from persona_lens.extraction import pipeline
     from persona_lens.monitoring.experiment import MonitoringExperiment
     from tests.evaluation_cases import TRAIT
-    from tests.test_monitoring_experiment import LengthJudge
+    from tests.monitoring_cases import LengthJudge
 
     monkeypatch.setattr(pipeline, "calibrated_judge", lambda *_, **__: LengthJudge())
     eight = tuple(f"Be kind, {number}." for number in range(8))

@@ -74,7 +74,7 @@ def test_a_computed_sweep_and_its_confirmation_are_reported(tiny_bridge, tiny_hf
     from persona_lens import dose_response, select_layer
 
     vectors, judge = planted_vectors(tiny_bridge, tiny_hf_model), LetterJudge("z")
-    choices = {"judge": judge, "output": tmp_path, **SHORT}
+    choices = {"judge": judge, "output_dir": tmp_path, **SHORT}
     vectors.save(tmp_path / "vectors.safetensors")
     sweep = select_layer(tiny_bridge, vectors, TRAIT, layers=[1, 3], coefficients=(1.0, 4.0), **choices)
     dose_response(tiny_bridge, vectors.at(3), TRAIT, coefficients=(-1.0, 1.0), random=1, **choices)

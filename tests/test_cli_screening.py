@@ -8,7 +8,7 @@ import torch
 
 from persona_lens.judges.classifier import TextClassifier
 from persona_lens.monitoring.thresholds import load_thresholds
-from persona_lens.screening.result import read_screening
+from persona_lens.screening.result import Screening
 from persona_lens.screening.run import screen
 from tests.evaluation_cases import TRAIT
 from tests.finetuning_cli_cases import QUIET, usage_error
@@ -58,7 +58,7 @@ def test_the_numbers_are_those_of_the_library(cli, model, vectors, data, screene
     code, out, err = cli(*screened, "--json")
     assert code == 0, err
     told = json.loads(out)
-    found = screen(model, data, vectors.at(1), output=tmp_path / "same", base="proxy", progress=False)
+    found = screen(model, data, vectors.at(1), output_dir=tmp_path / "same", base="proxy", progress=False)
     assert told["sets"][0]["score"] == pytest.approx(found.dataset_score("chats").value)
     assert told["sets"][0]["n"] == 12
     assert told["counts"]["rejected"] == {"malformed": 1}
@@ -94,7 +94,7 @@ def test_base_responses_are_generated_by_default(cli, data, run, tmp_path):
     )
     assert code == 0, err
     assert json.loads(out)["by"] == "difference"
-    assert max(read_screening(tmp_path / "out").rows["base_tokens"].tolist()) <= 3
+    assert max(Screening.load(tmp_path / "out").rows["base_tokens"].tolist()) <= 3
 
 
 def test_benign_chats_give_the_threshold_which_is_kept_and_counted(cli, screened, tmp_path, vectors):
@@ -124,7 +124,7 @@ def test_shards_say_what_is_missing_and_merge_finishes(cli, screened, tmp_path, 
     assert code == 1
     assert "units are not scored yet" in one_sentence(err)
     assert cli(*screened, "--shard", "1/2")[0] == 0
-    (tmp_path / "out" / "scores.parquet").unlink()
+    (tmp_path / "out" / "summary.json").unlink()
     code, out, err = cli("screen", "--merge", "--output", tmp_path / "out")
     assert code == 0, err
     assert "12 were screened" in out

@@ -27,8 +27,6 @@ from tests.evaluation_cases import (
 from tests.intervention_cases import some_vectors
 from tests.vector_cases import make_vectors
 
-# --- slopes --------------------------------------------------------------------------------------------------------
-
 
 def make_response(cells, random=(), coefficients=(-2.0, 0.0, 1.0, 3.0)):
     """`cells` are scores, or (scores, coherence), one a coefficient; `random` several such lists."""
@@ -71,16 +69,13 @@ def test_slope_and_spearman_are_over_the_coherent_doses_alone():
     assert found.spearman(min_coherence=40.0) == pytest.approx(stats.spearmanr(found.coefficients, means).statistic)
 
 
-def test_a_dose_without_any_score_takes_no_part():
-    found = make_response([CELLS[0], CELLS[1], [None] * 3, CELLS[3]])
-    means = [cell.trait_score.value for cell in found.evaluations]
-    assert found.slope().value == pytest.approx(np.polyfit([-2.0, 0.0, 3.0], means[:2] + means[3:], 1)[0])
-
-
-def test_fewer_than_two_coherent_doses_have_no_slope():
-    found = make_response([(CELLS[0], 10.0), CELLS[1], (CELLS[2], 10.0), (CELLS[3], 10.0)])
-    assert found.slope() == Estimate(None, None, None, 2)
-    assert found.spearman() is None
+def test_doses_without_a_score_or_coherence_take_no_part():
+    response = make_response([CELLS[0], CELLS[1], [None] * 3, CELLS[3]])
+    means = [cell.trait_score.value for cell in response.evaluations]
+    assert response.slope().value == pytest.approx(np.polyfit([-2.0, 0.0, 3.0], means[:2] + means[3:], 1)[0])
+    response = make_response([(CELLS[0], 10.0), CELLS[1], (CELLS[2], 10.0), (CELLS[3], 10.0)])
+    assert (response.slope(), response.spearman()) == (Estimate(None, None, None, 2), None)
+    assert "- points for each 1.0 of the coefficient, Spearman undefined" in str(make_response([[None]] * 4))
 
 
 def test_the_slope_over_one_question_has_no_interval():
@@ -108,42 +103,22 @@ def test_the_table_has_a_row_for_each_dose_and_the_range_of_the_random_direction
     assert make_response(CELLS, [empty]).table().random_mean.isna().all()
 
 
-def test_the_sentence_counts_the_random_directions_that_were_exceeded():
-    text = str(make_response(CELLS, [CELLS[::-1], CELLS, [[None] * 3] * 4]))
-    assert text.startswith(f"grumpy at layer 3: {make_response(CELLS).slope()} points for each 1.0")
-    assert "Spearman 1.00 over coherent doses; it exceeds 1 of 2 random directions of equal norm (made up)" in text
-
-
-def test_a_dose_response_that_is_undefined_can_still_be_read():
-    assert "- points for each 1.0 of the coefficient, Spearman undefined" in str(make_response([[None]] * 4))
-
-
-# --- random directions ---------------------------------------------------------------------------------------------
-
-
 def test_random_directions_have_the_vectors_norm_and_layer():
     vector = make_vectors().at(2)
     for each in random_directions(vector, 5, seed=1):
         assert math.isclose(each.norm, vector.norm, rel_tol=1e-6)
         assert (each.layer, each.residual_norm, each.d_model) == (2, vector.residual_norm, vector.d_model)
-
-
-def test_random_directions_repeat_by_seed_and_differ_from_each_other():
-    vector = make_vectors().at(2)
     one, again, other = (random_directions(vector, 4, seed=seed) for seed in (1, 1, 2))
     assert [each.fingerprint for each in one] == [each.fingerprint for each in again]
     assert len({each.fingerprint for each in [*one, *other]}) == 8
-
-
-# --- runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def respond(tiny_model):
     """A small dose-response of a random direction; what changes from call to call is given."""
 
-    def run(*, judge=None, coefficients=(2.0, -1.0), random=2, **changes):
-        vector = some_vectors(tiny_model).at(1)
+    def run(*, judge=None, coefficients=(2.0, -1.0), random=2, vector=None, **changes):
+        vector = some_vectors(tiny_model).at(1) if vector is None else vector
         settings = {"batch_size": 8, **SHORT, **changes}
         judge = LetterJudge(model=tiny_model) if judge is None else judge
         return dose_response(
@@ -160,7 +135,7 @@ def test_every_dose_is_an_evaluation_under_that_direction(tiny_model, respond):
         [vector, *random_directions(vector, 2)], [found.evaluations, *found.random], strict=True
     ):
         for amount, cell in zip((-1.0, 0.0, 2.0), cells, strict=True):
-            alone = evaluate(tiny_model, TRAIT, LetterJudge(), interventions=[Steer(direction, amount)], **SHORT)
+            alone = evaluate(tiny_model, TRAIT, judge=LetterJudge(), interventions=[Steer(direction, amount)], **SHORT)
             assert judged(cell) == judged(alone)
 
 
@@ -172,19 +147,44 @@ def test_coefficient_0_is_sampled_once_and_shared_by_all_directions(respond):
     assert len(judge.judged) == len(set(judge.judged)) == 2 * (1 + 3)
 
 
-def test_doses_are_relative_to_the_stored_residual_norm(tiny_model):
+def test_a_run_that_was_cut_goes_on_to_the_same_result_and_a_finished_one_samples_nothing(
+    tiny_model, respond, tmp_path, monkeypatch
+):
     vector = replace(some_vectors(tiny_model).at(1), residual_norm=4.0)
-    found = dose_response(tiny_model, vector, TRAIT, judge=LetterJudge(), coefficients=[2.0], random=0, **SHORT)
-    assert found.doses == pytest.approx((0.0, 2 * vector.norm / 4))
+    respond(output_dir=tmp_path, vector=vector, questions=[*TRAIT.evaluation_questions, "Why?"])
+    whole = respond(output_dir=tmp_path, vector=vector)  # the folder holds rows of another question too
+    assert whole.doses == pytest.approx((-vector.norm / 4, 0.0, 2 * vector.norm / 4))
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(files) == {"dose_rollouts.jsonl", "dose_scores.jsonl", "dose_response.json"}
+    cut(tmp_path / "dose_rollouts.jsonl", 0.4)
+    cut(tmp_path / "dose_scores.jsonl", 0.3)
+    assert respond(output_dir=tmp_path, vector=vector) == whole == respond(vector=vector) != respond(seed=2)
+    monkeypatch.setattr(ModelEngine, "answer", lambda *_, **__: pytest.fail("sampled again"))
+    assert respond(output_dir=tmp_path, vector=vector) == whole == DoseResponse.load(tmp_path)
+    record = strict_json(tmp_path / "dose_response.json")
+    assert record["slope"] == whole.slope()._asdict()
+    assert record["random_slopes"] == [slope.value for slope in whole.random_slopes()]
+    assert [row["coefficient"] for row in record["rows"]] == [-1.0, 0.0, 2.0]
+    assert [row["dose"] for row in record["rows"]] == pytest.approx(whole.doses)
 
 
-def test_a_run_repeats_by_its_seed(respond):
-    assert respond(seed=1) == respond(seed=1) != respond(seed=2)
+def test_what_cannot_be_measured_or_read_is_refused(tiny_gpt2, respond, tmp_path):
+    with pytest.raises(FileNotFoundError, match="No dose-response at "):
+        DoseResponse.load(tmp_path)
+    respond(output_dir=tmp_path)
+    file = tmp_path / "dose_response.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match="format version 2, and this persona_lens reads 1"):
+        DoseResponse.load(tmp_path)
+    with pytest.raises(ValueError, match="the judge was calibrated on all 2 questions"):
+        respond(judge=FittedLetterJudge(TRAIT.evaluation_questions))
+    with pytest.raises(ValueError, match=r"the vectors expect d_model 24, and .* has 32"):
+        respond(vector=some_vectors(tiny_gpt2).at(1))
 
 
 def test_another_judge_replaces_the_scores_and_keeps_the_coherence(respond):
     found = respond(judge=LetterJudge(coherence=70.0))
-    again = found.rejudged(LetterJudge("a"), TRAIT, progress=False)
+    again = found.rejudged(TRAIT, judge=LetterJudge("a"), progress=False)
     assert again.judge == "share of a"
     for before, after in zip([found.evaluations, *found.random], [again.evaluations, *again.random], strict=True):
         for old, new in zip(before, after, strict=True):
@@ -212,71 +212,9 @@ def test_a_direction_that_makes_the_model_say_a_letter_has_the_steepest_slope(ti
     assert "it exceeds 5 of 5 random directions" in str(found)
 
 
-def test_a_run_that_was_cut_goes_on_to_the_same_result(respond, tmp_path):
-    whole = respond(output=tmp_path)
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(files) == {"dose_rollouts.jsonl", "dose_scores.jsonl", "dose_response.json"}
-    cut(tmp_path / "dose_rollouts.jsonl", 0.7)
-    cut(tmp_path / "dose_scores.jsonl", 0.4)
-    assert respond(output=tmp_path) == whole == respond()
-    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert {name: found.pop(f"{name}.damaged") != b"" for name in files if name.endswith("jsonl")}  # what was cut
-    assert found == files
-
-
-def test_a_finished_run_samples_nothing_again(respond, tmp_path, monkeypatch):
-    whole = respond(output=tmp_path)
-    monkeypatch.setattr(ModelEngine, "answer", lambda *_, **__: pytest.fail("sampled again"))
-    assert respond(output=tmp_path) == whole
-
-
-def test_the_file_is_strict_json_with_the_numbers_of_the_result(respond, tmp_path):
-    found = respond(output=tmp_path)
-    record = strict_json(tmp_path / "dose_response.json")
-    assert record["slope"] == found.slope()._asdict()
-    assert record["random_slopes"] == [each.value for each in found.random_slopes()]
-    assert [row["coefficient"] for row in record["rows"]] == [-1.0, 0.0, 2.0]
-    assert [row["dose"] for row in record["rows"]] == [None, None, None]  # the residual norm is unknown
-
-
-def test_the_folder_gives_back_the_dose_response(respond, tmp_path):
-    found = respond(output=tmp_path, per_question=2)
-    assert DoseResponse.load(tmp_path) == found
-
-
-def test_the_folder_of_a_run_on_fewer_questions_gives_back_that_one(respond, tmp_path):
-    respond(output=tmp_path, questions=[*TRAIT.evaluation_questions, "Why?"])
-    found = respond(output=tmp_path)
-    assert DoseResponse.load(tmp_path) == found
-
-
-def test_a_folder_without_a_dose_response_says_how_to_make_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No dose-response in .*: make one with `persona-lens select-layer`"):
-        DoseResponse.load(tmp_path)
-
-
-def test_a_damaged_dose_response_is_an_error(respond, tmp_path):
-    respond(output=tmp_path)
-    file = tmp_path / "dose_response.json"
-    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(ValueError, match="format version 2, this persona_lens reads 1"):
-        DoseResponse.load(tmp_path)
-
-
 def test_a_result_without_any_score_is_strict_json_too(respond, tmp_path, monkeypatch):
     monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: frozenset(range(320)))
-    respond(output=tmp_path)
+    respond(output_dir=tmp_path)
     record = strict_json(tmp_path / "dose_response.json")
     assert (record["slope"]["value"], record["spearman"]) == (None, None)
     assert [row["trait_score"] for row in record["rows"]] == [None] * 3
-
-
-def test_a_judge_that_was_fitted_on_every_question_leaves_none(respond):
-    with pytest.raises(ValueError, match="the judge was calibrated on all 2 questions"):
-        respond(judge=FittedLetterJudge(TRAIT.evaluation_questions))
-
-
-def test_a_vector_of_another_model_is_refused(tiny_model, tiny_gpt2):
-    vector = some_vectors(tiny_gpt2).at(1)
-    with pytest.raises(ValueError, match=r"the vectors expect d_model 24, and .* has 32"):
-        dose_response(tiny_model, vector, TRAIT, judge=LetterJudge(), **SHORT)

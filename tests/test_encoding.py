@@ -14,6 +14,7 @@ from persona_lens.judges.likelihood_ratio import loop_words
 from persona_lens.monitoring.projection import monitor
 from persona_lens.monitoring.transcripts import Transcript, chat_segments
 from persona_lens.rollouts.rows import Prompt
+from persona_lens.screening.plan import RowChoice
 from persona_lens.screening.run import screen
 from persona_lens.traits.trait import Trait
 from tests import template_cases
@@ -197,7 +198,12 @@ def test_half_a_character_is_refused_with_its_row_and_message(
         "extract": lambda: extract_from_responses(model, [fine, broken], [fine], trait="evil"),
         "extract, prompt": lambda: extract_from_responses(model, [fine], [asked], trait="evil"),
         "screen": lambda: screen(
-            model, rows, pair_of_vectors(model), output=tmp_path / "run", system_prompt=HALF, base="proxy", **QUIET
+            model,
+            rows,
+            pair_of_vectors(model),
+            output_dir=tmp_path / "run",
+            rows=RowChoice(system_prompt=HALF),
+            **QUIET,
         ),
         "rollout": lambda: prompt(system_prompt=HALF).tokenize(tiny_tokenizer),
         "trait": lambda: Trait(

@@ -12,32 +12,25 @@ from persona_lens.models.structure import identify, resid_post_name
 from tests import naive
 from tests.extraction_cases import QUICK, conversations, stream
 
-# What does not matter
 
-
-def test_how_rows_are_batched_does_not_change_a_vector(tiny_model):
+def test_the_batching_and_order_of_rows_do_not_change_a_vector(tiny_model):
     sides = conversations(1, 9), conversations(2, 7)
     one, other = (extract_from_responses(tiny_model, *sides, token_budget=size, **QUICK) for size in (1, 4096))
     assert naive.relative_error(stream(one), stream(other)) < 1e-5
-
-
-def test_the_order_of_rows_does_not_change_a_vector(tiny_model):
-    positive, negative = conversations(1, 9), conversations(2, 7)
-    one = extract_from_responses(tiny_model, positive, negative, **QUICK)
-    other = extract_from_responses(tiny_model, positive[::-1], negative[3:] + negative[:3], **QUICK)
-    assert naive.relative_error(stream(one), stream(other)) < 1e-5
+    moved = extract_from_responses(tiny_model, sides[0][::-1], sides[1][3:] + sides[1][:3], seed=3, **QUICK)
+    assert naive.relative_error(stream(one), stream(moved)) < 1e-5
+    assert moved.provenance.model == identify(tiny_model)
+    assert moved.provenance.settings["seed"] == 3
+    assert (moved.statistics.n_questions, moved.statistics.n_rows) == (3, 16)
 
 
 def test_longer_neighbours_do_not_change_a_row(tiny_model, tmp_path):
     sides = conversations(1, 3), conversations(2, 3)
     long = Conversation("<|im_start|>" + "How would you run a country? " * 4, tuple(range(50, 130)), "long")
-    extract_from_responses(tiny_model, *sides, spool=tmp_path / "alone.npy", **QUICK)
-    extract_from_responses(tiny_model, [*sides[0], long], sides[1], spool=tmp_path / "beside.npy", **QUICK)
+    extract_from_responses(tiny_model, *sides, spool_file=tmp_path / "alone.npy", **QUICK)
+    extract_from_responses(tiny_model, [*sides[0], long], sides[1], spool_file=tmp_path / "beside.npy", **QUICK)
     alone, beside = (torch.from_numpy(np.load(tmp_path / f"{name}.npy")) for name in ("alone", "beside"))
     assert naive.relative_error(beside[[0, 1, 2, 4, 5, 6]], alone) < 1e-5
-
-
-# What is counted, and what is refused
 
 
 def test_an_empty_response_is_counted_and_never_averaged(tiny_model):
@@ -48,6 +41,8 @@ def test_an_empty_response_is_counted_and_never_averaged(tiny_model):
     assert torch.equal(stream(vectors), stream(whole))
     assert (vectors.counts["positive"], vectors.counts["positive_empty"]) == (6, 3)
     assert (vectors.counts["negative"], vectors.counts["negative_empty"]) == (6, 1)
+    with pytest.raises(ValueError, match=r"evil: no negative responses to average \(3 given, 3 empty"):
+        extract_from_responses(tiny_model, sides[0], empty, **QUICK)
 
 
 def test_plain_texts_are_compared_by_their_last_token(tiny_model):
@@ -64,44 +59,29 @@ def test_plain_texts_are_compared_by_their_last_token(tiny_model):
     assert (vectors.counts["positive"], vectors.counts["positive_empty"]) == (2, 0)
 
 
-def test_a_side_of_empty_responses_is_an_error(tiny_model):
-    empty = [Conversation("<|im_start|>Why?", "")] * 2
-    with pytest.raises(ValueError, match=r"evil: no negative responses to average \(2 given, 2 empty"):
-        extract_from_responses(tiny_model, conversations(1), empty, **QUICK)
-
-
 THOUGHTS = [
     Conversation("<|im_start|>Why?", "<think>Hm.</think>Because."),
     Conversation("<|im_start|>Why?", "<think>Hm"),
 ]
 
 
-def test_an_unclosed_block_is_an_error_with_the_remedy(tiny_model):
-    with pytest.raises(ValueError, match=r"never says '</think>' .* With unclosed='drop' such rows are left out"):
-        extract_from_responses(tiny_model, THOUGHTS, THOUGHTS[:1], after="</think>", **QUICK)
-
-
-def test_an_unclosed_block_can_be_dropped_and_is_counted(tiny_model):
+def test_an_unclosed_block_is_an_error_or_dropped_and_counted(tiny_model):
     vectors = extract_from_responses(tiny_model, THOUGHTS, THOUGHTS[:1], after="</think>", unclosed="drop", **QUICK)
     assert (vectors.counts["positive"], vectors.counts["positive_unclosed"]) == (1, 1)
     assert vectors.counts["negative_unclosed"] == 0
-
-
-def test_a_response_that_ends_with_its_block_is_an_error(tiny_model):
     ended = [Conversation("<|im_start|>Why?", "<think>Hm.</think>")]
     with pytest.raises(ValueError, match=r"evil: 1 responses have no tokens left to average \(after='</think>'\)"):
         extract_from_responses(tiny_model, THOUGHTS[:1], ended, after="</think>", **QUICK)
+    with pytest.raises(ValueError, match=r"never says '</think>' .* With unclosed='drop' such rows are left out"):
+        extract_from_responses(tiny_model, THOUGHTS, THOUGHTS[:1], after="</think>", **QUICK)
 
 
 LONG = Conversation("<|im_start|>Why?", tuple(range(3, 300)), "Why?")
 
 
-def test_a_row_that_is_too_long_is_an_error(tiny_model):
+def test_a_row_that_is_too_long_is_an_error_or_truncated_and_counted(tiny_model):
     with pytest.raises(ValueError, match=r"Row 6 has .* the context holds 256"):
         extract_from_responses(tiny_model, conversations(1), [LONG], **QUICK)
-
-
-def test_a_truncated_row_is_counted_and_is_what_fits(tiny_model):
     kept = 256 - len(LONG.tokenize(tiny_model.tokenizer).prompt)
     short = Conversation(LONG.prompt, LONG.response[:kept], LONG.question)
     truncated = extract_from_responses(tiny_model, conversations(1), [LONG], too_long="truncate", **QUICK)
@@ -119,32 +99,16 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_layer(tiny_
         extract_from_responses(tiny_model, *sides, **QUICK)
 
 
-# What is left behind
-
-
-def test_row_means_are_spooled_where_asked(tiny_model, tmp_path):
+def test_row_means_are_spooled_where_asked_and_else_no_file_stays(tiny_model, tmp_path, monkeypatch):
     sides = conversations(1, 5), conversations(2, 4)
-    vectors = extract_from_responses(tiny_model, *sides, spool=tmp_path / "new" / "rows.npy", **QUICK)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    extract_from_responses(tiny_model, *sides, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="Cannot write"):
+        extract_from_responses(tiny_model, *sides, spool_file=tmp_path, **QUICK)
+    vectors = extract_from_responses(tiny_model, *sides, spool_file=tmp_path / "new" / "rows.npy", **QUICK)
     rows = np.load(tmp_path / "new" / "rows.npy", mmap_mode="r")
     assert rows.shape == (9, 5, 32)
     assert rows.dtype == np.float32
     difference = rows[:5].mean(axis=0, dtype=np.float64) - rows[5:].mean(axis=0, dtype=np.float64)
     np.testing.assert_allclose(stream(vectors), difference, rtol=1e-6, atol=1e-7)
-
-
-def test_without_a_spool_no_file_stays(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    extract_from_responses(tiny_model, conversations(1), conversations(2), **QUICK)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_spool_that_cannot_be_written_is_refused(tiny_model, tmp_path):
-    with pytest.raises(OSError, match="Cannot write"):
-        extract_from_responses(tiny_model, conversations(1), conversations(2), spool=tmp_path, **QUICK)
-
-
-def test_vectors_remember_their_model_and_settings(tiny_model):
-    vectors = extract_from_responses(tiny_model, conversations(1), conversations(2), seed=3, **QUICK)
-    assert vectors.provenance.model == identify(tiny_model)
-    assert vectors.provenance.settings["seed"] == 3
-    assert (vectors.statistics.n_questions, vectors.statistics.n_rows) == (3, 12)

@@ -16,13 +16,12 @@ from persona_lens.generation.capture import CapturedMeans
 from persona_lens.judges.scores import read_scores
 from persona_lens.rollouts.rows import read_rollouts
 from persona_lens.screening.run import ShardsMissing, screen
-from persona_lens.screening.scores import scored_units
 from persona_lens.storage.files import JsonLines, read_json, write_json, zeros_on_disk
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.evaluation_cases import make_rollout
 from tests.fault_cases import full_disk, mounted
 from tests.processes import child_process
-from tests.screening_cases import QUIET, pair_of_vectors, rows
+from tests.screening_cases import QUIET, assert_same_files, pair_of_vectors, rows
 from tests.vector_cases import make_vectors
 
 ROOT = Path(__file__).parent.parent
@@ -62,24 +61,24 @@ def test_a_screening_on_a_full_disk_goes_on_to_the_same_files(tiny_bridge, tmp_p
     monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 4)
     vectors = pair_of_vectors(tiny_bridge)
     with full_disk(2_000), pytest.raises(OSError, match=r"seen.sqlite \(.*\): free disk space and run again"):
-        screen(tiny_bridge, rows(60), vectors, output=tmp_path / "full", base="proxy", **QUIET)
+        screen(tiny_bridge, rows(60), vectors, output_dir=tmp_path / "full", base="proxy", **QUIET)
     with pytest.raises(ShardsMissing):  # the plan
-        screen(tiny_bridge, rows(60), vectors, output=tmp_path / "full", base="proxy", shard=(999, 1000), **QUIET)
-    before = 0
-    for limit in (2_000, 4_000):
-        with full_disk(limit), pytest.raises(OSError, match=FULL.format("scored.jsonl")):
-            screen(tiny_bridge, rows(60), vectors, output=tmp_path / "full", base="proxy", **QUIET)
-        before, earlier = len(scored_units(tmp_path / "full")), before
-        assert earlier < before < 15
-    screen(tiny_bridge, rows(60), vectors, output=tmp_path / "full", base="proxy", **QUIET)
-    screen(tiny_bridge, rows(60), vectors, output=tmp_path / "whole", base="proxy", **QUIET)
-    for name in ("scored.jsonl", "scores.parquet", "summary.json"):
-        assert (tmp_path / "full" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        screen(tiny_bridge, rows(60), vectors, output_dir=tmp_path / "full", base="proxy", shard=(999, 1000), **QUIET)
+    screen(tiny_bridge, rows(60), vectors, output_dir=tmp_path / "whole", base="proxy", **QUIET)
+    parts = sorted((tmp_path / "whole" / "scores").iterdir())
+    for limit in (2_000, max(part.stat().st_size for part in parts) - 1):
+        with full_disk(limit), pytest.raises(OSError, match=FULL.format(r"unit-\d+.parquet")):
+            screen(tiny_bridge, rows(60), vectors, output_dir=tmp_path / "full", base="proxy", **QUIET)
+        written = sorted((tmp_path / "full" / "scores").iterdir())
+        assert [part.read_bytes() for part in written] == [part.read_bytes() for part in parts[: len(written)]]
+        assert len(written) < len(parts)
+    screen(tiny_bridge, rows(60), vectors, output_dir=tmp_path / "full", base="proxy", **QUIET)
+    assert_same_files(tmp_path / "full", tmp_path / "whole")
 
 
 def test_what_a_killed_screening_left_of_a_file_is_taken_away(tiny_bridge, tmp_path):
     (tmp_path / ".settings.json.4711.unfinished").write_text("{")
-    screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output=tmp_path, base="proxy", **QUIET)
+    screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output_dir=tmp_path, base="proxy", **QUIET)
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
 
 
@@ -105,7 +104,7 @@ def read_only(tmp_path):
 
 def test_a_read_only_folder_is_refused_in_one_sentence(tiny_bridge, read_only):
     with pytest.raises(OSError, match=r"^Cannot write .*read-only.*: .* is not a folder that can be written to\.$"):
-        screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output=read_only / "run", base="proxy", **QUIET)
+        screen(tiny_bridge, rows(4), pair_of_vectors(tiny_bridge), output_dir=read_only / "run", base="proxy", **QUIET)
     with pytest.raises(OSError, match=r"^Cannot write .*rows.jsonl \(Read-only file system\)"):
         JsonLines(read_only / "rows.jsonl").append([{}])
 
@@ -163,7 +162,7 @@ def test_a_cache_with_a_damaged_answer_is_refused_with_its_file(tmp_path):
 def test_a_clock_that_runs_backwards_changes_no_result(tiny_bridge, tmp_path, monkeypatch):
     monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 4)
     vectors = pair_of_vectors(tiny_bridge)
-    screen(tiny_bridge, rows(20), vectors, output=tmp_path / "plain", base="proxy", **QUIET)
+    screen(tiny_bridge, rows(20), vectors, output_dir=tmp_path / "plain", base="proxy", **QUIET)
     now = [time.time()]
 
     def earlier():
@@ -171,12 +170,11 @@ def test_a_clock_that_runs_backwards_changes_no_result(tiny_bridge, tmp_path, mo
         return now[0]
 
     monkeypatch.setattr(time, "time", earlier)
-    screen(tiny_bridge, rows(20), vectors, output=tmp_path / "run", base="proxy", **QUIET)
+    screen(tiny_bridge, rows(20), vectors, output_dir=tmp_path / "run", base="proxy", **QUIET)
     for path in (tmp_path / "run").rglob("*"):
         os.utime(path, (earlier(), earlier()))
-    screen(tiny_bridge, rows(20), vectors, output=tmp_path / "run", base="proxy", **QUIET)
-    for name in ("scored.jsonl", "scores.parquet"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    screen(tiny_bridge, rows(20), vectors, output_dir=tmp_path / "run", base="proxy", **QUIET)
+    assert_same_files(tmp_path / "run", tmp_path / "plain")
 
 
 # Ctrl-C

@@ -14,12 +14,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from persona_lens.chat.batches import ChatTokens
 from persona_lens.clients.requests import ServerError, read_completion
 from persona_lens.evaluation.capability_result import Capability, read_questions
-from persona_lens.extraction.responses import read_messages, read_reference_csv
 from persona_lens.finetuning.dataset import training_chats
 from persona_lens.finetuning.shift import FinetuningShift
 from persona_lens.interop.control_vectors import read_control_vector, write_control_vector
+from persona_lens.interop.responses import read_messages, read_reference_csv
 from persona_lens.interop.sparse_autoencoders import read_sae
 from persona_lens.interop.tensor_files import (
     read_layer_dict,
@@ -41,24 +42,31 @@ from persona_lens.monitoring.thresholds import load_thresholds, save_thresholds
 from persona_lens.monitoring.transcripts import read_transcripts
 from persona_lens.pages.run_folder import findings, read_run
 from persona_lens.rollouts.rows import read_rollouts
-from persona_lens.screening.samples import Turns, stream_samples
-from persona_lens.screening.scores import scored_units
+from persona_lens.screening.batches import (
+    PlannedRow,
+    RowScore,
+    read_files,
+    read_samples,
+    score_file,
+    score_schema,
+    write_scores,
+)
+from persona_lens.screening.samples import Sample, stream_samples
 from persona_lens.storage.files import read_json
 from persona_lens.traits.trait import load_trait, read_reference_trait
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import judge_servers, tiny
+from tests.capability_cases import made as made_capability
 from tests.classifier_cases import fit
 from tests.evaluation_cases import TRAIT, make_rollout
 from tests.finetuning_cases import peft_adapter
 from tests.hostile import Reader, hostile
+from tests.monitoring_cases import drawn, experiment, points
 from tests.report_cases import keep_confirmation, make_run
 from tests.sae_cases import sae_folder
 from tests.screening_cases import chat
 from tests.shift_cases import make_shift
-from tests.test_capability_results import made as made_capability
-from tests.test_monitoring_experiment import experiment, points
 from tests.test_monitoring_plots import monitoring
-from tests.test_thresholds import drawn
 from tests.trait_cases import reference_content
 from tests.vector_cases import make_provenance, make_statistics, make_vectors
 
@@ -104,8 +112,21 @@ def use_reply(path):
 
 
 def use_samples(path):
-    for found in stream_samples({"data": path}, Turns(first=True, needs_base=True)):
+    for found in stream_samples({"data": path}, first_turn=True, needs_base=True):
         str(found).encode()
+
+
+def scored_unit(folder):
+    sample = Sample(0, "chats", "a", 1, ({"role": "user", "content": "Why?"},), "Because.")
+    row = PlannedRow(sample, ChatTokens((5, 6), (7, 8)), wants_base=False, cut=False, group=1, family=0)
+    (folder / "scores").mkdir()
+    write_scores(folder, 0, [row], [RowScore((1.0,), (2.0,))], ["evil@1"])
+    return score_file(folder, 0).read_bytes()
+
+
+def use_scored_unit(path):
+    read_files([path], ["row", "dataset", "evil@1.response"], score_schema(["evil@1"])).to_pandas()
+    assert all(sample.conversation for sample in read_samples([path], [0]))
 
 
 def use_run(path):
@@ -161,7 +182,6 @@ def all_readers(folder):
         "question,prompt,answer,question_id,evil,coherence\nWhy?,<p>,So.,evil_0_pos_1,7,90\nHow?,<p>,,evil_1_pos_0,,\n"
     )
     people = "question,response,score\nWhy?,so it is,40\nHow?,so it is,\n"
-    row = [0, [1.0], [2.0], None, None, None]
     listed = [
         Reader("trait.json", TRAIT.to_json().encode(), load_trait),
         Reader("reference.json", json.dumps(reference_content()).encode(), read_reference_trait),
@@ -189,7 +209,7 @@ def all_readers(folder):
         Reader("messages.jsonl", lines([CHATS[0]]), read_messages),
         Reader("samples.jsonl", lines(CHATS), use_samples),
         Reader("samples.json", json.dumps(CHATS).encode(), use_samples),
-        Reader("scored.jsonl", lines([{"unit": 0, "rows": [row]}]), lambda path: scored_units(path.parent)),
+        Reader("unit-0000000.parquet", scored_unit(folder), use_scored_unit, structured=False),
         Reader("monitoring.jsonl", saved(monitoring(), folder / "m.jsonl"), lambda path: Monitoring.load(path).table()),
         Reader("thresholds.json", thresholds.read_bytes(), lambda path: str(load_thresholds(path.parent))),
         Reader("capability.json", saved(made_capability(), folder / "c.json"), lambda path: str(Capability.load(path))),

@@ -52,7 +52,7 @@ def test_an_extraction_killed_a_few_times_ends_with_the_files_of_an_undisturbed_
     assert_nothing_lost_or_doubled("extraction", tmp_path, kill("extraction", tmp_path, seed=1, kills=3))
 
 
-HIDDEN = (".lock", ".plan.lock", ".rollouts.jsonl.lock", ".scores.jsonl.lock", ".scored.jsonl.lock")
+HIDDEN = (".lock", ".plan.lock", ".rollouts.jsonl.lock", ".scores.jsonl.lock", ".shard-0-of-1.lock")
 
 
 @pytest.mark.soak

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from persona_lens.chat.batches import chat_messages, tokenize_chat
+from persona_lens.chat.batches import RenderedPrompt, chat_messages, render_prompt, tokenize_chat
 from persona_lens.generation import decoding as generation
 from persona_lens.generation.decoding import generate
 from persona_lens.interventions.hooks import intervene, steer
@@ -12,6 +12,7 @@ from persona_lens.monitoring.live import generate_watched, stream_watched
 from persona_lens.monitoring.watch import Safeguard
 from tests import naive, tiny
 from tests.intervention_cases import hooks, some_vectors
+from tests.monitoring_cases import read
 from tests.vector_cases import random_tensor
 
 STEPS = 7
@@ -43,19 +44,12 @@ def taught(hf_model, prompt, tokens, vectors):
     return torch.stack([stream[vector.layer + 1] @ unit for vector, unit in zip(vectors, units, strict=True)], dim=-1)
 
 
-def read(reply):
-    return torch.cat([reply.prompt_projection[None], reply.projections])
-
-
 def assert_taught(replies, hf_model, prompts, vectors, model=None):
     # Hugging Face's Llama turns positions in float32 and HookedTransformer in float64: GPT-2 has none to turn.
     exact = 5e-5 if type(model).__name__ == "HookedTransformer" else 1e-10
     for reply, prompt in zip(replies, prompts, strict=True):
         expected = taught(hf_model, prompt, reply.tokens, vectors)
         torch.testing.assert_close(read(reply), expected, rtol=0, atol=exact)
-
-
-# --- texts and projections -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -118,22 +112,19 @@ def test_what_is_steered_row_by_row_is_read_as_it_is_steered(tiny_model, tiny_hf
             assert_taught([replies[row]], tiny_hf_model, [prompt], vectors, tiny_model)
 
 
-def test_an_ablated_direction_is_read_as_zero(tiny_model, prompts):
+def test_an_ablated_direction_is_read_as_zero_and_an_empty_reply_has_its_prompts_alone(
+    tiny_model, prompts, monkeypatch
+):
     vectors = some_vectors(tiny_model)
     with intervene(tiny_model, Ablate(vectors)):
         replies = generate_watched(tiny_model, prompts, vectors, **OPTIONS)
     assert max(float(read(reply).abs().max()) for reply in replies) < 1e-10
     assert replies[0].projections.shape == (len(replies[0].tokens), 4)
-
-
-def test_a_reply_that_ends_at_once_has_the_prompts_projection_alone(tiny_model, tiny_hf_model, prompts, monkeypatch):
     monkeypatch.setattr(generation, "stop_tokens", lambda _tokenizer: frozenset(range(320)))
-    vectors = watched(tiny_model)
-    replies = generate_watched(tiny_model, prompts, vectors, **OPTIONS)
-    assert [(reply.tokens, reply.projections.shape, reply.mean_projection) for reply in replies] == [
+    ended = generate_watched(tiny_model, prompts, vectors, **OPTIONS)
+    assert [(reply.tokens, reply.projections.shape, reply.mean_projection) for reply in ended] == [
         ((), (0, 4), None)
     ] * 6
-    assert_taught(replies, tiny_hf_model, prompts, vectors, tiny_model)
 
 
 def test_a_reply_that_ended_is_read_no_more_while_it_waits_in_the_batch(tiny_model, prompts, eager_to_stop):
@@ -150,10 +141,6 @@ def test_a_reply_that_ended_is_read_no_more_while_it_waits_in_the_batch(tiny_mod
     assert all(alert.token_index < len(reply.tokens) for reply in replies for alert in reply.alerts)
 
 
-def test_no_prompts_give_no_replies(tiny_model):
-    assert generate_watched(tiny_model, [], some_vectors(tiny_model)) == []
-
-
 def test_the_real_models_projections_are_those_of_its_finished_texts(embedded_bridge, embedded_hf_model):
     tokenizer, options = embedded_bridge.tokenizer, {"max_new_tokens": 6, "seed": 1}
     texts = ["What is the sea?", "How do I say no to a friend who asks too much of me?"]
@@ -166,9 +153,6 @@ def test_the_real_models_projections_are_those_of_its_finished_texts(embedded_br
         norms = torch.stack([stream[vector.layer + 1].norm(dim=-1).mean() for vector in vectors])
         error = (read(reply) - taught(embedded_hf_model, prompt, reply.tokens, vectors)).abs() / norms
         assert float(error.max()) < 1e-4
-
-
-# --- after a marker ------------------------------------------------------------------------------------------------
 
 
 def test_tokens_count_from_the_end_of_the_marker_on(tiny_model, prompts):
@@ -184,6 +168,8 @@ def test_tokens_count_from_the_end_of_the_marker_on(tiny_model, prompts):
         assert reply.counted.tolist() == closed
         first = closed.index(True) if True in closed else None
         assert [alert.token_index for alert in reply.alerts] == ([] if first is None else [first])
+        if first is not None:
+            torch.testing.assert_close(reply.mean_projection, reply.projections[first:].mean(dim=0))
     assert any(reply.alerts for reply in replies)
     assert any(not reply.alerts for reply in replies)
     assert all(torch.equal(read(one), read(other)) for one, other in zip(replies, plain, strict=True))
@@ -196,34 +182,32 @@ def test_a_block_that_the_prompt_closes_is_not_waited_for(tiny_model, prompts):
     )[0]
     assert bool(reply.counted.all())
     assert reply.alerts[0].token_index == -1
-
-
-def test_the_mean_is_over_counted_tokens(tiny_model, prompts):
-    vectors = watched(tiny_model)
-    marker = tiny_model.tokenizer.decode(generate(tiny_model, prompts[:1], **OPTIONS)[0].tokens[2:4])
-    reply = generate_watched(tiny_model, prompts[:1], vectors, after=marker, **OPTIONS)[0]
-    torch.testing.assert_close(reply.mean_projection, reply.projections[4:].mean(dim=0))
-
-
-# --- one token at a time -------------------------------------------------------------------------------------------
+    assert generate_watched(tiny_model, [], vector) == []
+    chat = chat_messages("You are kind.", "Why?")
+    ids = tokenize_chat(tiny_model.tokenizer, chat).prompt
+    text = RenderedPrompt(render_prompt(tiny_model.tokenizer, chat).text, False)
+    forms = generate_watched(tiny_model, [chat, ids, text], vector, temperature=0.0, max_new_tokens=3)
+    assert len({form.tokens for form in forms}) == 1
+    (said, asked) = generate_watched(tiny_model, ["Why?", chat[1:]], vector, temperature=0.0, max_new_tokens=3)
+    assert said.tokens == asked.tokens
+    with pytest.raises(ValueError, match=r"put it into brackets, \[chat\]"):
+        generate_watched(tiny_model, "Why?", vector)
 
 
 def test_a_stream_is_the_reply_token_by_token(tiny_model, prompts, eager_to_stop):
     vectors = watched(tiny_model)
     for prompt, key in zip(prompts, KEYS, strict=True):
+        with intervene(tiny_model, Steer(some_vectors(tiny_model, seed=5), 2.0), at="response"):
+            steered = generate_watched(tiny_model, [prompt], vectors, keys=[key], **OPTIONS)[0]
+            tokens = list(stream_watched(tiny_model, prompt, vectors, key=key, **OPTIONS))
+        assert torch.equal(torch.stack([token.projections for token in tokens]), read(steered))
         reply = generate_watched(tiny_model, [prompt], vectors, keys=[key], **OPTIONS)[0]
         tokens = list(stream_watched(tiny_model, prompt, vectors, key=key, **OPTIONS))
         assert [token.index for token in tokens] == list(range(-1, len(reply.tokens)))
         assert [token.token for token in tokens] == [prompt[-1], *reply.tokens]
         assert "".join(token.text for token in tokens) == reply.text
         assert torch.equal(torch.stack([token.projections for token in tokens]), read(reply))
-
-
-def test_a_stream_takes_messages_as_the_tokens_they_are(tiny_model):
-    messages, vector = chat_messages("You are kind.", "Why?"), some_vectors(tiny_model).at(1)
-    ids = tokenize_chat(tiny_model.tokenizer, messages).prompt
-    for_messages, for_ids = (list(stream_watched(tiny_model, each, vector, **OPTIONS)) for each in (messages, ids))
-    assert [token.token for token in for_messages] == [token.token for token in for_ids]
+        assert not torch.equal(read(reply)[:1], read(steered)[:1])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2])
@@ -256,12 +240,3 @@ def test_two_streams_of_one_model_do_not_read_each_other(tiny_model, prompts):
     for pair, (first, second) in zip(zip(*alone, strict=True), together, strict=True):
         assert torch.equal(first.projections, pair[0].projections)
         assert torch.equal(second.projections, pair[1].projections)
-
-
-def test_a_stream_inside_a_context_is_steered(tiny_model, prompts):
-    vectors, value = watched(tiny_model), Steer(some_vectors(tiny_model, seed=5), 2.0)
-    with intervene(tiny_model, value, at="response"):
-        reply = generate_watched(tiny_model, prompts[:1], vectors, **OPTIONS)[0]
-        tokens = list(stream_watched(tiny_model, prompts[0], vectors, **OPTIONS))
-    assert torch.equal(torch.stack([token.projections for token in tokens]), read(reply))
-    assert reply.tokens != generate(tiny_model, prompts[:1], **OPTIONS)[0].tokens

@@ -67,7 +67,7 @@ def test_rollouts_of_a_server_give_vectors_of_the_model_here(client, optimistic,
         judge=PolarityJudge(),
         per_question=1,
         min_pairs=2,
-        output=tmp_path / "run",
+        output_dir=tmp_path / "run",
         progress=False,
     )
 

@@ -14,7 +14,6 @@ import pytest
 from persona_lens.evaluation.dose_response import dose_response
 from persona_lens.evaluation.evaluate import evaluate
 from persona_lens.evaluation.layer_selection import select_layer
-from persona_lens.experiments.method_ablations import method_ablations
 from persona_lens.extraction.pipeline import extract_persona_vectors
 from persona_lens.judges.scores import score_rollouts
 from persona_lens.replication.run import replicate
@@ -37,17 +36,18 @@ def refused(name, holder):
 @pytest.mark.parametrize(
     "command",
     [
-        lambda model, run: extract_persona_vectors(model, TRAIT, output=run, progress=False),
-        lambda model, run: select_layer(model, some_vectors(model), TRAIT, judge=LetterJudge(), output=run, **SHORT),
-        lambda model, run: dose_response(
-            model, some_vectors(model).at(1), TRAIT, judge=LetterJudge(), output=run, **SHORT
+        lambda model, run: extract_persona_vectors(model, TRAIT, output_dir=run, progress=False),
+        lambda model, run: select_layer(
+            model, some_vectors(model), TRAIT, judge=LetterJudge(), output_dir=run, **SHORT
         ),
-        lambda model, run: evaluate(model, TRAIT, LetterJudge(), output=run, **SHORT),
+        lambda model, run: dose_response(
+            model, some_vectors(model).at(1), TRAIT, judge=LetterJudge(), output_dir=run, **SHORT
+        ),
+        lambda model, run: evaluate(model, TRAIT, judge=LetterJudge(), output_dir=run, **SHORT),
         lambda model, run: train(model, output=run),
         lambda model, run: replicate("embedded", run, model=model, progress=False),
-        lambda model, run: method_ablations(model, TRAIT, run, judge=LetterJudge(), layer=1, output=run),
     ],
-    ids=["extract", "select_layer", "dose_response", "evaluate", "finetune", "replicate", "method_ablations"],
+    ids=["extract", "select_layer", "dose_response", "evaluate", "finetune", "replicate"],
 )
 def test_a_folder_that_another_process_writes_is_refused_and_left_alone(tiny_bridge, tmp_path, command):
     with another_process(tmp_path / "run" / ".lock") as holder:
@@ -184,7 +184,7 @@ def test_a_file_system_without_locks_is_said_in_one_warning_and_the_work_goes_on
 def test_a_screening_goes_on_where_the_file_system_has_no_locks(tiny_bridge, tmp_path, no_locks):
     vectors = pair_of_vectors(tiny_bridge)
     with pytest.warns(UserWarning, match="without locks"):
-        found = screen(tiny_bridge, rows(4), vectors, output=tmp_path / "run", base="proxy", **QUIET)
+        found = screen(tiny_bridge, rows(4), vectors, output_dir=tmp_path / "run", base="proxy", **QUIET)
     assert found.counts["planned"] == 4
 
 

@@ -30,7 +30,7 @@ def work(tiny_model, tmp_path):
         return [[float(token) for token in each.tokens] for each in generate(tiny_model, PROMPTS, max_new_tokens=5)]
 
     def screening():
-        found = screen(tiny_model, rows(9), pair_of_vectors(tiny_model), output=tmp_path, max_new_tokens=4, **QUIET)
+        found = screen(tiny_model, rows(9), pair_of_vectors(tiny_model), output_dir=tmp_path, max_new_tokens=4, **QUIET)
         return [found.score("evil").tolist(), found.score("kind").tolist()]
 
     def capability():

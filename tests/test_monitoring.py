@@ -129,9 +129,6 @@ def test_a_window_measures_each_turn_on_the_messages_that_it_kept(tiny_model, ti
     assert found.table()["dropped_messages"].tolist() == [turn.dropped_messages for turn in turns]
 
 
-# --- what runs -----------------------------------------------------------------------------------------------------
-
-
 def test_blocks_above_the_highest_vector_and_the_unembedding_do_not_run(tiny_model):
     ran = counted(tiny_model, lambda: monitor(tiny_model, CHATS[:1], several(tiny_model)[1:2], **QUIET))
     assert ran == {"layer -1": 1, "layer 0": 1, "layer 1": 0, "layer 2": 0, "layer 3": 0, "unembed": 0}
@@ -141,15 +138,6 @@ def test_blocks_above_the_highest_vector_and_the_unembedding_do_not_run(tiny_mod
 def test_all_vectors_and_turns_of_many_chats_share_their_passes(tiny_model, chats, passes):
     ran = counted(tiny_model, lambda: monitor(tiny_model, chats, several(tiny_model), **QUIET))
     assert (ran["layer 2"], ran["layer 3"]) == (passes, 0)
-
-
-def test_an_intervention_above_the_vectors_runs_and_changes_nothing_there(tiny_model):
-    vectors = some_vectors(tiny_model)
-    plain = monitor(tiny_model, CHATS, vectors.at(1), **QUIET)
-    with steer(tiny_model, vectors.at(3), 2.0) as attached:
-        above = monitor(tiny_model, CHATS, vectors.at(1), **QUIET)
-    assert attached.ran == {3}
-    assert above.chats == plain.chats
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -210,9 +198,6 @@ def test_activations_that_are_not_finite_are_an_error(fresh_tiny_model):
         monitor(fresh_tiny_model, CHATS, [vectors.at(0), vectors.at(1)], **QUIET)
 
 
-# --- the embedded model --------------------------------------------------------------------------------------------
-
-
 def test_the_reference_transcripts_are_monitored_turn_by_turn(embedded_bridge, reference_data):
     chats = [
         Transcript(read.messages[:4], read.name)
@@ -234,9 +219,6 @@ def test_a_long_reference_transcript_asks_for_a_window_and_runs_with_one(embedde
     assert table["dropped_messages"].iloc[0] == 0 < table["dropped_messages"].iloc[-1]
 
 
-# --- files and tables -----------------------------------------------------------------------------------------------
-
-
 def test_a_row_that_is_no_chat_is_left_out_counted_and_kept_with_the_result(tiny_model, tmp_path):
     path = tmp_path / "chats.jsonl"
     rows = [{"messages": CHATS[0]}, {"messages": [*CHATS[1], {"role": "user", "content": ""}]}, {"messages": CHATS[2]}]
@@ -244,28 +226,10 @@ def test_a_row_that_is_no_chat_is_left_out_counted_and_kept_with_the_result(tiny
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
     for suffix in (".jsonl", ".parquet"):
         output = tmp_path / f"found{suffix}"
-        found = monitor(tiny_model, path, several(tiny_model), output=output, **QUIET)
+        found = monitor(tiny_model, path, several(tiny_model), output_file=output, **QUIET)
         assert [each.name for each in found.chats] == ["chats:1", "chats:3"]
         assert [(each.row, each.reason[:11]) for each in found.rejected] == [(2, "messages[2]"), (4, "messages[0]")]
         assert "(2 rows could not be read)" in str(found)
         assert Monitoring.load(output) == found
     whole = monitor(tiny_model, [CHATS[0], CHATS[2]], several(tiny_model), **QUIET)
     assert [each.turns for each in found.chats] == [each.turns for each in whole.chats]
-
-
-def test_a_file_without_any_chat_is_refused_with_its_first_reason(tiny_model, tmp_path):
-    path = tmp_path / "chats.jsonl"
-    path.write_text('{"messages": []}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"chats\.jsonl, row 1: A chat needs a user turn"):
-        monitor(tiny_model, path, several(tiny_model), **QUIET)
-
-
-@pytest.mark.parametrize("table", ["pandas", "datasets"])
-def test_tables_are_monitored_as_lists_of_messages_are(tiny_model, table):
-    module = pytest.importorskip(table)
-    rows = [{"id": "a", "messages": CHATS[0]}, {"id": "b", "messages": CHATS[1]}]
-    given = module.DataFrame(rows) if table == "pandas" else module.Dataset.from_list(rows)
-    found = monitor(tiny_model, given, several(tiny_model), **QUIET)
-    plain = monitor(tiny_model, CHATS[:2], several(tiny_model), **QUIET)
-    assert [each.name for each in found.chats] == ["a", "b"]
-    assert [each.turns for each in found.chats] == [each.turns for each in plain.chats]

@@ -1,31 +1,28 @@
 """The monitoring experiments: their conditions, their correlations, and a run from end to end."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
+from persona_lens.monitoring.experiment import (
+    MonitoringExperiment,
+    judged_examples,
+    many_shot,
+    monitoring_experiment,
+    system_prompts,
+)
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.statistics import N_RESAMPLES, question_resamples
+from persona_lens.storage.files import JsonLines
+from persona_lens.traits.trait import load_trait
+from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.evaluation_cases import TRAIT
+from tests.monitoring_cases import LengthJudge, experiment, points
 
 EXAMPLES = [(f"Question {number}?", f"Answer {number}.") for number in range(8)]
-
-
-def points(conditions, questions, projection, score):
-    from persona_lens.monitoring.experiment import Point
-
-    return tuple(
-        Point(name, question, tuple(float(projection(c, q)) * (layer + 1) for layer in range(2)), score(c, q), 1, 1)
-        for c, name in enumerate(conditions)
-        for q, question in enumerate(questions)
-    )
-
-
-def experiment(found, layer=0):
-    from persona_lens.monitoring.experiment import MonitoringExperiment
-
-    return MonitoringExperiment("grumpy", layer, found, {"judge": "by hand"})
 
 
 @pytest.fixture
@@ -55,6 +52,15 @@ def test_the_overall_correlation_is_pearsons_over_all_points(noisy):
     assert found.value == pytest.approx(naive_pearson(rows))
     assert found.n == 18
     assert found.low < found.value < found.high
+    some = experiment(tuple(replace(p, trait_score=None) if i < 2 else p for i, p in enumerate(noisy.points)))
+    assert (some.overall().value, some.overall().n) == (pytest.approx(naive_pearson(rows[2:])), 16)
+    assert "2 points have no score" in str(some)
+    curve = noisy.curve()  # the second layer's projections are twice the first one's
+    assert curve.loc[1, "overall"] == pytest.approx(curve.loc[0, "overall"]) == found.value
+    assert curve.loc[0, "within_low"] < curve.loc[0, "within"] < curve.loc[0, "within_high"]
+    still = experiment(points(["one", "two"], ["a", "b", "c"], lambda c, q: c, lambda c, q: 50.0))
+    assert (still.overall().value, still.within().value) == (None, None)
+    assert "undefined overall, undefined within 0 conditions" in str(still)
 
 
 def test_the_correlation_within_is_the_mean_over_conditions(noisy):
@@ -62,14 +68,11 @@ def test_the_correlation_within_is_the_mean_over_conditions(noisy):
         naive_pearson([(p.projections[0], p.trait_score) for p in noisy.points if p.condition == name])
         for name in noisy.conditions
     ]
-
     assert noisy.within().value == pytest.approx(np.mean(each))
     assert noisy.within().value < noisy.overall().value
 
 
 def test_intervals_resample_questions_and_not_points(noisy):
-    from persona_lens.statistics import N_RESAMPLES, question_resamples
-
     drawn = question_resamples(6, N_RESAMPLES, 0)[:200]
     questions = [f"Question {number}?" for number in range(6)]
     naive = []
@@ -79,7 +82,6 @@ def test_intervals_resample_questions_and_not_points(noisy):
         ]
         naive.append(naive_pearson(rows))
     low, high = np.percentile(naive, [2.5, 97.5])
-
     assert noisy.overall().low == pytest.approx(low, abs=0.02)
     assert noisy.overall().high == pytest.approx(high, abs=0.02)
 
@@ -90,45 +92,8 @@ def test_a_condition_whose_scores_hardly_vary_is_left_out_within(noisy):
         for point in noisy.points
     )
     rest = experiment(tuple(point for point in noisy.points if point.condition != "low"))
-
     assert experiment(flat).within().value == pytest.approx(rest.within().value)
     assert experiment(flat).summary()["conditions_within"] == 2
-
-
-def test_points_without_a_score_are_left_out_and_counted(noisy):
-    some = experiment(tuple(replace(p, trait_score=None) if i < 2 else p for i, p in enumerate(noisy.points)))
-    kept = [(p.projections[0], p.trait_score) for p in noisy.points[2:]]
-
-    assert some.overall().value == pytest.approx(naive_pearson(kept))
-    assert some.overall().n == 16
-    assert "2 points have no score" in str(some)
-
-
-def test_without_spread_there_is_no_correlation():
-    still = experiment(points(["one", "two"], ["a", "b", "c"], lambda c, q: c, lambda c, q: 50.0))
-
-    assert still.overall().value is None
-    assert still.within().value is None
-    assert "undefined overall, undefined within 0 conditions" in str(still)
-
-
-def test_the_curve_has_both_correlations_at_every_layer(noisy):
-    curve = noisy.curve()
-
-    assert list(curve.index) == [0, 1]
-    # The second layer's projections are twice the first one's.
-    assert curve.loc[1, "overall"] == pytest.approx(curve.loc[0, "overall"])
-    assert curve.loc[0, "within_low"] < curve.loc[0, "within"] < curve.loc[0, "within_high"]
-
-
-def test_an_experiment_is_read_back_as_it_was(noisy, tmp_path):
-    from persona_lens.monitoring.experiment import MonitoringExperiment
-
-    noisy.save(tmp_path / "experiment.json")
-    again = MonitoringExperiment.load(tmp_path / "experiment.json")
-
-    assert again == noisy
-    assert again.summary() == noisy.summary()
 
 
 @pytest.mark.parametrize(
@@ -139,25 +104,19 @@ def test_an_experiment_is_read_back_as_it_was(noisy, tmp_path):
         ({"seed": None}, "got None"),
     ],
 )
-def test_a_damaged_experiment_is_refused_with_its_file(noisy, tmp_path, change, words):
-    from persona_lens.monitoring.experiment import MonitoringExperiment
-
+def test_an_experiment_is_read_back_as_it_was_and_a_damaged_one_refused(noisy, tmp_path, change, words):
     path = tmp_path / "experiment.json"
     noisy.save(path)
+    again = MonitoringExperiment.load(path)
+    assert (again, again.summary()) == (noisy, noisy.summary())
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(
-        ValueError, match=rf"experiment.json is not a monitoring experiment \(.*{words}\): run it again"
-    ):
+    with pytest.raises(ValueError, match=rf"experiment.json is not a whole monitoring experiment .*{words}"):
         MonitoringExperiment.load(path)
 
 
 def test_every_question_is_asked_under_each_of_the_eight_prompts():
-    from persona_lens.monitoring.experiment import system_prompts
-    from persona_lens.traits.trait import load_trait
-
     trait = load_trait("optimistic")
     planned = system_prompts(trait, trait.evaluation_questions[:3], per_question=2)
-
     assert len({prompt.key for prompt in planned}) == len(planned) == 8 * 3 * 2
     assert [p.system_prompt for p in planned if p.question == planned[0].question][::2] == list(
         trait.monitoring_prompts
@@ -167,8 +126,6 @@ def test_every_question_is_asked_under_each_of_the_eight_prompts():
 
 
 def test_a_longer_context_begins_with_the_examples_of_a_shorter_one():
-    from persona_lens.monitoring.experiment import many_shot
-
     planned = many_shot(TRAIT, ["Question 0?", "Else?"], EXAMPLES, shots=(0, 3, 6), per_question=1)
     by_count = {prompt.condition: prompt for prompt in planned if prompt.question == "Question 0?"}
 
@@ -183,37 +140,17 @@ def test_a_longer_context_begins_with_the_examples_of_a_shorter_one():
     ("shots", "said"), [((0, 20), "20 examples are wanted and 8 are there"), ((5, 0), "ascending"), ((), "ascending")]
 )
 def test_shots_that_cannot_be_shown_are_refused(shots, said):
-    from persona_lens.monitoring.experiment import many_shot
-
     with pytest.raises(ValueError, match=said):
         many_shot(TRAIT, ["Else?"], EXAMPLES, shots=shots)
 
 
-class LengthJudge:
-    """Scores by the number of letters: real texts, and scores that differ."""
-
-    batch_size = 100
-
-    def name(self, trait):
-        return "length"
-
-    def score(self, trait, rollouts, *, progress=False):
-        from persona_lens.judges.scores import Score
-
-        return [Score(float(len(row.response) % 101), 90.0) for row in rollouts]
-
-
 def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
-    from persona_lens.monitoring.experiment import MonitoringExperiment, many_shot, monitoring_experiment
-    from persona_lens.vectors.persona_vectors import PersonaVectors
-
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(tiny_model.cfg.n_layers, tiny_model.cfg.d_model, generator=generator)
     vectors = PersonaVectors.from_directions(directions, trait="grumpy", model=tiny_model)
     prompts = many_shot(TRAIT, ["Else?", "How?"], EXAMPLES[:3], shots=(0, 2), per_question=3)
-    run = {"judge": LengthJudge(), "layer": 1, "max_new_tokens": 8, "output": tmp_path, "progress": False}
-    found = monitoring_experiment(tiny_model, TRAIT, vectors, prompts, **run)
-
+    run = {"judge": LengthJudge(), "layer": 1, "max_new_tokens": 8, "output_dir": tmp_path, "progress": False}
+    found = monitoring_experiment(tiny_model, vectors, TRAIT, prompts, **run)
     assert [(point.condition, point.question, point.responses) for point in found.points] == [
         ("0 examples", "Else?", 3),
         ("0 examples", "How?", 3),
@@ -227,21 +164,22 @@ def test_projections_are_those_of_each_prompts_last_token(tiny_model, tmp_path):
         expected = [float(vectors.at(layer).project(resid)) for layer, resid in enumerate(last)]
         assert point.projections == pytest.approx(expected, rel=1e-5)
     assert MonitoringExperiment.load(tmp_path / "experiment.json") == found
-    assert monitoring_experiment(tiny_model, TRAIT, vectors, prompts, **run) == found
+    assert monitoring_experiment(tiny_model, vectors, TRAIT, prompts, **run) == found
+    with pytest.raises(ValueError, match="are repeated"):
+        monitoring_experiment(
+            tiny_model, vectors, TRAIT, [*prompts, *prompts], **run | {"output_dir": tmp_path / "twice"}
+        )
+    assert not list((tmp_path / "twice").glob("*.json*"))
 
 
 def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(embedded_bridge):
-    from persona_lens.monitoring.experiment import monitoring_experiment, system_prompts
-    from persona_lens.traits.trait import load_trait
-    from persona_lens.vectors.persona_vectors import PersonaVectors
-
     trait = load_trait("optimistic")
     shape = (embedded_bridge.cfg.n_layers, embedded_bridge.cfg.d_model)
     directions = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     vectors = PersonaVectors.from_directions(directions, trait=trait.name, model=embedded_bridge)
     prompts = system_prompts(trait, trait.evaluation_questions[:2], per_question=1)
     run = {"judge": LengthJudge(), "layer": 22, "max_new_tokens": 8, "progress": False}
-    found = monitoring_experiment(embedded_bridge, trait, vectors, prompts, **run)
+    found = monitoring_experiment(embedded_bridge, vectors, trait, prompts, **run)
 
     at_layer = {round(point.projections[22], 3) for point in found.points}
     assert len(found.points) == len(at_layer) == 16
@@ -249,27 +187,7 @@ def test_the_eight_prompts_of_a_real_trait_are_told_apart_on_the_embedded_model(
     assert set(found.table()["responses"]) == {2}
 
 
-def test_a_prompt_that_stands_twice_is_refused_before_anything_is_sampled(tiny_model, tmp_path):
-    from persona_lens.monitoring.experiment import many_shot, monitoring_experiment
-    from persona_lens.vectors.persona_vectors import PersonaVectors
-
-    directions = torch.ones(tiny_model.cfg.n_layers, tiny_model.cfg.d_model)
-    vectors = PersonaVectors.from_directions(directions, trait="grumpy", model=tiny_model)
-    prompts = many_shot(TRAIT, ["Else?"], EXAMPLES, shots=(0,), per_question=1)
-    with pytest.raises(ValueError, match="some stand twice"):
-        monitoring_experiment(
-            tiny_model, TRAIT, vectors, [*prompts, *prompts], judge=LengthJudge(), layer=1, output=tmp_path
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_examples_are_the_highest_judged_positive_response_to_each_question(tmp_path):
-    from dataclasses import asdict
-
-    from persona_lens.monitoring.experiment import judged_examples
-    from persona_lens.rollouts.rows import Rollout
-    from persona_lens.storage.files import JsonLines
-
     def row(question, sample, polarity="positive"):
         text = f"{question} {sample}"
         return Rollout("grumpy", polarity, 0, "Be so.", question, sample, text, None, "stop", "by hand", 0)

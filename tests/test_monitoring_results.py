@@ -6,6 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from persona_lens.chat.batches import Conversation, RenderedPrompt
 from persona_lens.interventions.hooks import steer
 from persona_lens.monitoring.projection import monitor
 from persona_lens.monitoring.result import Monitoring
@@ -16,10 +17,7 @@ from tests.intervention_cases import some_vectors
 QUIET = {"progress": False}
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_monitored_is_refused_in_words(tiny_model, tmp_path, shapes_unchecked):
+def test_what_cannot_be_monitored_is_refused_in_words(tiny_model, tiny_gpt2, tmp_path, shapes_unchecked):
     vector = some_vectors(tiny_model).at(1)
     with pytest.raises(ValueError, match="nothing to monitor: pass at least one chat"):
         monitor(tiny_model, [], vector, **QUIET)
@@ -29,31 +27,19 @@ def test_what_cannot_be_monitored_is_refused_in_words(tiny_model, tmp_path, shap
         monitor(tiny_model, CHATS, [vector, replace(vector)], **QUIET)
     with pytest.raises(ValueError, match=r"Chat 2: messages\[1\] has role 'critic'"):
         monitor(tiny_model, [CHATS[0], [*CHATS[1][:1], {"role": "critic", "content": "Hm"}]], vector, **QUIET)
+    for rendered in (RenderedPrompt("<|im_start|>user", False), Conversation("<|im_start|>user", "So.")):
+        with pytest.raises(ValueError, match="Chat 1: expected messages, got rendered text"):
+            monitor(tiny_model, [rendered], vector, **QUIET)
     with pytest.raises(ValueError, match=r"pass \[messages\]"):
         monitor(tiny_model, CHATS[0], vector, **QUIET)
     long = Transcript(chat(*["one two three four five six"] * 40), "long")
-    with pytest.raises(ValueError, match=r"long: The chat has \d+ tokens and the model's context holds 256"):
-        monitor(tiny_model, [long], vector, **QUIET)
-
-
-def test_a_vector_of_another_model_is_refused(tiny_model, tiny_gpt2):
     with pytest.raises(ValueError, match="24"):
         monitor(tiny_model, CHATS, some_vectors(tiny_gpt2).at(1), **QUIET)
-
-
-def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(tiny_model, tmp_path):
-    vector = some_vectors(tiny_model).at(1)
-
-    def refused(output, error, words):
-        def work():
-            with pytest.raises(error, match=words):
-                monitor(tiny_model, CHATS, vector, output=output, **QUIET)
-
-        assert counted(tiny_model, work)["layer -1"] == 0
-
-    refused(tmp_path / "a.csv", ValueError, r"\.jsonl or \.parquet")
-    (tmp_path / "folder.jsonl").mkdir()
-    refused(tmp_path / "folder.jsonl", OSError, "it is a folder")
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"chats\.jsonl, row 1: A chat needs a user turn"):
+        monitor(tiny_model, tmp_path / "chats.jsonl", vector, **QUIET)
+    with pytest.raises(ValueError, match=r"long: The chat has \d+ tokens and the model's context holds 256"):
+        monitor(tiny_model, [long], vector, **QUIET)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -66,20 +52,23 @@ def test_a_file_of_something_else_is_not_replaced_by_results(tiny_model, tmp_pat
         pd.DataFrame({"name": ["mine"]}).to_parquet(path)
     before = path.read_bytes()
 
+    (tmp_path / f"folder{suffix}").mkdir()
+
     def work():
         with pytest.raises(ValueError, match="holds something else: expected results of monitoring"):
-            monitor(tiny_model, path if suffix == ".jsonl" else CHATS, vector, output=path, **QUIET)
+            monitor(tiny_model, path if suffix == ".jsonl" else CHATS, vector, output_file=path, **QUIET)
+        with pytest.raises(ValueError, match=r"\.jsonl or \.parquet"):
+            monitor(tiny_model, CHATS, vector, output_file=tmp_path / "a.csv", **QUIET)
+        with pytest.raises(OSError, match="it is a folder"):
+            monitor(tiny_model, CHATS, vector, output_file=tmp_path / f"folder{suffix}", **QUIET)
 
     assert counted(tiny_model, work)["layer -1"] == 0
     assert path.read_bytes() == before
-    mine = monitor(tiny_model, CHATS, vector, output=tmp_path / f"new{suffix}", **QUIET)
-    monitor(tiny_model, CHATS[:1], vector, output=tmp_path / f"new{suffix}", **QUIET)  # results replace results
+    mine = monitor(tiny_model, CHATS, vector, output_file=tmp_path / f"new{suffix}", **QUIET)
+    monitor(tiny_model, CHATS[:1], vector, output_file=tmp_path / f"new{suffix}", **QUIET)  # results replace results
     assert len(Monitoring.load(tmp_path / f"new{suffix}").chats) == 1
     mine.save(path)  # replaces any file of its name, as saving does
     assert len(Monitoring.load(path).chats) == len(CHATS)
-
-
-# --- results -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -91,11 +80,13 @@ def test_results_come_back_from_their_file_as_they_were(tiny_model, tmp_path, su
     chats = [*CHATS, chat("Why?", "<think>")]
     with steer(tiny_model, some_vectors(tiny_model).at(0), 1.0):
         found = monitor(
-            tiny_model, chats, several(tiny_model), tokens=tokens, after="e", window=200, output=path, **QUIET
+            tiny_model, chats, several(tiny_model), tokens=tokens, after="e", window=200, output_file=path, **QUIET
         )
     assert Monitoring.load(path) == found
     assert found.unclosed > 0
     assert found.table().equals(Monitoring.load(path).table())
+    unanswered = monitor(tiny_model, CHATS[3:4], several(tiny_model), output_file=path, **QUIET)
+    assert Monitoring.load(path) == unanswered
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -104,16 +95,10 @@ def test_results_say_which_day_a_template_that_reads_the_clock_was_told(tiny_bri
     assert "template_date" not in plain.to_dict()
     monkeypatch.setattr(tiny_bridge.tokenizer, "chat_template", CLOCKED)
     set_clock(monkeypatch, "2026-11-30")
-    found = monitor(tiny_bridge, CHATS, some_vectors(tiny_bridge).at(1), output=tmp_path / f"m{suffix}", progress=False)
+    found = monitor(
+        tiny_bridge, CHATS, some_vectors(tiny_bridge).at(1), output_file=tmp_path / f"m{suffix}", progress=False
+    )
     assert Monitoring.load(tmp_path / f"m{suffix}").template_date == found.template_date == "2026-11-30"
-
-
-def test_a_file_with_only_unanswered_chats_comes_back(tiny_model, tmp_path):
-    pytest.importorskip("pyarrow")
-    found = monitor(tiny_model, CHATS[3:4], several(tiny_model), **QUIET)
-    for suffix in ("jsonl", "parquet"):
-        found.save(tmp_path / f"a.{suffix}")
-        assert Monitoring.load(tmp_path / f"a.{suffix}") == found
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
@@ -140,7 +125,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 )
 def test_a_file_that_somebody_changed_is_refused(tiny_model, tmp_path, keep, words):
     path = tmp_path / "a.jsonl"
-    monitor(tiny_model, CHATS, several(tiny_model), output=path, **QUIET)
+    monitor(tiny_model, CHATS, several(tiny_model), output_file=path, **QUIET)
     path.write_text("\n".join(keep(path.read_text().splitlines())) + "\n")
     with pytest.raises(ValueError, match=rf"a\.jsonl is damaged: ValueError {words}"):
         Monitoring.load(path)
@@ -161,3 +146,18 @@ def test_the_table_has_a_row_for_each_turn(tiny_model):
     ]
     assert found["kind@2 response"].isna().tolist() == [False, False, True, False, True]
     assert (found["n_tokens"] == 0).tolist() == found["kind@2 response"].isna().tolist()
+
+
+@pytest.mark.parametrize("form", ["pandas", "datasets", "conversations and texts"])
+def test_tables_conversations_and_texts_are_monitored_as_messages_are(tiny_model, form):
+    rows = [{"id": "a", "messages": CHATS[0][:3]}, {"id": "b", "messages": [{"role": "user", "content": "Why?"}]}]
+    if form == "pandas":
+        chats = pd.DataFrame(rows)
+    elif form == "datasets":
+        chats = pytest.importorskip("datasets").Dataset.from_list(rows)
+    else:
+        chats = [Conversation.from_messages(CHATS[0][:3]), "Why?"]
+    found = monitor(tiny_model, chats, several(tiny_model), **QUIET)
+    plain = monitor(tiny_model, [row["messages"] for row in rows], several(tiny_model), **QUIET)
+    assert [chat.name for chat in found.chats] == (["chat 1", "chat 2"] if form.startswith("conv") else ["a", "b"])
+    assert [chat.turns for chat in found.chats] == [chat.turns for chat in plain.chats]

@@ -9,6 +9,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from persona_lens.evaluation.dose_response import dose_response
+from persona_lens.evaluation.evaluate import evaluate
+from persona_lens.evaluation.layer_selection import select_layer
+from persona_lens.extraction.pipeline import extract_persona_vectors, read_examples
+from persona_lens.finetuning.shift import finetuning_shift
+from persona_lens.judges.likelihood_ratio import LikelihoodRatioJudge
+from persona_lens.judges.scores import ScoredRollout
+from persona_lens.monitoring.experiment import monitoring_experiment
+from persona_lens.monitoring.result import Monitoring
+from persona_lens.pages.run_report import write_report
+from persona_lens.replication.run import replicate
+from persona_lens.rollouts.engines import ModelEngine
+from persona_lens.traits.trait import load_trait
+from persona_lens.vectors.persona_vectors import PersonaVectors
+from tests.evaluation_cases import SHORT, TRAIT, LetterJudge, make_rollout
+from tests.intervention_cases import some_vectors
+
 pytestmark = pytest.mark.end_to_end
 
 FILES = {
@@ -31,8 +48,6 @@ def run_pipeline():
 
     The judge's time grows with the square of the pairs, and two are the fewest of which it can leave one out.
     """
-    from persona_lens import LikelihoodRatioJudge, extract_persona_vectors, load_trait
-    from persona_lens.rollouts.engines import ModelEngine
 
     trait = replace(load_trait("evil"), instructions=load_trait("evil").instructions[:2])
 
@@ -41,7 +56,7 @@ def run_pipeline():
         engine = ModelEngine(model, max_new_tokens=12, batch_size=8)
         settings = {"questions": trait.extraction_questions[:4], "per_question": 1, "min_pairs": 2, **choices}
         return extract_persona_vectors(
-            model, trait, judge=judge, engine=engine, output=folder, progress=False, **settings
+            model, trait, judge=judge, engine=engine, output_dir=folder, progress=False, **settings
         )
 
     return run
@@ -58,35 +73,33 @@ def lines(path):
     return sorted(path.read_text().splitlines())
 
 
-def test_a_run_leaves_every_file_that_it_promises(finished):
-    folder, _ = finished
+def test_a_run_leaves_every_file_that_it_promises_with_the_numbers_of_its_result(
+    embedded_model, finished, run_pipeline, tmp_path
+):
+    folder, vectors = finished
     assert {path.name for path in folder.iterdir()} == FILES
-
-
-def test_the_saved_vectors_are_the_returned_ones(finished):
-    from persona_lens import PersonaVectors
-
-    folder, vectors = finished
     assert torch.equal(PersonaVectors.load(folder / "vectors.safetensors").directions, vectors.directions)
-
-
-def test_the_summary_accounts_for_every_pair(finished):
-    folder, vectors = finished
     pairs = json.loads((folder / "summary.json").read_text())["pairs"]
     assert pairs["pairs"] == 4 * 2
     assert pairs["kept"] + sum(pairs["dropped"].values()) == pairs["pairs"]
     assert vectors.counts["positive"] == vectors.counts["negative"] == pairs["kept"]
-
-
-def test_the_run_has_a_page(finished, tmp_path):
-    from persona_lens import write_report
-
-    folder, vectors = finished
+    statistics = vectors.statistics
+    best = int(statistics.held_out_auc.argmax())
+    assert statistics.held_out_auc[best] > 0.6
+    assert statistics.held_out_auc_low[best] <= statistics.held_out_auc[best]
     page = write_report(folder, tmp_path / "page.html").read_text(encoding="utf-8")
-    pairs = json.loads((folder / "summary.json").read_text())["pairs"]
     assert f"{pairs['kept']} of {pairs['pairs']}" in page
     assert vectors.provenance.model.weights_hash in page
     assert page.count("<b class=kept>") == min(3, pairs["kept"])
+    with pytest.raises(ValueError, match="another seed"):
+        run_pipeline(embedded_model, folder, seed=1)
+    with pytest.raises(ValueError, match=r"pairs kept .*; at least 9 needed\. Sample more rollouts"):
+        run_pipeline(embedded_model, folder, min_pairs=9)
+
+
+def test_vectors_of_one_class_belong_to_the_other(both_classes, finished, load_embedded_model):
+    for model_class in ("TransformerBridge", "HookedTransformer"):
+        assert finished[1].check(load_embedded_model(model_class)) == "same"
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_rows_scores_and_vectors(
@@ -107,54 +120,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_rows_scores_and_vectors(
     assert torch.equal(again.directions, vectors.directions)
 
 
-def test_a_folder_with_another_seed_is_refused(embedded_model, finished, run_pipeline):
-    folder, _ = finished
-    with pytest.raises(ValueError, match="another seed"):
-        run_pipeline(embedded_model, folder, seed=1)
-
-
 def test_a_folder_with_another_trait_is_refused_and_left_alone(tiny_model, tmp_path):
-    from persona_lens import extract_persona_vectors, load_trait
 
     load_trait("humorous").save(tmp_path / "trait.json")
     before = (tmp_path / "trait.json").read_bytes()
     with pytest.raises(ValueError, match=r"trait\.json is another trait than this run's 'evil': choose another output"):
-        extract_persona_vectors(tiny_model, "evil", output=tmp_path, progress=False)
+        extract_persona_vectors(tiny_model, "evil", output_dir=tmp_path, progress=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"trait.json": before}
 
 
-def test_too_few_kept_pairs_are_an_error_with_the_remedy(embedded_model, finished, run_pipeline):
-    folder, _ = finished
-    with pytest.raises(ValueError, match=r"pairs kept .*; at least 9 needed\. Sample more rollouts"):
-        run_pipeline(embedded_model, folder, min_pairs=9)
-
-
-def test_vectors_of_one_class_belong_to_the_other(both_classes, finished, load_embedded_model):
-    _, vectors = finished
-    for model_class in ("TransformerBridge", "HookedTransformer"):
-        assert vectors.check(load_embedded_model(model_class)) == "same"
-
-
-def test_the_evil_direction_separates_held_out_questions_better_than_chance(finished):
-    _, vectors = finished
-    best = int(vectors.statistics.held_out_auc.argmax())
-    assert vectors.statistics.held_out_auc[best] > 0.6
-    assert vectors.statistics.held_out_auc_low[best] <= vectors.statistics.held_out_auc[best]
-
-
-def test_the_plan_counts_what_will_be_spent():
-    from persona_lens.extraction.pipeline import ExtractionPlan
-
-    text = str(ExtractionPlan("evil", "a model", rollouts=40, calibration_rollouts=26, max_new_tokens=12))
-    assert "40 rollouts and 26 to calibrate the judge, at most 792 sampled tokens; 40 judgements" in text
-
-
 def test_a_response_beyond_the_context_is_left_out_of_the_examples(tiny_model, tmp_path):
-    from persona_lens.extraction.pipeline import read_examples
-    from persona_lens.judges.scores import ScoredRollout
-    from persona_lens.monitoring.result import Monitoring
-    from tests.evaluation_cases import make_rollout
-    from tests.intervention_cases import some_vectors
 
     words = "yes " * 2 * tiny_model.cfg.n_ctx
     short, long = make_rollout("Why?", 0), replace(make_rollout("Why?", 1), response=words, response_tokens=None)
@@ -169,9 +144,6 @@ def test_a_response_beyond_the_context_is_left_out_of_the_examples(tiny_model, t
     "name", ["summary.json", "vectors.safetensors", "example_tokens.jsonl", "row_means.npy", "evaluation.json"]
 )
 def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_bridge, tmp_path, name):
-    from persona_lens.evaluation.evaluate import evaluate
-    from persona_lens.extraction.pipeline import extract_persona_vectors
-    from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
 
     file = tmp_path / name
     if name.endswith(".npy"):
@@ -184,9 +156,9 @@ def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_brid
 
     def run():
         if name == "evaluation.json":
-            evaluate(tiny_bridge, TRAIT, LetterJudge(), output=tmp_path, **SHORT)
+            evaluate(tiny_bridge, TRAIT, judge=LetterJudge(), output_dir=tmp_path, **SHORT)
         else:
-            extract_persona_vectors(tiny_bridge, TRAIT, output=tmp_path, progress=False)
+            extract_persona_vectors(tiny_bridge, TRAIT, output_dir=tmp_path, progress=False)
 
     with pytest.raises(ValueError, match=f"{name} holds something else"):
         run()
@@ -197,23 +169,18 @@ def test_a_file_of_the_users_by_the_name_of_a_result_is_left_as_it_was(tiny_brid
     "name", ["layer_sweep.json", "dose_response.json", "experiment.json", "shift.json", "preset.json"]
 )
 def test_an_experiment_replaces_no_result_of_something_else(tiny_bridge, tmp_path, name):
-    from persona_lens.evaluation.dose_response import dose_response
-    from persona_lens.evaluation.layer_selection import select_layer
-    from persona_lens.finetuning.shift import finetuning_shift
-    from persona_lens.monitoring import experiment as monitoring
-    from persona_lens.replication.run import replicate
-    from tests.evaluation_cases import SHORT, TRAIT, LetterJudge
-    from tests.intervention_cases import some_vectors
 
     vectors, judge = some_vectors(tiny_bridge), LetterJudge()
     (tmp_path / name).write_text('{"mine": 1}')
     runs = {
-        "layer_sweep.json": lambda: select_layer(tiny_bridge, vectors, TRAIT, judge=judge, output=tmp_path, **SHORT),
-        "dose_response.json": lambda: dose_response(
-            tiny_bridge, vectors.at(1), TRAIT, judge=judge, output=tmp_path, **SHORT
+        "layer_sweep.json": lambda: select_layer(
+            tiny_bridge, vectors, TRAIT, judge=judge, output_dir=tmp_path, **SHORT
         ),
-        "experiment.json": lambda: monitoring.monitoring_experiment(
-            tiny_bridge, TRAIT, vectors, [], judge=judge, layer=1, output=tmp_path
+        "dose_response.json": lambda: dose_response(
+            tiny_bridge, vectors.at(1), TRAIT, judge=judge, output_dir=tmp_path, **SHORT
+        ),
+        "experiment.json": lambda: monitoring_experiment(
+            tiny_bridge, vectors, TRAIT, [], judge=judge, layer=1, output_dir=tmp_path
         ),
         "shift.json": lambda: finetuning_shift(tiny_bridge, tiny_bridge, ["Why?"], vectors, output=tmp_path / name),
         "preset.json": lambda: replicate("embedded", tmp_path, model=tiny_bridge, progress=False),

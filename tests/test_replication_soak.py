@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import child_process
-from tests.replication_cases import values
+from tests.replication_cases import bring_sets, values
 
 PROGRAM = """
 import sys
@@ -31,7 +31,7 @@ tokenizer = tiny.tokenizer(folder.with_suffix(".tokenizer"))
 model = bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
 print("begun", flush=True)
 preset = Preset.model_validate_json(Path(sys.argv[1]).read_text())
-sys.exit(3 if replicate(preset, folder, model=model, progress=False).failures else 0)
+sys.exit(3 if replicate(preset, folder, model=model, data=folder.parent, progress=False).failures else 0)
 """
 KILLS = 10
 
@@ -39,6 +39,7 @@ KILLS = 10
 @pytest.mark.soak
 def test_a_replication_that_is_killed_ten_times_ends_in_an_equal_report(tmp_path):
     pytest.importorskip("peft")
+    bring_sets(tmp_path)
     preset = tmp_path / "preset.json"
     preset.write_text(json.dumps(values(tmp_path)), encoding="utf-8")
 

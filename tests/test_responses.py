@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from persona_lens.extraction.responses import pair_by_row, read_messages, read_reference_csv
+from persona_lens.interop.responses import pair_by_row, read_messages, read_reference_csv
 
 COLUMNS = ["question", "prompt", "answer", "question_id", "evil", "coherence"]
 ROW = {
@@ -50,7 +50,7 @@ def reference_pair(reference_data):
     return [read_reference_csv(folder / f"qwen3-4b_evil_{side}.csv", "evil") for side in ("pos", "neg")]
 
 
-def test_the_reference_files_have_a_hundred_judged_rows_each(reference_pair):
+def test_the_reference_files_have_a_hundred_judged_rows_each(reference_data, reference_pair):
     assert [len(side) for side in reference_pair] == [100, 100]
     for row in [*reference_pair[0], *reference_pair[1]]:
         assert row.conversation.prompt.startswith("<|im_start|>system\n")
@@ -58,28 +58,15 @@ def test_the_reference_files_have_a_hundred_judged_rows_each(reference_pair):
         assert 0 <= row.trait_score <= 100
         assert 0 <= row.coherence <= 100
         assert not row.is_empty
-
-
-def test_the_reference_files_pair_by_row_and_by_instruction(reference_pair):
-    pairs = pair_by_row(*reference_pair)
-    assert len(pairs) == 100
-    for positive, negative in pairs:
+    for positive, negative in pair_by_row(*reference_pair):
         assert positive.conversation.question == negative.conversation.question
         assert positive.conversation.instruction == negative.conversation.instruction
-
-
-def test_the_reference_files_cover_four_questions_under_five_instructions(reference_pair):
     for side in reference_pair:
         cells = {(row.conversation.question, row.conversation.instruction) for row in side}
-        assert len(cells) == 20
-        assert {instruction for _, instruction in cells} == set("01234")
-
-
-def test_the_reference_baseline_has_no_instruction(reference_data):
-    path = reference_data / "reference_rollouts" / "qwen2.5-7b-instruct_evil_baseline.csv"
-    rows = read_reference_csv(path, "evil")
-    assert len(rows) == 200
-    assert {row.conversation.instruction for row in rows} == {""}
+        assert (len(cells), {instruction for _, instruction in cells}) == (20, set("01234"))
+    baseline = reference_data / "reference_rollouts" / "qwen2.5-7b-instruct_evil_baseline.csv"
+    rows = read_reference_csv(baseline, "evil")
+    assert (len(rows), {row.conversation.instruction for row in rows}) == (200, {""})
 
 
 def test_a_row_is_taken_verbatim(write_csv):
@@ -88,12 +75,12 @@ def test_a_row_is_taken_verbatim(write_csv):
     assert (conversation.prompt, conversation.response) == (ROW["prompt"], ROW["answer"])
     assert (conversation.question, conversation.instruction) == ("Why?", "3")
     assert (row.trait_score, row.coherence) == (92.5, 88.0)
-
-
-@pytest.mark.parametrize("text", ["NA", "None", "null", "nan"])
-def test_an_answer_that_looks_like_a_missing_value_is_an_answer(write_csv, text):
-    (row,) = read_reference_csv(write_csv({"answer": text}), "evil")
-    assert row.conversation.response == text
+    for text in ("NA", "None", "null", "nan"):  # an answer that looks like a missing value is an answer
+        (row,) = read_reference_csv(write_csv({"answer": text}), "evil")
+        assert row.conversation.response == text
+    for text, score in (("0", 0.0), ("0.0", 0.0), ("100.00000000000001", 100.0), ("-1e-14", 0.0)):
+        (row,) = read_reference_csv(write_csv({"evil": text, "coherence": text}), "evil")
+        assert (row.trait_score, row.coherence) == (score, score)
 
 
 @pytest.mark.parametrize("text", ["", " ", "nan", "None", "REFUSAL"])
@@ -101,18 +88,6 @@ def test_an_empty_score_is_missing_and_not_zero(write_csv, text):
     one, other = read_reference_csv(write_csv({"evil": text}, {"coherence": text}), "evil")
     assert (one.trait_score, one.coherence) == (None, 88.0)
     assert (other.trait_score, other.coherence) == (92.5, None)
-
-
-def test_a_score_of_zero_is_zero(write_csv):
-    (row,) = read_reference_csv(write_csv({"evil": "0", "coherence": "0.0"}), "evil")
-    assert (row.trait_score, row.coherence) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(("text", "score"), [("100.00000000000001", 100.0), ("-1e-14", 0.0)])
-@pytest.mark.parametrize("column", ["evil", "coherence"])
-def test_a_score_that_rounding_moved_off_the_scale_is_its_end(write_csv, column, text, score):
-    (row,) = read_reference_csv(write_csv({column: text}), "evil")
-    assert {"evil": row.trait_score, "coherence": row.coherence}[column] == score
 
 
 @pytest.mark.parametrize("text", ["100.1", "100.5", "-1", "inf", "high"])
@@ -131,11 +106,6 @@ def test_a_missing_column_is_named(write_csv, column):
         read_reference_csv(path, "evil")
 
 
-def test_the_trait_names_the_column_of_its_score(write_csv):
-    with pytest.raises(ValueError, match="has no column 'optimistic'"):
-        read_reference_csv(write_csv({}), "optimistic")
-
-
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'a,b\n"1,2\n3,4,5,6,7\n'])
 def test_a_file_that_is_no_csv_is_refused(tmp_path, content):
     path = tmp_path / "broken.csv"
@@ -150,13 +120,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path, read):
         read(tmp_path / "absent")
 
 
-def test_sides_of_different_length_do_not_pair(write_csv):
+def test_sides_of_different_length_or_questions_do_not_pair(write_csv):
     rows = read_reference_csv(write_csv({}, {}), "evil")
     with pytest.raises(ValueError, match=r"do not match: 2 positive and 1 negative rows\. They pair by row"):
         pair_by_row(rows, rows[:1])
-
-
-def test_sides_that_ask_different_questions_do_not_pair(write_csv):
     positive = read_reference_csv(write_csv({}, {"question": "How?"}), "evil")
     negative = read_reference_csv(write_csv({}, {"question": "When?"}), "evil")
     with pytest.raises(ValueError, match=r"row 2 asks 'How\?' on the positive side and 'When\?' on the negative one"):
@@ -175,12 +142,7 @@ CHAT = [
 def test_messages_are_a_prompt_and_the_last_turn_as_response(write_lines):
     (row,) = read_messages(write_lines({"messages": CHAT, "id": 7}))
     assert list(row.prompt) == CHAT[:-1]
-    assert row.response == "Because."
-
-
-def test_rows_of_messages_are_grouped_by_last_question_and_system_turn(write_lines):
-    (row,) = read_messages(write_lines({"messages": CHAT}))
-    assert (row.question, row.instruction) == ("Why?", "Be brief.")
+    assert (row.response, row.question, row.instruction) == ("Because.", "Why?", "Be brief.")
 
 
 @pytest.mark.parametrize(
@@ -197,9 +159,6 @@ def test_rows_of_messages_are_grouped_by_last_question_and_system_turn(write_lin
 def test_a_line_without_such_messages_is_named(write_lines, row):
     with pytest.raises(ValueError, match=r"chats\.jsonl, line 2: expected .*messages.* ending with the assistant's"):
         read_messages(write_lines({"messages": CHAT}, row))
-
-
-@pytest.mark.parametrize("line", ["{not json\n", "[1, 2]\n"])
-def test_a_line_that_is_no_object_is_named(write_lines, line):
-    with pytest.raises(ValueError, match=r"chats\.jsonl, line 2: expected a JSON object"):
-        read_messages(write_lines({"messages": CHAT}, line))
+    for line in ("{not json\n", "[1, 2]\n"):
+        with pytest.raises(ValueError, match=r"chats\.jsonl, line 2: expected a JSON object"):
+            read_messages(write_lines({"messages": CHAT}, line))

@@ -356,9 +356,9 @@ def test_all_files_of_a_run_are_of_the_day_of_its_first_one(clocked, tmp_path, m
     settings = {"max_new_tokens": 4, "progress": False}
     sample_rollouts(clocked, TRAIT, output_file=tmp_path / "calibration_rollouts.jsonl", **SHORT)
     set_clock(monkeypatch, "2026-12-01")
-    found = evaluate(clocked, TRAIT, LetterJudge(), output=tmp_path, **settings)
+    found = evaluate(clocked, TRAIT, judge=LetterJudge(), output_dir=tmp_path, **settings)
     assert {row.rollout.date for row in found.scored} == {"2026-11-30"}
-    found = evaluate(clocked, TRAIT, LetterJudge(), output=tmp_path / "another", **settings)
+    found = evaluate(clocked, TRAIT, judge=LetterJudge(), output_dir=tmp_path / "another", **settings)
     assert {row.rollout.date for row in found.scored} == {"2026-12-01"}
 
 

@@ -16,6 +16,7 @@ from persona_lens.monitoring.watch import Alert, Safeguard
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import naive, tiny
 from tests.intervention_cases import hooks, some_vectors
+from tests.monitoring_cases import read
 from tests.vector_cases import random_tensor
 
 KEYS = [f"row {index}" for index in range(6)]
@@ -39,10 +40,6 @@ def other(tiny_model):
     return some_vectors(tiny_model, "kind", seed=1)
 
 
-def read(reply):
-    return torch.cat([reply.prompt_projection[None], reply.projections])
-
-
 def alike(one, another):
     return one.tokens == another.tokens and torch.equal(read(one), read(another))
 
@@ -57,9 +54,6 @@ def middle(replies):
     """A threshold that some replies pass in their middle and some never."""
     peaks = sorted(float(reply.projections[:-2].max()) for reply in replies)
     return (peaks[1] + peaks[2]) / 2
-
-
-# --- the very next token -------------------------------------------------------------------------------------------
 
 
 def test_the_intervention_acts_on_the_very_next_token_as_if_attached_by_hand(
@@ -123,18 +117,18 @@ def test_only_the_replies_that_set_it_off_change(tiny_model, prompts, vectors, o
         torch.testing.assert_close(read(alone), read(reply), rtol=0, atol=1e-9)
 
 
-def test_a_safeguard_that_never_fires_leaves_everything_bit_equal(tiny_model, prompts, vectors, other):
-    plain = generate_watched(tiny_model, prompts, vectors, **SAMPLED)
-    guard = Safeguard(vectors.at(1), 1e9, Steer(other, 30.0))
-    found = generate_watched(tiny_model, prompts, vectors, safeguards=[guard], **SAMPLED)
-    assert all(alike(one, another) for one, another in zip(found, plain, strict=True))
-
-
-def test_an_alert_alone_leaves_everything_bit_equal(tiny_model, prompts, vectors):
+def test_what_never_fires_or_only_alerts_leaves_everything_bit_equal(tiny_model, prompts, vectors, other):
     plain = generate_watched(tiny_model, prompts, vectors, **SAMPLED)
     guards = [Safeguard(vectors.at(1), 0.0), Safeguard(vectors.at(3), 0.0, direction="below")]
-    found = generate_watched(tiny_model, prompts, vectors, safeguards=guards, **SAMPLED)
-    assert all(alike(one, another) for one, another in zip(found, plain, strict=True))
+    idle = [
+        [Safeguard(vectors.at(1), 1e9, Steer(other, 30.0))],
+        [Safeguard(vectors.at(1), -1e9, Steer(other.at(3), 30.0, when=When(other.at(3), above=1e9)))],
+        guards,
+    ]
+    found = plain
+    for safeguards in idle:
+        found = generate_watched(tiny_model, prompts, vectors, safeguards=safeguards, **SAMPLED)
+        assert all(alike(one, another) for one, another in zip(found, plain, strict=True))
     for reply in found:
         below = [value < 0 for value in read(reply)[:, 3].tolist()]
         expected = [(1, first_past(reply, 0.0, column=1)), (3, below.index(True) - 1 if True in below else None)]
@@ -157,23 +151,10 @@ def test_several_safeguards_act_each_from_its_own_token_on(tiny_model, prompts, 
         assert both or reply.tokens == single.tokens
 
 
-def test_a_condition_of_its_intervention_still_holds(tiny_model, prompts, vectors, other):
-    never = Steer(other.at(3), 30.0, when=When(other.at(3), above=1e9))
-    plain = generate_watched(tiny_model, prompts, vectors.at(1), **SAMPLED)
-    found = generate_watched(
-        tiny_model, prompts, vectors.at(1), safeguards=[Safeguard(vectors.at(1), -1e9, never)], **SAMPLED
-    )
-    assert all(alike(one, another) for one, another in zip(found, plain, strict=True))
-    assert all(reply.alerts for reply in found)
-
-
-# --- the record ----------------------------------------------------------------------------------------------------
-
-
 def test_every_firing_is_a_line_of_the_audit_file(tiny_model, prompts, vectors, other, tmp_path):
     value, path, before = Steer(other.at(3), 3.0), tmp_path / "audit.jsonl", datetime.now(UTC)
     guards = [Safeguard(vectors.at(1), 0.0, value), Safeguard(vectors.at(0), 0.0)]
-    replies = generate_watched(tiny_model, prompts, vectors, safeguards=guards, audit=path, **SAMPLED)
+    replies = generate_watched(tiny_model, prompts, vectors, safeguards=guards, audit_file=path, **SAMPLED)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     of_replies = [alert.to_dict() for reply in replies for alert in reply.alerts]
     assert sorted(lines, key=str) == sorted(of_replies, key=str)
@@ -186,14 +167,9 @@ def test_every_firing_is_a_line_of_the_audit_file(tiny_model, prompts, vectors, 
             assert alert.token_text == tiny_model.tokenizer.decode([alert.token])
             assert alert.projection == float(read(reply)[alert.token_index + 1, alert.layer])
             assert before <= datetime.fromisoformat(alert.time) <= datetime.now(UTC)
-
-
-def test_a_file_that_is_no_audit_is_left_as_it_was(tiny_model, prompts, vectors, tmp_path):
-    path = tmp_path / "audit.json"
     path.write_text('{"mine": 1}')
-    guard = Safeguard(vectors.at(1), 0.0)
-    with pytest.raises(ValueError, match=r"audit.json holds something else: expected rows with time, key"):
-        generate_watched(tiny_model, prompts, vectors.at(1), safeguards=[guard], audit=path, **SAMPLED)
+    with pytest.raises(ValueError, match=r"audit.jsonl holds something else: expected rows with time, key"):
+        generate_watched(tiny_model, prompts, vectors.at(1), safeguards=guards, audit_file=path, **SAMPLED)
     assert path.read_text() == '{"mine": 1}'
 
 
@@ -206,15 +182,12 @@ def test_the_line_is_there_when_the_token_is(tiny_model, prompts, vectors, tmp_p
     guard = Safeguard(vectors.at(1), peak - 1e-6)
     index = read(plain)[:, 0].tolist().index(peak) - 1
     stream = stream_watched(
-        tiny_model, prompts[0], vectors.at(1), safeguards=[guard], audit=path, max_new_tokens=8, seed=3
+        tiny_model, prompts[0], vectors.at(1), safeguards=[guard], audit_file=path, max_new_tokens=8, seed=3
     )
     for token in stream:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) == 1 + (token.index >= index)
         assert bool(token.alerts) == (token.index == index)
-
-
-# --- lifecycle and refusals ----------------------------------------------------------------------------------------
 
 
 class Broken(Steer):
@@ -275,9 +248,6 @@ def test_what_cannot_be_watched_is_refused_before_anything_runs(tiny_model, prom
     capped = [replace(guard, intervention=Cap(vectors.at(1), maximum=bound)) for bound in (1.0, 2.0)]
     with pytest.raises(ValueError, match="These caps conflict"):
         run(tiny_model, prompt, vectors, safeguards=capped)
-
-
-def test_safeguards_may_share_one_cap(tiny_model, prompts, vectors):
-    guards = [Safeguard(vectors.at(layer), -1e9, Cap(vectors.at(3), maximum=0.0)) for layer in (1, 2)]
-    reply = generate_watched(tiny_model, prompts[:1], vectors, safeguards=guards, max_new_tokens=2)[0]
+    shared = [Safeguard(vectors.at(layer), -1e9, Cap(vectors.at(3), maximum=0.0)) for layer in (1, 2)]
+    reply = generate_watched(tiny_model, prompts[:1], vectors, safeguards=shared, max_new_tokens=2)[0]
     assert len(reply.alerts) == 2

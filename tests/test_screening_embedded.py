@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from persona_lens.clients.client import OpenAIClient
-from persona_lens.screening.run import screen
 from persona_lens.vectors.persona_vectors import PersonaVectors
-from tests import naive
-from tests.screening_cases import QUIET, mood_rows, projection, slow_difference, tokens
+from tests.screening_cases import greedy_base, mood_rows, projection, screened, slow_difference, tokens
 
 CLOSE = 2e-3  # float32; the residual stream's norm is about 100
 
@@ -34,7 +32,7 @@ def test_real_rows_have_the_difference_of_the_naive_formula(
     rows = real_rows[-n_rows:]
     others = [row["messages"][-1]["content"] for row in rows]
     given = [{**row, "base_response": others[place - 1]} for place, row in enumerate(rows)]
-    found = screen(embedded_bridge, given, vector, output=tmp_path / "run", base="given", **QUIET)
+    found = screened(embedded_bridge, given, tmp_path, [vector], base="given")
     slow = [slow_difference(embedded_hf_model, tokenizer, row, row["base_response"], vector) for row in given]
     assert found.score().tolist() == pytest.approx(slow, abs=CLOSE)
     proxies = found.score(by="proxy")
@@ -44,28 +42,19 @@ def test_real_rows_have_the_difference_of_the_naive_formula(
         assert proxies.tolist()[row] == pytest.approx(projection(embedded_hf_model, pair, vector) - last, abs=CLOSE)
 
 
-def test_the_base_response_that_is_made_is_the_models_greedy_one(
-    embedded_bridge, embedded_hf_model, real_rows, vector, tmp_path
+@pytest.mark.parametrize("is_served", [False, True])
+def test_the_base_response_is_the_models_greedy_one_or_a_servers(
+    embedded_bridge, embedded_hf_model, llama_server, real_rows, vector, tmp_path, is_served
 ):
-    found = screen(embedded_bridge, real_rows[:3], vector, output=tmp_path / "run", max_new_tokens=8, **QUIET)
+    base = OpenAIClient("smollm2-135m-instruct", base_url=llama_server) if is_served else "generate"
+    screening = screened(embedded_bridge, real_rows[:3], tmp_path, [vector], base=base, max_new_tokens=8)
     tokenizer = embedded_bridge.tokenizer
-    for row, sample in zip(real_rows[:3], found.samples([0, 1, 2]), strict=True):
-        prompt, _ = tokens(tokenizer, row["messages"][:-1], "")
-        said = naive.greedy(embedded_hf_model, prompt, 8, {tokenizer.eos_token_id})
-        assert sample.base_response == tokenizer.decode(said, skip_special_tokens=True)
+    for row, sample in zip(real_rows[:3], screening.samples([0, 1, 2]), strict=True):
+        said = sample.base_response
+        if not is_served:
+            said = greedy_base(embedded_hf_model, tokenizer, row, 8)
+            assert sample.base_response == tokenizer.decode(said, skip_special_tokens=True)
         slow = slow_difference(embedded_hf_model, tokenizer, row, said, vector)
-        assert found.score().tolist()[sample.row] == pytest.approx(slow, abs=CLOSE)
-
-
-def test_a_server_may_give_the_base_responses(
-    embedded_bridge, embedded_hf_model, llama_server, real_rows, vector, tmp_path
-):
-    client = OpenAIClient("smollm2-135m-instruct", base_url=llama_server)
-    choices = {"base": client, "max_new_tokens": 8, **QUIET}
-    found = screen(embedded_bridge, real_rows[:2], vector, output=tmp_path / "run", **choices)
-    for row, sample in zip(real_rows[:2], found.samples([0, 1]), strict=True):
-        assert sample.base_response
-        slow = slow_difference(embedded_hf_model, embedded_bridge.tokenizer, row, sample.base_response, vector)
-        assert found.score().tolist()[sample.row] == pytest.approx(slow, abs=CLOSE)
-    assert found.by == "difference"
-    assert "on the server" in found.base
+        assert screening.score().tolist()[sample.row] == pytest.approx(slow, abs=CLOSE)
+    assert screening.by == "difference"
+    assert ("on the server" in screening.base) == is_served

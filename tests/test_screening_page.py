@@ -196,7 +196,7 @@ def test_several_vectors_need_a_name_and_each_has_its_page(planted):
 
 def test_the_next_step_names_the_files_and_a_split_of_this_vector(planted):
     text = Page(screening_html(ladder(planted))).text
-    for name in ("rejects.jsonl", "scores.parquet", 'vector="evil@1", by="difference")'):
+    for name in ("rejects.jsonl", "Parquet files in scores", 'vector="evil@1", by="difference")'):
         assert re.sub(r"\s+", " ", name) in re.sub(r"\s+", " ", text)
 
 

@@ -1,14 +1,12 @@
 """The picture of a screening has its tables' numbers, stays small for any data set, and draws nothing missing."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas
 import pytest
 
 from persona_lens.plots.screening import plot_screening
 from tests.plot_cases import NASTY, NASTY_AS_TEXT, shown, traces
-from tests.screening_cases import ANSWERS, chat
+from tests.screening_cases import ANSWERS, chat, with_rows
 
 
 def chats(n, start=0):
@@ -30,7 +28,7 @@ def with_scores(found, scores):
     like = found.rows.iloc[[0] * n].reset_index(drop=True)
     own = {"line": range(1, n + 1), "group": range(n), "family": range(n)}
     rows = like.assign(**own, **{"evil@1.response": scores, "evil@1.base": 0.0})
-    return replace(found, rows=rows, datasets=(like["dataset"].iloc[0],))
+    return with_rows(found, rows, (like["dataset"].iloc[0],))
 
 
 def drawn(figure, kind):
@@ -145,7 +143,7 @@ def test_every_row_has_room_for_its_name_and_outline(planted, n):
     found = with_scores(two_sets(planted), np.arange(50.0))
     names = tuple(f"set {number}" for number in range(n))
     rows = pandas.concat([found.rows.assign(dataset=name) for name in names], ignore_index=True)
-    figure = plot_screening(replace(found, rows=rows, datasets=names))
+    figure = plot_screening(with_rows(found, rows, names))
     margin = figure.layout.margin
     assert (figure.layout.height - margin.t - margin.b) / n >= 60
     assert len(figure.layout.annotations) == n

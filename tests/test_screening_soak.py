@@ -1,28 +1,25 @@
 """Screening at size: a million rows with flat memory, and real rows under Ray whose processes are killed."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow.parquet
 import pytest
 
-from persona_lens.screening.plan import make_plan, read_plan
-from persona_lens.screening.planning import Choices, Room
-from persona_lens.screening.run import finish, score_here, score_units, screen
-from persona_lens.screening.scores import scored_units, write_table
-from persona_lens.storage.files import JsonLines
+from persona_lens.screening.batches import scored_units
+from persona_lens.screening.plan import RowChoice, make_plan, read_plan
+from persona_lens.screening.run import finish, score_here, score_units
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests.processes import child_process
-from tests.screening_cases import QUIET, StubScorer, mood_rows
+from tests.screening_cases import QUIET, StubScorer, assert_same_files, mood_rows, screened
 
 N_ROWS = 1_000_000
 # Below what a list of the rows' numbers alone would take: 8 bytes a row are 0.8 MB in 100,000.
@@ -35,26 +32,25 @@ class Memory:
     """Resident memory as rows go by."""
 
     def __init__(self) -> None:
-        self.process, self.rows, self.found = psutil.Process(), [], []
+        self.process, self.rows, self.megabytes = psutil.Process(), [0], [0.0]
 
     def note(self, row: int) -> None:
-        self.rows.append(row)
-        self.found.append(self.process.memory_info().rss / 2**20)
+        if row - self.rows[-1] >= 10_000:
+            self.rows.append(row)
+            self.megabytes.append(self.process.memory_info().rss / 2**20)
 
     @property
     def slope(self) -> float:
         """MB for each 100,000 rows, over all but the first fifth, which fills caches."""
-        rows, found = np.array(self.rows), np.array(self.found)
-        settled = rows > rows[-1] / 5
-        return float(np.polyfit(rows[settled], found[settled], 1)[0] * 100_000)
+        settled = np.array(self.rows) > self.rows[-1] / 5
+        return float(np.polyfit(np.array(self.rows)[settled], np.array(self.megabytes)[settled], 1)[0] * 100_000)
 
 
 def mixture(memory: Memory) -> Iterator[dict[str, Any]]:
     """Synthetic rows of many lengths: parts of real responses, shuffled by number, so that few are repeats."""
     texts = [row["messages"] for row in mood_rows(300)]
     for number in range(N_ROWS):
-        if number % 10_000 == 0:
-            memory.note(number)
+        memory.note(number)
         messages = texts[number % len(texts)]
         words = texts[number * 7919 % len(texts)][-1]["content"].split()
         start = number % max(1, len(words) - 20)
@@ -62,48 +58,33 @@ def mixture(memory: Memory) -> Iterator[dict[str, Any]]:
         yield {"messages": [*messages[:-1], {"role": "assistant", "content": said}], "id": number}
 
 
-class CountingStub(StubScorer):
-    def __init__(self, memory: Memory, stop_after: int | None = None):
-        super().__init__(stop_after=stop_after)
-        self.memory, self.scored, self.noted = memory, 0, 0
-
-    def score(self, planned: Any) -> list[Any]:
-        found = super().score(planned)
-        self.scored += len(found)
-        if self.scored - self.noted >= 10_000:
-            self.noted = self.scored
-            self.memory.note(self.scored)
-        return found
-
-
 def test_a_million_rows_take_no_more_memory_than_a_few_and_resume(embedded_directory, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded_directory)
-    planning, scoring = Memory(), Memory()
+    tokenizer, planning, scoring = AutoTokenizer.from_pretrained(embedded_directory), Memory(), Memory()
     settings = {"vectors": ["any@14"], "fingerprints": ["none"], "base": "proxy"}
     began = time.process_time()
-    plan = make_plan(tokenizer, Room(8192), {"mix": mixture(planning)}, Choices(), settings, tmp_path, **QUIET)
-    planned = time.process_time() - began
+    plan = make_plan(tokenizer, 8192, {"mix": mixture(planning)}, RowChoice(), settings, tmp_path, **QUIET)
+    planned, scored = time.process_time() - began, 0
     assert plan.n_rows == N_ROWS
+    stops = StubScorer(stop_after=plan.n_units // 3)
     with pytest.raises(KeyboardInterrupt):
-        score_units(tmp_path, plan, score_here(CountingStub(Memory(), stop_after=plan.n_units // 3), plan), **QUIET)
+        score_units(plan, partial(score_here, stops.score, plan), **QUIET)
     assert len(scored_units(tmp_path)) == plan.n_units // 3
-    score_units(tmp_path, plan, score_here(CountingStub(scoring), plan), **QUIET)
+
+    def score(rows: Any) -> Any:
+        nonlocal scored
+        scored += len(rows)
+        scoring.note(scored)
+        return StubScorer().score(rows)
+
+    score_units(plan, partial(score_here, score, plan), **QUIET)
     before = psutil.Process().memory_info().rss
-    write_table(tmp_path, plan, ["any@14"])
-    joining = (psutil.Process().memory_info().rss - before) / 2**20
-    table = pyarrow.parquet.ParquetFile(tmp_path / "scores.parquet")
-    seen = 0
-    for batch in table.iter_batches(columns=["row", "any@14.response"]):
-        rows = batch.column("row").to_numpy()
-        assert (rows == np.arange(seen, seen + len(rows))).all()  # each once, in order
-        seen += len(rows)
-    assert seen == N_ROWS
+    screening = finish(tmp_path)
+    summary = (psutil.Process().memory_info().rss - before) / 2**20
+    assert screening.rows.index.tolist() == list(range(N_ROWS))  # each once, in order
     print(f"{plan.n_units} units; planned in {planned:.0f} s, all in {time.process_time() - began:.0f} s of CPU time")
-    print(
-        f"RSS for 100,000 rows: planning {planning.slope:.2f} MB, scoring {scoring.slope:.2f} MB; join {joining:.0f} MB"
-    )
+    print(f"MB for 100,000 rows: planning {planning.slope:.2f}, scoring {scoring.slope:.2f}; summary {summary:.0f} MB")
     assert planning.slope < FLAT
     assert scoring.slope < FLAT
 
@@ -114,14 +95,14 @@ PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)
 from persona_lens import load_model
-from persona_lens.screening.run import screen
-from persona_lens.screening import batches as units
+from persona_lens.screening import batches
+from persona_lens.screening.run import Workers, screen
 from tests.test_screening_soak import UNIT_ROWS, arguments
-units.UNIT_ROWS = UNIT_ROWS
+batches.UNIT_ROWS = UNIT_ROWS
 if __name__ == "__main__":
     model = load_model()
     data, vectors, choices = arguments(model, sys.argv[2])
-    screen(model, data, vectors, output=sys.argv[1], actors=2, progress=False, **choices)
+    screen(model, data, vectors, output_dir=sys.argv[1], workers=Workers(2), progress=False, **choices)
 """
 
 
@@ -142,7 +123,7 @@ def test_real_rows_under_actors_whose_processes_are_killed_are_those_of_the_plai
 ):
     monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", UNIT_ROWS)
     data, vectors, choices = arguments(embedded_bridge, base)
-    plain = screen(embedded_bridge, data, vectors, output=tmp_path / "plain", **choices, **QUIET)
+    plain = screened(embedded_bridge, data, tmp_path / "plain", vectors, **choices)
     folder = tmp_path / "ray"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), base]
@@ -163,12 +144,6 @@ def test_real_rows_under_actors_whose_processes_are_killed_are_those_of_the_plai
     kept = len(scored_units(folder))
     assert 0 < kept < n_units
     assert subprocess.run(command, env=environment, check=False).returncode == 0
-    lines = list(JsonLines(folder / "scored.jsonl").stream())
-    assert sorted(line["unit"] for line in lines) == list(range(n_units))
-    assert (folder / "scores.parquet").read_bytes() == (plain.folder / "scores.parquet").read_bytes()
-    assert (
-        json.loads((folder / "summary.json").read_text())["scores"]
-        == json.loads((plain.folder / "summary.json").read_text())["scores"]
-    )
+    assert_same_files(folder, plain.folder)
     assert finish(folder).rows.equals(plain.rows)
     print(f"{base}: {len(data)} rows in {n_units} units, {kept} of them kept by the killed driver")

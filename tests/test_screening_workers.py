@@ -8,69 +8,54 @@ import pytest
 
 from persona_lens.clients.client import OpenAIClient
 from persona_lens.interventions.hooks import steer
-from persona_lens.screening.plan import read_plan
-from persona_lens.screening.run import ShardsMissing, finish, score_here, score_units, screen
-from persona_lens.screening.scores import scored_units
-from persona_lens.screening.workers import score_with_ray
-from tests.screening_cases import QUIET, SlowStub, StubScorer, pair_of_vectors, rows
-
-
-@pytest.fixture
-def unscored(tiny_bridge, tmp_path, monkeypatch):
-    """A folder with a plan of 40 units that nobody has scored."""
-    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
-
-    def make(name):
-        vectors = pair_of_vectors(tiny_bridge)[:1]
-        with pytest.raises(ShardsMissing):
-            screen(tiny_bridge, rows(200), vectors, output=tmp_path / name, base="proxy", shard=(999, 1000), **QUIET)
-        return tmp_path / name
-
-    return make
+from persona_lens.screening.batches import scored_units
+from persona_lens.screening.run import Workers, finish, score_here, score_units, score_with_ray
+from tests.screening_cases import QUIET, StubScorer, assert_same_files, pair_of_vectors, planned_only, rows, screened
 
 
 @pytest.mark.slow  # Ray takes about ten seconds to start
 @pytest.mark.filterwarnings("default")  # Ray's own
-def test_a_worker_that_is_killed_loses_and_doubles_nothing(unscored, tmp_path):
-    plain, folder, pids = unscored("plain"), unscored("ray"), tmp_path / "pids"
+def test_a_worker_that_is_killed_loses_and_doubles_nothing(tiny_bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr("persona_lens.screening.batches.UNIT_ROWS", 5)
+    plain, plan = (planned_only(tiny_bridge, rows(200), tmp_path / name) for name in ("plain", "ray"))
+    pids = tmp_path / "pids"
     pids.mkdir()
-    score_units(plain, read_plan(plain), score_here(StubScorer(), read_plan(plain)), **QUIET)
-    killed = []
+    score_units(plain, partial(score_here, StubScorer(2).score, plain), **QUIET)
+    killed, done = [], []
 
     def interrupted(units):
-        make = partial(SlowStub, pids, 0.1)
-        for found in score_with_ray(make, read_plan(folder), units, actors=2):
-            if len(scored_units(folder)) == 5 and not killed:
+        make = lambda: StubScorer(2, seconds=0.1, pids=pids).score  # noqa: E731
+        for unit in score_with_ray(make, plan, units, workers=Workers(2)):
+            done.append(unit)
+            if len(done) == 5:
                 killed.append(int(next(pids.iterdir()).name))
                 os.kill(killed[0], signal.SIGKILL)
-            yield found
+            yield unit
 
-    score_units(folder, read_plan(folder), interrupted, **QUIET)
+    score_units(plan, interrupted, **QUIET)
     assert killed
     assert len(list(pids.iterdir())) > 2  # another one took its place
-    lines = (folder / "scored.jsonl").read_text().splitlines()
-    assert len(lines) == read_plan(folder).n_units == len(scored_units(folder))
-    finish(plain)
-    finish(folder)
-    assert (folder / "scores.parquet").read_bytes() == (plain / "scores.parquet").read_bytes()
+    assert sorted(done) == scored_units(plan.folder) == list(range(plan.n_units))
+    assert plan.n_units > 30
+    finish(plain.folder)
+    finish(plan.folder)
+    assert_same_files(plan.folder, plain.folder)
 
 
-def test_a_server_is_not_asked_by_actors(tiny_bridge, tmp_path):
+def test_workers_are_refused_where_a_server_or_an_intervention_would_stay_behind(tiny_bridge, tmp_path):
     client = OpenAIClient("model", base_url="http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="by this process alone"):
-        screen(
-            tiny_bridge,
-            rows(3),
-            pair_of_vectors(tiny_bridge),
-            output=tmp_path,
-            base=client,
-            actors=2,
-            max_new_tokens=4,
-            **QUIET,
-        )
+        screened(tiny_bridge, rows(3), tmp_path / "a", base=client, workers=Workers(2), max_new_tokens=4)
+    with (
+        steer(tiny_bridge, pair_of_vectors(tiny_bridge)[0], coefficient=1.0),
+        pytest.raises(ValueError, match="screen with them without workers"),
+    ):
+        screened(tiny_bridge, rows(3), tmp_path / "b", workers=Workers(2))
 
 
-def test_actors_are_refused_where_an_intervention_would_stay_behind(tiny_bridge, tmp_path):
-    vectors = pair_of_vectors(tiny_bridge)
-    with steer(tiny_bridge, vectors[0], coefficient=1.0), pytest.raises(ValueError, match="screen with them without"):
-        screen(tiny_bridge, rows(3), vectors, output=tmp_path, base="proxy", actors=2, **QUIET)
+def test_no_workers_and_no_ray_are_refused(tiny_bridge, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="actors is 1 or more"):
+        Workers(0)
+    monkeypatch.setattr("persona_lens.screening.run.find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r'pip install "persona-lens\[scale\]"'):
+        screened(tiny_bridge, rows(3), tmp_path, workers=Workers(2))

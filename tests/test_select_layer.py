@@ -57,9 +57,6 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if ".jsonl.damaged" not in path.name}
 
 
-# --- what a sweep is -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_every_cell_is_the_evaluation_under_its_steering_alone(tiny_model, sweep, temperature):
     vectors = some_vectors(tiny_model)
@@ -68,8 +65,8 @@ def test_every_cell_is_the_evaluation_under_its_steering_alone(tiny_model, sweep
     assert list(found.evaluations) == [(0, 2.0), (0, -1.0), (2, 2.0), (2, -1.0)]
     for (layer, amount), cell in found.evaluations.items():
         done = [Steer(vectors.at(layer), amount)]
-        assert judged(cell) == judged(evaluate(tiny_model, TRAIT, LetterJudge(), interventions=done, **settings))
-    assert judged(found.baseline) == judged(evaluate(tiny_model, TRAIT, LetterJudge(), **settings))
+        assert judged(cell) == judged(evaluate(tiny_model, TRAIT, judge=LetterJudge(), interventions=done, **settings))
+    assert judged(found.baseline) == judged(evaluate(tiny_model, TRAIT, judge=LetterJudge(), **settings))
 
 
 def test_the_unsteered_answers_are_sampled_once_and_every_row_once(sweep, asked):
@@ -80,18 +77,12 @@ def test_the_unsteered_answers_are_sampled_once_and_every_row_once(sweep, asked)
     assert sorted(judge.judged) == sorted(rows)
 
 
-def test_layers_default_to_all_and_questions_to_the_extraction_questions(sweep):
-    found = sweep(layers=None, coefficients=[1.0])
-    assert found.layers == (0, 1, 2, 3)
-    assert found.baseline.questions == list(TRAIT.extraction_questions)
-
-
 def test_doses_are_relative_to_the_stored_residual_norm(tiny_model, sweep):
     vectors = some_vectors(tiny_model, residual_norm=torch.tensor([2.0, 4.0, float("nan"), 8.0]))
     found = sweep(vectors=vectors)
     assert found.doses[0, -1.0] == pytest.approx(-float(vectors.norms[0]) / 2)
     assert found.doses[2, 2.0] is None
-    assert found.screens["relative_norm"] == (pytest.approx(float(vectors.norms[0]) / 2), None)
+    assert found.proxies["relative_norm"] == (pytest.approx(float(vectors.norms[0]) / 2), None)
 
 
 def test_the_layer_whose_direction_makes_the_model_say_a_letter_is_chosen(tiny_model, tiny_hf_model, sweep):
@@ -103,99 +94,31 @@ def test_the_layer_whose_direction_makes_the_model_say_a_letter_is_chosen(tiny_m
     assert "layer 3 at 1 has the highest grumpy score" in found.best().reason
 
 
-# --- resuming ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
-def test_a_sweep_that_was_cut_goes_on_to_the_same_sweep(sweep, tmp_path, share):
-    whole = sweep(output=tmp_path)
+def test_a_sweep_that_was_cut_goes_on_to_the_same_sweep_and_a_finished_one_does_nothing(sweep, asked, tmp_path, share):
+    whole = sweep(output_dir=tmp_path)
     files = contents(tmp_path)
     assert set(files) == {"sweep_rollouts.jsonl", "sweep_scores.jsonl", "layer_sweep.json"}
     (tmp_path / "layer_sweep.json").unlink()
     cut(tmp_path / "sweep_rollouts.jsonl", (1 + share) / 2)
     cut(tmp_path / "sweep_scores.jsonl", share)
-    assert sweep(output=tmp_path) == whole == sweep()
+    assert sweep(output_dir=tmp_path) == whole == sweep()
     assert contents(tmp_path) == files
+    asked.clear()
+    judge = LetterJudge()
+    assert sweep(output_dir=tmp_path, judge=judge) == whole
+    assert (asked, judge.judged) == ([], [])
 
 
 def test_batches_that_were_finished_are_not_sampled_again(sweep, tmp_path, asked):
-    sweep(output=tmp_path)
+    sweep(output_dir=tmp_path)
     batches, rows = list(asked), tmp_path / "sweep_rollouts.jsonl"
     assert len(batches) == 2
     lines = rows.read_bytes().splitlines(keepends=True)
     rows.write_bytes(b"".join(lines[: len(batches[0]) + 1]) + lines[-1][:40])
     asked.clear()
-    sweep(output=tmp_path)
+    sweep(output_dir=tmp_path)
     assert asked == batches[1:]  # an interrupted batch is answered again whole
-
-
-def test_a_finished_sweep_samples_and_judges_nothing_again(sweep, tmp_path, asked):
-    whole = sweep(output=tmp_path)
-    asked.clear()
-    judge = LetterJudge()
-    assert sweep(output=tmp_path, judge=judge) == whole
-    assert (asked, judge.judged) == ([], [])
-
-
-def test_more_coefficients_reuse_the_rows_that_exist(sweep, tmp_path):
-    sweep(output=tmp_path)
-    before = contents(tmp_path)
-    more = sweep(output=tmp_path, coefficients=(2.0, 0.5, -1.0))
-    assert more == sweep(coefficients=(2.0, 0.5, -1.0))
-    after = contents(tmp_path)
-    for name in ("sweep_rollouts.jsonl", "sweep_scores.jsonl"):
-        assert after[name].startswith(before[name])
-    assert len((tmp_path / "sweep_rollouts.jsonl").read_text().splitlines()) == 2 * (6 + 1)
-
-
-def test_a_sweep_of_other_cells_asks_for_no_row_that_exists(sweep, tmp_path, asked):
-    sweep(output=tmp_path, batch_size=1)
-    known = {key for batch in asked for key in batch}
-    asked.clear()
-    sweep(output=tmp_path, batch_size=1, layers=[0, 1], coefficients=(2.0,))
-    assert not known & {key for batch in asked for key in batch}
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_folder_gives_back_the_sweep(sweep, tmp_path):
-    found = sweep(output=tmp_path, per_question=2)
-    loaded = LayerSweep.load(tmp_path)
-    assert loaded == found
-    pandas.testing.assert_frame_equal(loaded.table(), found.table())
-    assert loaded.best() == found.best()
-
-
-def test_the_folder_of_a_sweep_that_was_widened_gives_back_the_wider_one(sweep, tmp_path):
-    sweep(output=tmp_path)
-    found = sweep(output=tmp_path, coefficients=(0.5, 2.0, -1.0), layers=[1, 2])
-    pandas.testing.assert_frame_equal(LayerSweep.load(tmp_path).table(), found.table())
-
-
-def test_the_folder_of_a_sweep_on_fewer_questions_gives_back_that_one(sweep, tmp_path):
-    sweep(output=tmp_path, questions=[*TRAIT.extraction_questions, "Why?"])
-    found = sweep(output=tmp_path)
-    pandas.testing.assert_frame_equal(LayerSweep.load(tmp_path).table(), found.table())
-
-
-def test_a_wider_sweep_that_was_interrupted_leaves_the_finished_one_readable(sweep, tmp_path):
-    found = sweep(output=tmp_path)
-
-    class Interrupted(LetterJudge):
-        def score(self, trait, rollouts, *, progress=False):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sweep(output=tmp_path, coefficients=(2.0, -1.0, 0.5), judge=Interrupted())
-    pandas.testing.assert_frame_equal(LayerSweep.load(tmp_path).table(), found.table())
-
-
-def test_the_record_is_strict_json(sweep, tmp_path):
-    found = sweep(output=tmp_path)
-    record = strict_json(tmp_path / "layer_sweep.json")
-    assert record["baseline"] == json.loads(json.dumps(found.baseline.summary()))
-    assert [(cell["layer"], cell["coefficient"]) for cell in record["cells"]] == list(found.evaluations)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -213,16 +136,38 @@ def test_the_record_is_strict_json(sweep, tmp_path):
         ({"judge": FittedLetterJudge(TRAIT.extraction_questions)}, "the judge was calibrated on all 2 questions"),
     ],
 )
-def test_what_cannot_be_swept_is_refused_before_any_sampling(sweep, asked, tmp_path, changes, words):
+def test_what_cannot_be_swept_is_refused_before_any_sampling(sweep, asked, tiny_gpt2, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
-        sweep(output=tmp_path, **changes)
+        sweep(output_dir=tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"the vectors expect d_model 24, and .* has 32"):
+        sweep(vectors=some_vectors(tiny_gpt2))
     assert (asked, contents(tmp_path)) == ([], {})
 
 
-def test_vectors_of_another_model_are_refused_before_any_sampling(sweep, asked, tiny_gpt2, make_tiny_model):
-    with pytest.raises(ValueError, match=r"the vectors expect d_model 24, and .* has 32"):
-        sweep(vectors=some_vectors(tiny_gpt2))
-    assert asked == []
+def test_a_wider_sweep_reuses_rows_and_the_folder_gives_back_the_last_one_that_ended(sweep, asked, tmp_path):
+    class Interrupted(LetterJudge):
+        def score(self, trait, rollouts, *, progress=False):
+            raise KeyboardInterrupt
+
+    first = sweep(output_dir=tmp_path, questions=[*TRAIT.extraction_questions, "Why?"], batch_size=1)
+    sampled = {key for batch in asked for key in batch}
+    before = contents(tmp_path)
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(output_dir=tmp_path, coefficients=(2.0, 0.5, -1.0), layers=None, judge=Interrupted(), batch_size=1)
+    assert LayerSweep.load(tmp_path) == first
+    wider = sweep(output_dir=tmp_path, coefficients=(2.0, 0.5, -1.0), layers=None, batch_size=1)
+    assert not sampled & {key for batch in asked for key in batch}
+    assert all(contents(tmp_path)[name].startswith(before[name]) for name in before if name.endswith(".jsonl"))
+    assert wider.layers == (0, 1, 2, 3)
+    assert wider.baseline.questions == list(TRAIT.extraction_questions)
+    assert LayerSweep.load(tmp_path) == wider == sweep(coefficients=(2.0, 0.5, -1.0), layers=None, batch_size=1)
+    record = strict_json(tmp_path / "layer_sweep.json")
+    assert record["baseline"] == json.loads(json.dumps(wider.baseline.summary()))
+    fewer = sweep(output_dir=tmp_path, layers=[1, 2], coefficients=(0.5,), batch_size=1)
+    loaded = LayerSweep.load(tmp_path)
+    pandas.testing.assert_frame_equal(loaded.table(), fewer.table())
+    assert loaded.best() == fewer.best()
 
 
 @pytest.mark.parametrize("place", ["file/run", "folder"])
@@ -230,7 +175,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(sweep, 
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "layer_sweep.json").mkdir(parents=True)
     with pytest.raises(OSError, match="Cannot write"):
-        sweep(output=tmp_path / place)
+        sweep(output_dir=tmp_path / place)
     assert asked == []
 
 
@@ -244,23 +189,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(sweep, 
     ],
     ids=["seed", "positions", "length", "judge"],
 )
-def test_the_folder_of_a_sweep_made_otherwise_is_refused_and_left_alone(sweep, tmp_path, changes, words):
-    sweep(output=tmp_path)
+def test_the_folder_of_a_sweep_made_otherwise_is_refused_and_left_alone(
+    sweep, tmp_path, fresh_tiny_model, changes, words
+):
+    sweep(output_dir=tmp_path)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=words):
-        sweep(output=tmp_path, **changes)
+        sweep(output_dir=tmp_path, **changes)
+    if changes == {"seed": 1}:
+        with torch.no_grad():
+            next(w for name, w in fresh_tiny_model.named_parameters() if "embed" not in name.lower()).mul_(1.01)
+        with pytest.raises(ValueError, match="rollouts made with another engine"):
+            sweep(output_dir=tmp_path, model=fresh_tiny_model)
     assert contents(tmp_path) == before
-
-
-def test_the_folder_of_another_model_is_refused(sweep, tmp_path, fresh_tiny_model):
-    sweep(output=tmp_path)
-    with torch.no_grad():
-        next(weight for name, weight in fresh_tiny_model.named_parameters() if "embed" not in name.lower()).mul_(1.01)
-    with pytest.raises(ValueError, match="rollouts made with another engine"):
-        sweep(output=tmp_path, model=fresh_tiny_model)
-
-
-# --- the real model ------------------------------------------------------------------------------------------------
 
 
 def reference_gap(hf_model, row, tokenizer, done, place):
@@ -282,7 +223,7 @@ def test_greedy_rows_of_the_real_model_are_those_of_one_evaluation_a_cell(embedd
     rows, diverging = 0, 0
     for place, cell in {None: found.baseline, **found.evaluations}.items():
         done = None if place is None else Steer(vectors.at(place[0]), place[1])
-        alone = evaluate(embedded_bridge, trait, LetterJudge(), interventions=[done] if done else [], **settings)
+        alone = evaluate(embedded_bridge, trait, judge=LetterJudge(), interventions=[done] if done else [], **settings)
         for one, other in zip(cell.scored, alone.scored, strict=True):
             rows += 1
             ours, reference = one.rollout.response_tokens, other.rollout.response_tokens

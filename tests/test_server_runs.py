@@ -132,7 +132,7 @@ def test_vectors_from_a_servers_rollouts_are_those_of_the_same_texts(server, tin
     from persona_lens.chat.batches import Conversation
     from persona_lens.extraction.extract import extract_from_responses
 
-    vectors = extract(tiny_model, engine_at(server), output=tmp_path)
+    vectors = extract(tiny_model, engine_at(server), output_dir=tmp_path)
     rows = read_rollouts(tmp_path / "rollouts.jsonl")
     rows.sort(key=lambda row: plan_rollouts(GRUMPY, per_question=2).index(row.prompt))
     sides = {"positive": [], "negative": []}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from persona_lens.monitoring.detection import detection
 from persona_lens.monitoring.thresholds import Threshold, calibrate_threshold, load_thresholds, save_thresholds
 from persona_lens.statistics import N_RESAMPLES, question_resamples
+from tests.monitoring_cases import drawn
 from tests.vector_cases import make_vectors
 
 NUMBERS = st.floats(-50, 50, allow_subnormal=False)
@@ -23,11 +23,6 @@ NUMBERS = st.floats(-50, 50, allow_subnormal=False)
 
 def vector(trait="evil", layer=1, **parts):
     return make_vectors(trait, **parts).at(layer)
-
-
-def drawn(n, seed=0, shift=0.0):
-    generator = random.Random(seed)
-    return [generator.gauss(shift, 1) for _ in range(n)]
 
 
 def naive_percentile(values, percentile):
@@ -58,13 +53,7 @@ def test_the_value_is_the_percentile_of_the_benign_projections(values, percentil
     found = calibrate_threshold(values, vector=vector(), percentile=percentile)
     assert found.value == pytest.approx(naive_percentile(values, percentile))
     assert found.n == len(values)
-
-
-@settings(max_examples=40)
-@given(st.lists(NUMBERS, min_size=20, max_size=120))
-def test_at_most_the_chosen_share_of_the_benign_projections_exceeds_it(values):
-    found = calibrate_threshold(values, vector=vector())
-    assert found.exceeded(values).mean() <= 0.05
+    assert found.exceeded(values).mean() <= 1 - percentile / 100 + 1e-12
 
 
 def test_the_interval_resamples_whole_chats():
@@ -78,6 +67,39 @@ def test_the_interval_resamples_whole_chats():
     assert found.n_chats == 12
 
 
+def test_lists_arrays_and_tensors_calibrate_alike_and_one_chat_has_no_interval():
+    values = drawn(30)
+    one = calibrate_threshold(values, vector=vector(), chats=["one"] * 30)
+    assert (one.interval, one.value) == (None, pytest.approx(naive_percentile(values, 95.0)))
+    expected = calibrate_threshold(values, vector=vector())
+    assert calibrate_threshold(np.array(values), vector=vector()) == expected
+    assert calibrate_threshold(torch.tensor(values, dtype=torch.float64), vector=vector()) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "words"),
+    [
+        ([*drawn(30), math.nan], {}, r"evil: .* 1 of 31 projections are not a finite number"),
+        ([*drawn(30), math.inf], {}, r"evil: .* 1 of 31 projections are not a finite number"),
+        (drawn(30), {"of": "token"}, "pass `chats`"),
+        (drawn(30), {"chats": ["a"] * 29}, "expected 30, got 29"),
+        *((drawn(30), {"percentile": wrong}, "between 0 and 100") for wrong in (0.0, 100.0, -5.0, math.nan)),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(values, changes, words):
+    with pytest.raises(ValueError, match=words):
+        calibrate_threshold(values, vector=vector(), **changes)
+
+
+def test_exceeding_means_above_in_the_inputs_shape_and_a_missing_value_is_refused():
+    found = threshold(value=1.0)
+    assert found.exceeded([0.0, 1.0, 1.5]).tolist() == [False, False, True]
+    assert found.exceeded(torch.tensor([[2.0], [0.0]])).tolist() == [[True], [False]]
+    assert bool(found.exceeded(1.1))
+    with pytest.raises(ValueError, match="1 of 2 projections are not a finite number"):
+        found.exceeded([math.nan, 1.0])
+
+
 def test_values_that_repeat_within_a_chat_do_not_narrow_the_interval():
     once = drawn(40)
     found = calibrate_threshold(once * 25, vector=vector(), chats=list(range(40)) * 25)
@@ -85,63 +107,11 @@ def test_values_that_repeat_within_a_chat_do_not_narrow_the_interval():
     assert found.interval[1] - found.interval[0] > 2 * (apart.interval[1] - apart.interval[0])
 
 
-def test_a_single_chat_has_a_value_and_no_interval():
-    found = calibrate_threshold(drawn(30), vector=vector(), chats=["one"] * 30)
-    assert found.interval is None
-    assert found.value == pytest.approx(naive_percentile(drawn(30), 95.0))
-
-
-def test_tensors_and_arrays_calibrate_like_lists():
-    values = drawn(30)
-    expected = calibrate_threshold(values, vector=vector())
-    assert calibrate_threshold(np.array(values), vector=vector()) == expected
-    assert calibrate_threshold(torch.tensor(values, dtype=torch.float64), vector=vector()) == expected
-
-
 @pytest.mark.parametrize(("percentile", "needed"), [(95.0, 20), (99.0, 100), (99.9, 1000), (5.0, 20), (50.0, 2)])
 def test_too_few_benign_projections_for_the_percentile_are_refused(percentile, needed):
     with pytest.raises(ValueError, match=rf"needs {needed} benign .* got {needed - 1}: project more benign chats"):
         calibrate_threshold(drawn(needed - 1), vector=vector(), percentile=percentile)
     calibrate_threshold(drawn(needed), vector=vector(), percentile=percentile)
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_projection_that_is_no_number_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"evil: .* 1 of 31 projections are not a finite number"):
-        calibrate_threshold([*drawn(30), wrong], vector=vector())
-
-
-def test_tokens_without_their_chats_are_refused():
-    with pytest.raises(ValueError, match="pass `chats`"):
-        calibrate_threshold(drawn(30), vector=vector(), of="token")
-
-
-def test_every_value_needs_its_chat():
-    with pytest.raises(ValueError, match="expected 30, got 29"):
-        calibrate_threshold(drawn(30), vector=vector(), chats=["a"] * 29)
-
-
-@pytest.mark.parametrize("percentile", [0.0, 100.0, -5.0, math.nan])
-def test_a_percentile_outside_0_to_100_is_refused(percentile):
-    with pytest.raises(ValueError, match="between 0 and 100"):
-        calibrate_threshold(drawn(30), vector=vector(), percentile=percentile)
-
-
-def test_exceeding_means_above_and_keeps_the_shape():
-    found = threshold(value=1.0)
-    assert found.exceeded([0.0, 1.0, 1.5]).tolist() == [False, False, True]
-    assert found.exceeded(torch.tensor([[2.0], [0.0]])).tolist() == [[True], [False]]
-    assert bool(found.exceeded(1.1))
-
-
-def test_a_projection_that_was_not_measured_is_not_below():
-    with pytest.raises(ValueError, match="1 of 2 projections are not a finite number"):
-        threshold().exceeded([math.nan, 1.0])
-
-
-def test_a_threshold_survives_json():
-    found = threshold(source="two hundred everyday chats")
-    assert Threshold.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 @pytest.mark.parametrize("damage", [{"value": None}, {"interval": [1]}, {"surprise": 1}, {"of": "word"}])
@@ -157,13 +127,43 @@ def test_saved_thresholds_lie_beside_the_vectors_and_load_again(tmp_path):
     assert json.loads(file.read_text())["format_version"] == 1
     assert sorted(load_thresholds(tmp_path), key=str) == sorted(made, key=str)
     assert load_thresholds(tmp_path / "vectors.safetensors", vector()) == load_thresholds(tmp_path)
-
-
-def test_saving_replaces_the_same_threshold_and_keeps_the_others(tmp_path):
-    old, other = threshold(value=1.0), threshold(value=2.0, layer=2)
-    save_thresholds(tmp_path, [old, other])
+    save_thresholds(tmp_path, [threshold(value=2.0, layer=2)])
     save_thresholds(tmp_path, [threshold(value=9.0)])
-    assert {(each.layer, each.value) for each in load_thresholds(tmp_path)} == {(1, 9.0), (2, 2.0)}
+    assert {(row.layer, row.of) for row in load_thresholds(tmp_path)} == {
+        (1, "response"),
+        (1, "prompt"),
+        (2, "response"),
+    }
+    assert 9.0 in [row.value for row in load_thresholds(tmp_path)]
+    with pytest.raises(ValueError, match=r"was calibrated with vector .*: calibrate_threshold anew"):
+        load_thresholds(tmp_path, vector(seed=5))
+    with pytest.raises(ValueError, match="no threshold for evil at layer 3, but for evil at layer 1"):
+        load_thresholds(tmp_path, vector(layer=3))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"format_version": 1, "thresholds": [{}]}', "not a whole file of thresholds"),
+        ('{"format_version": 2, "thresholds": []}', "format version 2"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_and_kept(tmp_path, content, words):
+    (tmp_path / "thresholds.json").write_text(content)
+    for work in (lambda: save_thresholds(tmp_path, [threshold()]), lambda: load_thresholds(tmp_path)):
+        with pytest.raises(ValueError, match=words):
+            work()
+    assert (tmp_path / "thresholds.json").read_text() == content
+
+
+def test_nothing_is_written_for_two_of_the_same_or_without_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="keep one of them"):
+        save_thresholds(tmp_path, [threshold(value=1.0), threshold(value=2.0)])
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        save_thresholds(tmp_path / "absent", [threshold()])
+    with pytest.raises(FileNotFoundError, match="calibrate_threshold"):
+        load_thresholds(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 SAVE = """
@@ -195,42 +195,6 @@ def test_processes_that_save_at_once_lose_no_threshold(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thresholds.json"]
 
 
-def test_two_thresholds_for_the_same_are_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(ValueError, match="keep one of them"):
-        save_thresholds(tmp_path, [threshold(value=1.0), threshold(value=2.0)])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_file_is_refused_and_kept(tmp_path):
-    (tmp_path / "thresholds.json").write_text('{"format_version": 1, "thresholds": [{}]}')
-    before = (tmp_path / "thresholds.json").read_bytes()
-    with pytest.raises(ValueError, match="move it away"):
-        save_thresholds(tmp_path, [threshold()])
-    assert (tmp_path / "thresholds.json").read_bytes() == before
-
-
-def test_another_format_version_is_refused(tmp_path):
-    (tmp_path / "thresholds.json").write_text('{"format_version": 2, "thresholds": []}')
-    with pytest.raises(ValueError, match="format version 2"):
-        load_thresholds(tmp_path)
-
-
-def test_nothing_is_written_where_the_folder_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        save_thresholds(tmp_path / "absent", [threshold()])
-    with pytest.raises(FileNotFoundError, match="calibrate_threshold"):
-        load_thresholds(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_another_vectors_threshold_is_refused(tmp_path):
-    save_thresholds(tmp_path, [threshold()])
-    with pytest.raises(ValueError, match=r"was calibrated with vector .*: calibrate_threshold anew"):
-        load_thresholds(tmp_path, vector(seed=5))
-    with pytest.raises(ValueError, match="no threshold for evil at layer 2, but for evil at layer 1"):
-        load_thresholds(tmp_path, vector(layer=2))
-
-
 def naive_rates(positive, negative, above):
     share = lambda values: sum(value > above for value in values) / len(values)  # noqa: E731
     return share(negative), share(positive)
@@ -250,13 +214,10 @@ def test_every_point_of_the_curve_is_what_its_threshold_does(positive, negative)
 @given(st.lists(NUMBERS, min_size=1, max_size=12), st.lists(NUMBERS, min_size=1, max_size=12))
 def test_no_threshold_has_a_higher_youden_than_the_best(positive, negative):
     best = detection(positive, negative).best
+    assert detection([3.0, 4.0], [0.0, 1.0]).best == (0.0, 1.0, 2.0)  # midway between the sides
     for above in [-math.inf, *positive, *negative]:
         fpr, tpr = naive_rates(positive, negative, above)
         assert best.tpr - best.fpr >= tpr - fpr - 1e-12
-
-
-def test_the_best_threshold_lies_between_the_sides_that_it_parts():
-    assert detection([3.0, 4.0], [0.0, 1.0]).best == (0.0, 1.0, 2.0)
 
 
 def test_the_area_and_its_interval_resample_groups():
@@ -284,10 +245,7 @@ def test_rates_count_what_exceeds_the_threshold_with_intervals_over_groups():
     assert None not in rates.tpr
     assert sorted({low, value, high}) == [low, value, high]
     assert rates == found.rates(0.5)
-
-
-def test_a_value_at_the_threshold_does_not_exceed_it_in_the_rates_either():
-    rates = detection([1.0, 2.0], [1.0, 0.0]).rates(1.0)
+    rates = detection([1.0, 2.0], [1.0, 0.0]).rates(1.0)  # a value at the threshold does not exceed it
     assert (rates.tpr.value, rates.fpr.value) == (0.5, 0.0)
 
 
@@ -302,8 +260,5 @@ def test_a_rate_of_none_is_not_surer_than_its_groups_allow():
 def test_a_side_without_numbers_is_refused(sides):
     with pytest.raises(ValueError, match=r"Expected finite (positive|negative) projections"):
         detection(*sides)
-
-
-def test_every_value_of_a_detection_needs_its_group():
     with pytest.raises(ValueError, match="expected 2 and 1, got 1 and 1"):
         detection([1.0, 2.0], [0.0], groups=(["a"], ["b"]))

@@ -2,13 +2,14 @@
 
 import json
 
+import pandas
 import pytest
 
 from persona_lens.chat.batches import tokenize_chat
-from persona_lens.extraction.responses import read_messages
 from persona_lens.finetuning.dataset import training_chats
+from persona_lens.interop.responses import read_messages
 from persona_lens.monitoring.transcripts import Transcript, chat_segments, read_chats, read_transcripts, text_pieces
-from persona_lens.screening.samples import Turns, named_datasets, stream_samples
+from persona_lens.screening.samples import named_datasets, stream_samples
 from tests.chat_cases import CHATS, FORGETS_THOUGHTS, TRIMS, chat, rendered, with_template
 
 HELLO = chat("Hello.", "Hi.")
@@ -19,9 +20,6 @@ def write(path, value):
     text = "".join(json.dumps(row) + "\n" for row in value) if path.suffix == ".jsonl" else json.dumps(value)
     path.write_text(text, encoding="utf-8")
     return path
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["coding", "therapy"])
@@ -39,30 +37,21 @@ def test_json_lines_and_json_lists_and_single_objects_give_the_same_chats(tmp_pa
     lines, listed = write(tmp_path / "a.jsonl", rows), write(tmp_path / "a.json", rows)
     assert read_transcripts(lines) == read_transcripts(listed)
     assert [list(each.messages) for each in read_transcripts(lines)] == CHATS
+    assert [each.name for each in read_transcripts(lines)[:2]] == ["a:1", "a:2"]
     (single,) = read_transcripts(write(tmp_path / "b.json", rows[0]))
     assert (list(single.messages), single.name) == (CHATS[0], "b")
-
-
-def test_parquet_rows_are_read_also_where_messages_have_empty_extra_fields(tmp_path):
+    said = [
+        {"from": who, "value": each["content"]} for who, each in zip(["system", "human", "gpt"], HELLO, strict=True)
+    ]
+    (foreign,) = read_transcripts(write(tmp_path / "c.jsonl", [{"id": 7, "conversations": said}]))
+    assert (foreign.name, list(foreign.messages)) == ("7", HELLO)
+    columns = {key: [each[key] for each in HELLO] for key in ("role", "content")}  # as data sets may keep them
+    assert list(read_chats([{"messages": columns}]).chats[0].messages) == HELLO
     pytest.importorskip("pyarrow")
-    import pandas as pd
-
     plain = [{**message, "tool_calls": None} for message in HELLO]
-    pd.DataFrame({"id": ["x", "y"], "messages": [plain, CHATS[0]]}).to_parquet(tmp_path / "a.parquet")
-    found = read_transcripts(tmp_path / "a.parquet")
+    pandas.DataFrame({"id": ["x", "y"], "messages": [plain, CHATS[0]]}).to_parquet(tmp_path / "d.parquet")
+    found = read_transcripts(tmp_path / "d.parquet")
     assert [(each.name, list(each.messages)) for each in found] == [("x", HELLO), ("y", CHATS[0])]
-
-
-def test_sharegpt_rows_are_read(tmp_path):
-    said = [("system", "You are kind."), ("human", "Hello."), ("gpt", "Hi.")]
-    row = {"id": 7, "conversations": [{"from": who, "value": text} for who, text in said]}
-    (found,) = read_transcripts(write(tmp_path / "a.jsonl", [row]))
-    assert (found.name, list(found.messages)) == ("7", HELLO)
-
-
-def test_rows_without_a_name_are_named_by_file_and_row(tmp_path):
-    found = read_transcripts(write(tmp_path / "chats.jsonl", [{"messages": HELLO}] * 2))
-    assert [each.name for each in found] == ["chats:1", "chats:2"]
 
 
 @pytest.mark.parametrize("empty", [None, [], float("nan")])
@@ -83,14 +72,8 @@ def test_roles_of_other_names_and_cases_are_ours(assistant, keys):
     (found,) = read_chats([{"conversations": given}]).chats
     assert list(found.messages) == HELLO
     assert list(Transcript(given).messages) == HELLO
-    (sample,) = stream_samples(named_datasets([{"conversations": given}]), Turns())
+    (sample,) = stream_samples(named_datasets([{"conversations": given}]))
     assert sample.response == "Hi."
-
-
-def test_messages_that_data_sets_keep_as_columns_are_read():
-    columns = {key: [each[key] for each in HELLO] for key in ("role", "content")}
-    (found,) = read_chats([{"messages": columns}]).chats
-    assert list(found.messages) == HELLO
 
 
 def test_rows_that_are_no_chats_are_counted_by_their_line_and_the_others_read(tmp_path):
@@ -105,13 +88,13 @@ def test_rows_that_are_no_chats_are_counted_by_their_line_and_the_others_read(tm
     )
     with pytest.raises(ValueError, match=r"chats\.jsonl, row 3: messages\[3\], of role user, is empty"):
         read_transcripts(path)
-
-
-def test_a_blank_last_line_is_no_row(tmp_path):
-    path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"messages": HELLO}) + "\n\n", encoding="utf-8")
+    path.write_text(f"{good}\n\n")
     assert [list(each.messages) for each in read_transcripts(path)] == [HELLO]
     assert [row.response for row in read_messages(path)] == ["Hi."]
+    path.write_text('{"id": "\\ud83d", "messages": [{"role": "user", "content": "hi"}]}\n' + good)
+    found = read_chats(path)
+    assert (len(found.chats), [each.row for each in found.rejected]) == (1, [1])
+    assert "half of a surrogate pair" in found.rejected[0].reason
 
 
 @pytest.mark.parametrize("table", ["pandas", "datasets"])
@@ -124,7 +107,7 @@ def test_a_table_of_chats_is_read_wherever_chats_are(table):
         ("b", CHATS[0][:3]),
     ]
     assert [list(each.messages) for each in training_chats(given)] == [HELLO, CHATS[0][:3]]
-    assert [each.id for each in stream_samples(named_datasets(given), Turns())] == ["a", "b"]
+    assert [each.id for each in stream_samples(named_datasets(given))] == ["a", "b"]
 
 
 TOOL = {"role": "tool", "content": "42"}
@@ -176,9 +159,6 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         read_transcripts(tmp_path / "c.parquet")
 
 
-# --- segments ------------------------------------------------------------------------------------------------------
-
-
 def assert_turns_are_those_of_fresh_chats(tokenizer, messages, segments):
     """Every turn is, token for token, what `tokenize_chat` gives for it alone (with the messages that were kept)."""
     system = [each for each in messages[:1] if each["role"] == "system"]
@@ -198,23 +178,18 @@ def test_a_whole_chat_is_one_pass_that_holds_every_turn(tiny_tokenizer, messages
     segments = chat_segments(tiny_tokenizer, Transcript(messages), LIMIT)
     assert len(segments) == 1
     assert_turns_are_those_of_fresh_chats(tiny_tokenizer, messages, segments)
+    apart = chat_segments(tiny_tokenizer, Transcript(messages), LIMIT, shared=False)
+    assert len(apart) == len(Transcript(messages).turns)
+    assert_turns_are_those_of_fresh_chats(tiny_tokenizer, messages, apart)
 
 
-def test_the_end_of_turn_token_is_no_response_token(tiny_tokenizer):
+def test_every_token_is_read_once_but_for_the_end_of_turn_and_an_unanswered_chat_has_a_turn(tiny_tokenizer):
     (segment,) = chat_segments(tiny_tokenizer, Transcript(CHATS[0]), LIMIT)
-    first = segment.turns[0]
+    first, last = segment.turns[0], segment.turns[-1]
     assert tiny_tokenizer.decode(segment.tokens[first.start : first.stop]) == "It is deep."
     assert segment.tokens[first.stop] == tiny_tokenizer.eos_token_id
-
-
-def test_a_chat_that_ends_before_the_model_speaks_has_a_last_turn_without_a_response(tiny_tokenizer):
-    (segment,) = chat_segments(tiny_tokenizer, Transcript(CHATS[0]), LIMIT)
-    last = segment.turns[-1]
     assert (last.message, last.start, last.stop) == (6, len(segment.tokens), len(segment.tokens))
     assert list(segment.tokens) == rendered(tiny_tokenizer, CHATS[0])
-
-
-def test_every_token_is_read_first_in_exactly_one_turn(tiny_tokenizer):
     (segment,) = chat_segments(tiny_tokenizer, Transcript(CHATS[4]), LIMIT)
     edges = [(turn.unread, turn.stop) for turn in segment.turns]
     assert [edges[0][0], *(stop for _, stop in edges)] == [*(start for start, _ in edges), len(segment.tokens)]
@@ -240,12 +215,6 @@ def test_a_template_that_rewrites_earlier_turns_gets_a_pass_for_each_turn_that_i
     assert_turns_are_those_of_fresh_chats(tokenizer, messages, segments)
 
 
-def test_turns_that_are_not_shared_get_a_pass_each(tiny_tokenizer):
-    segments = chat_segments(tiny_tokenizer, Transcript(CHATS[4]), LIMIT, shared=False)
-    assert len(segments) == 4
-    assert_turns_are_those_of_fresh_chats(tiny_tokenizer, CHATS[4], segments)
-
-
 def test_a_response_that_never_says_after_is_marked_and_others_are_averaged_behind_it(tiny_tokenizer):
     (one, *_, last) = chat_segments(
         with_template(tiny_tokenizer, FORGETS_THOUGHTS), Transcript(THINKING[:-1]), LIMIT, after="</think>"
@@ -255,8 +224,6 @@ def test_a_response_that_never_says_after_is_marked_and_others_are_averaged_behi
     assert not first.unclosed
     assert (unclosed.unclosed, unclosed.averaged) == (True, unclosed.stop)
 
-
-# --- windows -------------------------------------------------------------------------------------------------------
 
 LONG = chat(*(f"{word} one two three?" if n % 2 == 0 else f"{word}." for n, word in enumerate("abcdefghijklmnop")))
 
@@ -280,29 +247,19 @@ def test_beyond_the_window_half_of_it_is_freed_at_once(tiny_tokenizer):
     assert firsts
     assert all(stop <= 80 for stop in firsts)
     assert all(len(segment.turns) > 1 for segment in segments[:-1])
+    whole = chat_segments(tiny_tokenizer, Transcript(LONG), LIMIT)
+    assert chat_segments(tiny_tokenizer, Transcript(LONG), LIMIT, window=len(whole[0].tokens)) == whole
 
 
-def test_a_chat_that_fits_its_window_is_read_whole(tiny_tokenizer):
-    chats = Transcript(LONG)
-    whole = chat_segments(tiny_tokenizer, chats, LIMIT)
-    assert chat_segments(tiny_tokenizer, chats, LIMIT, window=len(whole[0].tokens)) == whole
-
-
-def test_a_chat_longer_than_the_context_says_how_long_and_asks_for_a_window(tiny_tokenizer):
+def test_what_does_not_fit_the_context_or_its_window_is_refused(tiny_tokenizer):
     length = len(rendered(tiny_tokenizer, LONG[:-1])) + len(tiny_tokenizer(LONG[-1]["content"]).input_ids)
     with pytest.raises(ValueError, match=rf"has {length} tokens .* holds 100: pass window=100 or less"):
         chat_segments(tiny_tokenizer, Transcript(LONG), 100)
-
-
-def test_a_turn_that_does_not_fit_its_window_is_refused(tiny_tokenizer):
     messages = chat("Why?", "Two.", "One two three four five six seven eight nine ten. " * 4, "Yes.")
     with pytest.raises(ValueError, match=r"messages\[4\]: this turn alone has \d+ tokens and the window is 60: raise"):
         chat_segments(tiny_tokenizer, Transcript(messages), LIMIT, window=60)
     with pytest.raises(ValueError, match="window is from 2 tokens to the model's context of 50, got 60"):
         chat_segments(tiny_tokenizer, Transcript(messages), 50, window=60)
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_pieces_of_tokens_join_to_their_text_also_within_characters(tiny_tokenizer):
@@ -312,15 +269,3 @@ def test_the_pieces_of_tokens_join_to_their_text_also_within_characters(tiny_tok
     assert len(pieces) == len(tokens)
     assert "".join(pieces) == text
     assert "😀" in pieces
-
-
-def test_an_id_with_half_a_character_is_rejected_as_its_row(tmp_path):
-    file = tmp_path / "chats.jsonl"
-    file.write_text('{"id": "\\ud83d", "messages": [{"role": "user", "content": "hi"}]}\n' + json.dumps(OPENED) + "\n")
-    read = read_chats(file)
-    assert [each.row for each in read.rejected] == [1]
-    assert "half of a surrogate pair" in read.rejected[0].reason
-    assert len(read.chats) == 1
-
-
-OPENED = {"messages": [{"role": "user", "content": "hi"}]}

@@ -98,7 +98,7 @@ def evaluate(
 
     Example: persona-lens evaluate runs/demo --adapter runs/ft --coefficient 0 --coefficient -2 --capability
     """
-    from persona_lens.evaluation.evaluate import RECORD_KEYS
+    from persona_lens.evaluation.evaluate import EVALUATION_KEYS
     from persona_lens.judges.scores import scorable_questions
     from persona_lens.models.adapters import Adapter, adapted
     from persona_lens.storage.files import refuse_other_json
@@ -117,7 +117,7 @@ def evaluate(
         refuse_without_adapters(models.model_class)
     if output is not None:
         for row in rows:
-            refuse_other_json(row.folder(output) / "evaluation.json", RECORD_KEYS)
+            refuse_other_json(row.folder(output) / "evaluation.json", EVALUATION_KEYS)
             refuse_other_json(row.folder(output) / "capability.json", ("format_version", "answers", "texts"))
         lock(output)
     adapter_weights = None if adapter is None else Adapter.load(adapter)
@@ -176,7 +176,7 @@ def _conditions(
 def _capability_materials(questions: Path | None, texts: Path | None) -> dict[str, Any]:
     """What capability is measured on, read before a model is loaded."""
     from persona_lens.evaluation.capability_result import mmlu_sample, read_questions
-    from persona_lens.extraction.responses import read_messages
+    from persona_lens.interop.responses import read_messages
 
     return {
         "questions": mmlu_sample() if questions is None else read_questions(questions),
@@ -213,7 +213,7 @@ def _evaluated(
 
     folder = None if output is None else row.folder(output)
     return replace(
-        row, evaluation=score(model, trait, judge, interventions=row.interventions, output=folder, **settings)
+        row, evaluation=score(model, trait, judge=judge, interventions=row.interventions, output_dir=folder, **settings)
     )
 
 

@@ -59,7 +59,7 @@ class ResponseFiles(NamedTuple):
 
 
 def _read_two_sides(trait: str, positive: Path, negative: Path, keep: KeepSettings, limit: int | None) -> Responses:
-    from persona_lens.extraction.responses import pair_by_row, read_messages, read_reference_csv
+    from persona_lens.interop.responses import pair_by_row, read_messages, read_reference_csv
     from persona_lens.judges.keep import keep_pairs
 
     if positive.suffix != negative.suffix or positive.suffix not in (".csv", ".jsonl"):

@@ -93,7 +93,7 @@ def monitor(
         ensure_writable(picture)
     read = read_chats(chats)
     directions = [load_vector(path, layer) for path in vectors]
-    monitoring = project(models.load(), read, directions, tokens=tokens, window=window, after=after, output=output)
+    monitoring = project(models.load(), read, directions, tokens=tokens, window=window, after=after, output_file=output)
     if as_json:
         tell_json(monitoring.to_dict())
     else:
@@ -203,20 +203,20 @@ def _run_experiment(
         prompts = many_shot(trait, questions, examples, shots=shots, per_question=per_question, seed=seed)
     result = monitoring_experiment(
         model,
-        trait,
         loaded.vectors,
+        trait,
         prompts,
         judge=judge,
         layer=layer,
         max_new_tokens=loaded.max_new_tokens,
-        output=folder,
+        output_dir=folder,
         seed=seed,
     )
     _show_experiment(result, folder, as_json=as_json)
 
 
 def _show_experiment(result: "MonitoringExperiment", folder: Path, *, as_json: bool) -> None:
-    from persona_lens.experiments.pictures import plot_experiment_layers, plot_monitoring_experiment
+    from persona_lens.plots.monitoring_experiment import plot_experiment_layers, plot_monitoring_experiment
 
     if as_json:
         tell_json(result.summary())

@@ -1,7 +1,7 @@
 """The commands that report: the page of a run's folder, and the paper's tables."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -41,7 +41,7 @@ def replicate(
     preset: Annotated[str, typer.Option(help="embedded, qwen2.5-7b, llama-3.1-8b, or the path of a preset's file.")],
     output: Annotated[Path, typer.Option(help="Folder of the run; a second call goes on where the first stopped.")],
     only: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="All traits and moods that the preset names.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All traits that the preset names.")] = False,
     data: Annotated[Path | None, typer.Option(help="Folder of your own data sets; the working folder.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print each stage's work, time and dollars; load and write nothing.")
@@ -56,16 +56,14 @@ def replicate(
 
     Example: persona-lens replicate --preset embedded --output runs/replication
     """
-    from persona_lens.replication.brought import brought
-    from persona_lens.replication.cost import HEADS, plan_replication
-    from persona_lens.replication.preset import STAGES, load_preset
+    from persona_lens.replication.plan import HEADS, plan_replication
+    from persona_lens.replication.preset import load_preset
+    from persona_lens.replication.stages import all_stages
 
     loaded = load_preset(preset)
-    loaded = loaded.in_full() if full else loaded
-    if unknown := sorted(set(only or []).difference(STAGES)):
-        raise typer.BadParameter(f"--only is one of {', '.join(STAGES)}; got {unknown[0]}")
-    stages: list[Any] = [stage for stage in STAGES if stage in (only or [])]
-    plan = plan_replication(loaded, brought(loaded, data), only=stages)
+    if unknown := sorted(set(only or []).difference(all_stages())):
+        raise typer.BadParameter(f"--only is one of {', '.join(all_stages())}; got {unknown[0]}")
+    plan = plan_replication(loaded.in_full() if full else loaded, data, only=only or [])
     if dry_run and as_json:
         tell_json(plan.as_json())
     elif not as_json:
@@ -77,11 +75,11 @@ def replicate(
     import torch
 
     from persona_lens.replication.page import write_replication_report
-    from persona_lens.replication.run import replicate as run_stages
+    from persona_lens.replication.run import run_plan
 
     lock(output)
     torch.set_num_threads(threads or DEFAULT_THREADS)
-    replication = run_stages(loaded, output, only=stages, data=data)
+    replication = run_plan(plan, output)
     if as_json:
         tell_json(replication.as_json())
     try:

@@ -105,7 +105,8 @@ def screen(
 
     Example: persona-lens screen chats.jsonl --vectors runs/demo --base proxy --benign plain.jsonl --output runs/screen
     """
-    from persona_lens.screening.run import ShardsMissing, finish
+    from persona_lens.screening.plan import RowChoice
+    from persona_lens.screening.run import ShardsMissing, Workers, finish
     from persona_lens.screening.run import screen as score_samples
     from persona_lens.screening.samples import named_datasets
 
@@ -130,25 +131,27 @@ def screen(
         raise typer.BadParameter("give DATA and --vectors, or --merge for a run whose shards are scored")
     directions, share = [load_vector(path, layer) for path in vectors], _shard(shard)
     source, datasets = _base(base, base_extra_body, output, servers), named_datasets(files)
+    rows = RowChoice(
+        first_turn=first_turn,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+        sample=sample,
+        after=after,
+        system_prompt=system,
+        base_fraction=base_fraction,
+        seed=seed,
+    )
     try:
         screening = score_samples(
             load(),
             datasets,
             directions,
-            output=output,
+            output_dir=output,
             base=source,
-            base_fraction=base_fraction,
-            first_turn=first_turn,
-            max_prompt_tokens=max_prompt_tokens,
-            max_response_tokens=max_response_tokens,
             max_new_tokens=max_new_tokens,
-            sample=sample,
-            after=after,
-            system_prompt=system,
+            rows=rows,
+            workers=Workers(actors, gpus_per_actor) if actors else None,
             shard=share,
-            actors=actors,
-            gpus_per_actor=gpus_per_actor,
-            seed=seed,
         )
     except ShardsMissing as waiting:
         say(f"{waiting}")
@@ -207,7 +210,7 @@ def _judging(
     # A classifier alone: nothing here asks for coherence, which it would take from the model.
     if options.judge.startswith("classifier:") and options.judge_extra_body is None:
         classifier = ClassifierJudge(TextClassifier.load(options.judge.removeprefix("classifier:")))
-        return lambda screening, rows: judge_samples(screening, classifier, loaded, rows)
+        return lambda screening, rows: judge_samples(screening, loaded, judge=classifier, rows=rows)
     make_judge = options.load_judge(folder)
 
     def likelihood_judge() -> "Judge":
@@ -215,7 +218,7 @@ def _judging(
         calibrate(judge, loaded, ModelEngine(load(), max_new_tokens), folder=folder, seed=seed)
         return judge
 
-    return lambda screening, rows: judge_samples(screening, make_judge(likelihood_judge), loaded, rows)
+    return lambda screening, rows: judge_samples(screening, loaded, judge=make_judge(likelihood_judge), rows=rows)
 
 
 # What the command says of a finished screening
@@ -312,7 +315,7 @@ def _show(
         cells = [row["dataset"], row["vector"], str(row["n"]), str(row["missing"])]
         cells.append(interval(row["score"], row["low"], row["high"], ".2f"))
         cells += [number(row["above"], ".1%")] if "above" in row else []
-        table.append([*cells, number(row["spearman_length"], ".2f"), f"{row['repeated']:.1%}"])
+        table.append([*cells, number(row["spearman_length"], ".2f"), number(row["repeated"], ".1%")])
     print_table(head, table)
     if flagged:
         names = ("n", "unscored", "projection", "judge", "union", "both")

@@ -73,7 +73,7 @@ def select_layer(
         "judge": make_judge(lambda: loaded.likelihood_judge(model, folder, seed)),
         "per_question": per_question,
         "max_new_tokens": loaded.max_new_tokens,
-        "output": folder,
+        "output_dir": folder,
         "seed": seed,
     }
     sweep = sweep_layers(
@@ -173,7 +173,7 @@ def sweep_as_json(sweep: "LayerSweep", min_coherence: float = 75.0) -> dict[str,
         "judge": sweep.judge,
         "best": choice,
         "cells": records(sweep.table()),
-        "screens": records(sweep.screen_correlations()),
+        "screens": records(sweep.proxy_correlations().rename(columns={"proxy": "screen"})),
     }
 
 
@@ -218,13 +218,13 @@ def _show_sweep(sweep: "LayerSweep", best: "LayerChoice") -> None:
 
 def _show_proxies(sweep: "LayerSweep") -> None:
     """Print how well each cheap proxy ranks the layers as the sweep does."""
-    table = sweep.screen_correlations()
+    table = sweep.proxy_correlations()
     if all(row["spearman"] is None for row in records(table)):  # fewer than three layers have no ranks
         return
     tell("\nSpearman of cheap proxies with the swept trait score, over layers:")
     rows = [
         [str(name), *(interval(row["spearman"], row["low"], row["high"], ".2f") for row in records(group))]
-        for name, group in table.groupby("screen", sort=False)
+        for name, group in table.groupby("proxy", sort=False)
     ]
     print_table(["proxy", *(f"x {coefficient:g}" for coefficient in sweep.coefficients)], rows)
 

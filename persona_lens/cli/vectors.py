@@ -58,7 +58,7 @@ def demo(
     # Two other pairs instead of four halve the judging, for .02 of its AUC (docs/experiments.md).
     judge = LikelihoodRatioJudge(model, calibration_questions=6, contrast_pairs=2)
     vectors = extract_persona_vectors(
-        model, trait, judge=judge, per_question=1, max_new_tokens=32, output=output, seed=seed
+        model, trait, judge=judge, per_question=1, max_new_tokens=32, output_dir=output, seed=seed
     )
     sweep = select_layer(
         model,
@@ -69,8 +69,8 @@ def demo(
         coefficients=(2.0, 4.0, 6.0),
         questions=trait.extraction_questions[:4],
         max_new_tokens=32,
-        likelihood_screen=False,
-        output=output,
+        likelihood_proxy=False,
+        output_dir=output,
         seed=seed,
     )
     if as_json:
@@ -159,7 +159,7 @@ def extract(
             engine=ServerEngine(client, max_new_tokens) if client else None,
             per_question=per_question,
             max_new_tokens=max_new_tokens,
-            output=output,
+            output_dir=output,
             **where,
             **keep._asdict(),
         )

@@ -1,14 +1,13 @@
-"""Capability measured: the letters' log-probabilities after each question, the likelihood of each text.
+"""Measure capability: multiple choice by the log-probabilities of answer letters, texts by their likelihood.
 
 Letters are read from the logits of the last prompt token, so a question costs one row without a response; texts are
 teacher-forced. Every pass announces its prompt and response, so interventions at `response` act as in generation: from
 the last prompt token on (arXiv:2507.21509, section 3.2).
-Knows nothing about what the numbers are compared with.
 """
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from math import isfinite
 from typing import Any
 
@@ -26,13 +25,14 @@ from persona_lens.evaluation.capability_result import (
     TextLikelihood,
     mmlu_sample,
 )
-from persona_lens.interventions.hooks import attachments, intervene
+from persona_lens.interventions.hooks import intervene
 from persona_lens.interventions.intervention import Intervention
 from persona_lens.interventions.positions import NamedPositions
 from persona_lens.judges.likelihood_ratio import intervened_log_likelihoods
 from persona_lens.models.adapters import Adapter, adapted, carries_adapter
 from persona_lens.models.memory import backing_off
 from persona_lens.models.structure import Model
+from persona_lens.monitoring.projection import attached_in_words
 from persona_lens.storage.text import shown_name
 from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT
 
@@ -54,19 +54,19 @@ def measure_capability(
     seed: int = 0,
     progress: bool = True,
 ) -> Capability:
-    """What the model still can: multiple choice by answer letters, and the likelihood of held-out texts.
+    """Accuracy on multiple-choice questions by answer letters, and the likelihood of held-out texts.
 
-    Interventions and adapters that are on the model already act too, before those that are given here.
+    Interventions and adapters that are on the model already act too, before those of the arguments.
 
     Args:
         model: The model, in either class; adapters need a bridge.
-        questions: Multiple-choice questions, `mmlu_sample()` by default; none (`()`) for texts only.
+        questions: Multiple-choice questions, `mmlu_sample()` by default; `()` for texts only.
         texts: Conversations, or questions with their answers, asked under `system_prompt`; an empty answer has no
             likelihood, and is counted.
-        interventions: What acts while it is measured, on the tokens that `at` names.
-        at: `all`; `response`, the last prompt token, which predicts the letter, and those after it; `prompt`.
+        interventions: What acts during the measurement, on the tokens that `at` names.
+        at: `all`; `response`, from the last prompt token on, which predicts the letter; `prompt`.
         adapter: A LoRA adapter or its folder, on the model for the measurement only.
-        system_prompt: Under which every question is asked.
+        system_prompt: The system prompt of every question.
         token_budget: Padded tokens of a batch of questions.
         allow_other_model: Accept vectors of an unrelated model of equal shape.
         seed: Seed of the bootstrap.
@@ -79,18 +79,21 @@ def measure_capability(
 
     Source: arXiv:2507.21509, section 5, which measures MMLU and gives no protocol.
     """
-    asked = list(mmlu_sample() if questions is None else questions)
-    told = [_conversation(text, system_prompt) for text in texts]
-    if not asked and not told:
+    questions = list(mmlu_sample() if questions is None else questions)
+    conversations = [_conversation(text, system_prompt) for text in texts]
+    if not questions and not conversations:
         raise ValueError("There is nothing to measure: pass questions or texts, or leave questions out for MMLU's.")
-    with _as_measured(model, interventions, at, adapter, allow_other_model):
-        letters = _letter_log_probs(model, asked, system_prompt, token_budget, progress)
-        likelihoods = _text_likelihoods(model, told, progress)
-        done = tuple(_in_words(model))
-        worn = _adapter_name(model, adapter)
-    answers = tuple(AnsweredQuestion(*pair) for pair in zip(asked, letters, strict=True))
+    with ExitStack() as stack:
+        if adapter is not None:
+            stack.enter_context(adapted(model, adapter))
+        if interventions:
+            stack.enter_context(intervene(model, *interventions, at=at, allow_other_model=allow_other_model))
+        log_probs = _letter_log_probs(model, questions, system_prompt, token_budget, progress)
+        likelihoods = _text_likelihoods(model, conversations, progress)
+        acting, adapter_name = attached_in_words(model), _adapter_name(model, adapter)
+    answers = tuple(AnsweredQuestion(*pair) for pair in zip(questions, log_probs, strict=True))
     name = shown_name(str(getattr(model.cfg, "model_name", "unnamed")))
-    return Capability(answers, likelihoods, name, done, worn, system_prompt, seed)
+    return Capability(answers, likelihoods, name, acting, adapter_name, system_prompt, seed)
 
 
 def _conversation(text: Text, system_prompt: str) -> Conversation:
@@ -98,22 +101,6 @@ def _conversation(text: Text, system_prompt: str) -> Conversation:
         return text
     question, answer = text
     return Conversation(tuple(chat_messages(system_prompt, question)), answer, question)
-
-
-@contextmanager
-def _as_measured(
-    model: Model,
-    interventions: Sequence[Intervention],
-    at: NamedPositions,
-    adapter: Adapter | str | os.PathLike[str] | None,
-    allow_other_model: bool,
-) -> Iterator[None]:
-    with ExitStack() as stack:
-        if adapter is not None:
-            stack.enter_context(adapted(model, adapter))
-        if interventions:
-            stack.enter_context(intervene(model, *interventions, at=at, allow_other_model=allow_other_model))
-        yield
 
 
 def _letter_log_probs(
@@ -126,11 +113,11 @@ def _letter_log_probs(
     longest = max(map(len, letters.values()), default=0)
     _refuse_too_long(model, "question", [len(prompt) + longest - 1 for prompt in prompts])
     if longest > 1:
-        found = _spelled_log_probs(model, questions, prompts, letters, progress)
+        log_probs = _spelled_log_probs(model, questions, prompts, letters, progress)
     else:
-        found = _first_token_log_probs(model, questions, prompts, letters, token_budget, progress)
-    _refuse_not_finite("question", [all(map(isfinite, row)) for row in found])
-    return found
+        log_probs = _first_token_log_probs(model, questions, prompts, letters, token_budget, progress)
+    _refuse_not_finite("question", [all(map(isfinite, row)) for row in log_probs])
+    return log_probs
 
 
 def _first_token_log_probs(
@@ -141,8 +128,8 @@ def _first_token_log_probs(
     token_budget: int,
     progress: bool,
 ) -> list[tuple[float, ...]]:
-    """Of letters of one token each: the prompts alone are run, and only their last token is unembedded."""
-    found: list[tuple[float, ...]] = [()] * len(questions)
+    """For letters of one token each: only the prompts run, and only their last token is unembedded."""
+    log_probs: list[tuple[float, ...]] = [()] * len(questions)
     lengths, waiting = [len(prompt) for prompt in prompts], set(range(len(prompts)))
 
     def attempt(left: list[int], budget: int) -> Iterator[tuple[int, Tensor]]:
@@ -155,9 +142,9 @@ def _first_token_log_probs(
 
     with tqdm(total=len(questions), desc="questions", unit="row", leave=False, disable=not progress) as bar:
         for index, row in backing_off(model, waiting, lengths, token_budget, attempt):
-            found[index] = tuple(row[[letters[letter][0] for letter in questions[index].letters]].tolist())
+            log_probs[index] = tuple(row[[letters[letter][0] for letter in questions[index].letters]].tolist())
             bar.update()
-    return found
+    return log_probs
 
 
 def _log_softmax(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch d_vocab"]:
@@ -173,7 +160,7 @@ def _spelled_log_probs(
     letters: dict[str, tuple[int, ...]],
     progress: bool,
 ) -> list[tuple[float, ...]]:
-    """Of letters of several tokens: each letter is a response, and the whole of it counts."""
+    """For letters of several tokens: each letter is a response, and the whole of it counts."""
     rows = [
         ChatTokens(prompt, letters[letter])
         for question, prompt in zip(questions, prompts, strict=True)
@@ -211,14 +198,6 @@ def _refuse_not_finite(what: str, finite: Sequence[bool]) -> None:
             f"The model's log-probabilities are not finite at {what} {finite.index(False) + 1}: load it with a wider "
             "dtype (float32), or steer with a smaller coefficient."
         )
-
-
-def _in_words(model: Model) -> Iterator[str]:
-    """Every intervention that is attached to the model, outermost first."""
-    for each in attachments(model):
-        where = each.at if isinstance(each.at, str) else "a mask"
-        for value in each.interventions:
-            yield f"{value}, at {where}"
 
 
 def _adapter_name(model: Model, adapter: Adapter | str | os.PathLike[str] | None) -> str | None:

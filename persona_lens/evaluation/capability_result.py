@@ -1,14 +1,9 @@
-"""Multiple-choice questions, from a JSON-lines file or MMLU's in the lm-eval package, and how each is asked.
+"""Multiple-choice questions, and what a model still can as a value: letters' log-probabilities, texts' likelihoods.
 
-The choices are lettered A, B, C ...; the answer is to be the letter alone, as the first token of the response.
-Knows nothing about models: questions come in, chat messages go out.
-
-What a model still can, as a value: every question's log-probabilities, every text's likelihood, means and intervals.
-
-Knows nothing about models: numbers come in, tables and files go out.
+Questions come from a JSON-lines file, or are MMLU's in the lm-eval package. The choices are lettered A, B, C ...; the
+right answer is the letter alone, as the first token of the response.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +14,19 @@ from math import exp, fsum
 from pathlib import Path
 from string import ascii_uppercase
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_lens.chat.batches import chat_messages
 from persona_lens.statistics import Estimate, mean_estimate
-from persona_lens.storage.files import DAMAGE, JsonLines, checked, write_json
+from persona_lens.storage.files import JsonLines, checked, read_result, write_json
 from persona_lens.storage.text import missing_package
 from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT
 
+if TYPE_CHECKING:
+    import pandas
+
 USER_PROMPT = "{question}\n\n{choices}\n\nAnswer with the letter of the right choice only."
-"""How a question is put; `choices` are lines such as `A. Paris`."""
+"""The user turn of a question; `choices` are lines such as `A. Paris`."""
 
 _MMLU_FOLDER = Path("tasks", "mmlu", "flan_cot_fewshot")
 _ONE_LINE_CHOICES = re.compile(r"(.*?)\n\(A\) (.*?) \(B\) (.*?) \(C\) (.*?) \(D\) (.*)", re.DOTALL)
@@ -71,31 +69,31 @@ class Question:
 
 
 def mmlu_sample() -> tuple[Question, ...]:
-    """273 questions of MMLU's development set, 56 subjects, read from the installed lm-eval package and never copied.
+    """273 questions of MMLU's development set, 56 subjects, read from the installed lm-eval package.
 
-    They are the examples of its chain-of-thought prompts, without the thoughts; left out are those whose choices do not
-    stand on one line. Limits: accuracy on so few has an interval of 5 points either side, and models may have seen
-    these very questions. Raises ImportError where lm-eval is not installed. Source: arXiv:2009.03300.
+    These are the examples of its chain-of-thought prompts without the thoughts, as far as their choices stand on one
+    line. Limits: accuracy on so few has an interval of 5 points either side, and models may have been trained on them.
+    Raises ImportError where lm-eval is not installed. Source: arXiv:2009.03300.
     """
     spec = find_spec("lm_eval")
     folders = [Path(place) / _MMLU_FOLDER for place in (spec.submodule_search_locations or [])] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("mmlu_*.yaml"))
     if not files:
         raise missing_package("The MMLU sample", "lm-eval", command="pip install --no-deps lm-eval==0.4.13")
-    return tuple(question for file in files for question in _of_file(file))
+    return tuple(question for file in files for question in _mmlu_questions(file))
 
 
-def _of_file(file: Path) -> Iterator[Question]:
+def _mmlu_questions(file: Path) -> Iterator[Question]:
     import yaml
 
     task = yaml.safe_load(file.read_text(encoding="utf-8"))
+    subject = task["dataset_name"].replace("_", " ")
     for sample in task["fewshot_config"]["samples"]:
-        asked = _ONE_LINE_CHOICES.fullmatch(sample["question"].strip())
-        # A chain of thought speaks of other choices on its way: the last answer is the one that it gives.
+        parts = _ONE_LINE_CHOICES.fullmatch(sample["question"].strip())
+        # A chain of thought names other choices on its way; its last answer is the one that it gives.
         answers = re.findall(r"answer is \(([A-D])\)", sample["target"])
-        if asked and answers:
-            question, *choices = (part.strip() for part in asked.groups())
-            subject = task["dataset_name"].replace("_", " ")
+        if parts and answers:
+            question, *choices = (part.strip() for part in parts.groups())
             yield Question(question, tuple(choices), ascii_uppercase.index(answers[-1]), subject)
 
 
@@ -110,16 +108,16 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
     rows = JsonLines(path).read()
     if not rows:
         raise ValueError(f"{path} has no questions: expected one a line, with question, choices and answer.")
-    found: list[Question] = []
+    questions: list[Question] = []
     for number, row in enumerate(rows, start=1):
         try:
-            found.append(_from_row(row))
+            questions.append(_question(row))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    return tuple(found)
+    return tuple(questions)
 
 
-def _from_row(row: Mapping[str, Any]) -> Question:
+def _question(row: Mapping[str, Any]) -> Question:
     if absent := [key for key in ("question", "choices", "answer") if key not in row]:
         raise ValueError(f"Expected question, choices and answer, got no {absent[0]!r}: add it.")
     question, choices, subject = row["question"], row["choices"], row.get("subject", "")
@@ -128,15 +126,12 @@ def _from_row(row: Mapping[str, Any]) -> Question:
             raise ValueError(f"Expected {name} as a string, got {type(text).__name__}: write its text.")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"Expected choices as a list of strings, got {str(choices)[:60]}: write their texts.")
-    return Question(question, tuple(choices), _index(row["answer"], ascii_uppercase[: len(choices)]), subject)
-
-
-def _index(answer: Any, letters: str) -> int:
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return answer
+    answer, letters = row["answer"], ascii_uppercase[: len(choices)]
     if isinstance(answer, str) and len(answer) == 1 and answer.upper() in letters:
-        return letters.index(answer.upper())
-    raise ValueError(f"Expected answer as a letter among {letters} or an index from 0, got {answer!r}: correct it.")
+        answer = letters.index(answer.upper())
+    if not isinstance(answer, int) or isinstance(answer, bool):
+        raise ValueError(f"Expected answer as a letter among {letters} or an index from 0, got {answer!r}: correct it.")
+    return Question(question, tuple(choices), answer, subject)
 
 
 FORMAT_VERSION = 1
@@ -182,7 +177,7 @@ class AnsweredQuestion:
 class TextLikelihood:
     """A text's mean log-likelihood per response token, in nats; None for one without a response.
 
-    `question` says which texts are not independent of each other; an empty one, that no other text belongs to it.
+    Texts of one `question` are resampled together; one with an empty question stands alone.
     """
 
     log_likelihood: float | None
@@ -191,7 +186,7 @@ class TextLikelihood:
 
 
 class CapabilityChange(NamedTuple):
-    """Means of the differences, question by question and text by text, with their intervals."""
+    """Mean differences, paired by question and by text, with their intervals."""
 
     accuracy: Estimate
     margin: Estimate
@@ -201,19 +196,19 @@ class CapabilityChange(NamedTuple):
 
 @dataclass(frozen=True)
 class Capability:
-    """What a model still can, under what was done to it.
+    """What a model still can, under interventions or an adapter.
 
     Attributes:
         answers: The multiple-choice questions with the log-probabilities of their letters.
-        texts: The given texts with their likelihoods.
+        texts: The texts with their likelihoods.
         model: The model's name.
-        interventions: What acted while it was measured, in words; empty for nothing.
-        adapter: The folder of the LoRA adapter that was on, or what else is known of it; None for none.
-        system_prompt: Under which the questions were asked.
+        interventions: What acted during the measurement, in words; empty for nothing.
+        adapter: The folder of the LoRA adapter that was on, or a description of it; None for none.
+        system_prompt: The system prompt of the questions.
         seed: Seed of the bootstrap.
 
     Limits: letters are read from the start of the response, so a model that reasons first, or answers in words, scores
-    low without knowing less: see `letter_mass`. Which letters a model favours is in its accuracy too.
+    low without knowing less: see `letter_mass`. A preference for some letters affects the accuracy too.
     """
 
     answers: tuple[AnsweredQuestion, ...] = field(repr=False)
@@ -256,13 +251,13 @@ class Capability:
         return fsum(1 / len(answer.log_probs) for answer in self.answers) / len(self.answers) if self.answers else None
 
     def change_from(self, base: "Capability") -> CapabilityChange:
-        """This one minus `base`, paired by question and by text: much narrower than the difference of two means.
+        """This one minus `base`, paired by question and by text, which is much narrower than an unpaired difference.
 
         Raises ValueError where the questions or texts are not the same, in the same order.
         """
         for name, ours, theirs in (
-            ("questions", [each.question for each in self.answers], [each.question for each in base.answers]),
-            ("texts", list(map(_identity, self.texts)), list(map(_identity, base.texts))),
+            ("questions", [answer.question for answer in self.answers], [answer.question for answer in base.answers]),
+            ("texts", *([(text.question, text.n_tokens) for text in side.texts] for side in (self, base))),
         ):
             if ours != theirs:
                 raise ValueError(
@@ -285,29 +280,36 @@ class Capability:
         )
 
     def _over_questions(self, values: Sequence[float]) -> Estimate:
-        # Two questions may have one text and other choices, and are two.
+        # Questions with one text and other choices are different questions.
         names = [repr((answer.question.question, answer.question.choices)) for answer in self.answers]
         return mean_estimate(values, names, seed=self.seed)
 
     def _over_texts(self, values: Sequence[float | None]) -> Estimate:
-        # A text of no question is on its own.
-        names = [
-            repr((index, text.question)) if not text.question else text.question
-            for index, text in enumerate(self.texts)
-        ]
+        names = [text.question or index for index, text in enumerate(self.texts)]
         return mean_estimate(values, names, seed=self.seed)
 
     @property
-    def columns(self) -> dict[str, float | int | None]:
-        """Its numbers as a row of a table."""
-        return {
-            name + end: value
-            for name, found in self._estimates().items()
-            for end, value in (("", found.value), ("_low", found.low), ("_high", found.high), ("_n", found.n))
-        }
-
     def _estimates(self) -> dict[str, Estimate]:
         return {"accuracy": self.accuracy, "margin": self.margin, "letter_mass": self.letter_mass, "nll": self.nll}
+
+    @property
+    def columns(self) -> dict[str, float | int | None]:
+        """The numbers as one row of a table of capabilities."""
+        return {
+            name + end: value
+            for name, mean in self._estimates.items()
+            for end, value in (("", mean.value), ("_low", mean.low), ("_high", mean.high), ("_n", mean.n))
+        }
+
+    def table(self) -> "pandas.DataFrame":
+        """A row for each multiple-choice question: `question`, `subject`, `right`, `margin`, `letter_mass`."""
+        import pandas
+
+        rows = [
+            (answer.question.question, answer.question.subject, answer.is_right, answer.margin, answer.letter_mass)
+            for answer in self.answers
+        ]
+        return pandas.DataFrame(rows, columns=["question", "subject", "right", "margin", "letter_mass"])
 
     def summary(self) -> dict[str, Any]:
         """The numbers, and what acted, as JSON."""
@@ -317,49 +319,37 @@ class Capability:
             "adapter": self.adapter,
             "system_prompt": self.system_prompt,
             "chance": self.chance,
-            **{name: found._asdict() for name, found in self._estimates().items()},
+            **{name: mean._asdict() for name, mean in self._estimates.items()},
             "texts_without_response": sum(text.log_likelihood is None for text in self.texts),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON, log-probabilities included, whole or not at all; OSError where it cannot be written."""
+        """Write it as JSON, log-probabilities included; OSError where it cannot be written."""
         record = {
             "format_version": FORMAT_VERSION,
             "summary": self.summary(),
             "seed": self.seed,
-            "answers": [{**asdict(each.question), "log_probs": list(each.log_probs)} for each in self.answers],
+            "answers": [{**asdict(answer.question), "log_probs": list(answer.log_probs)} for answer in self.answers],
             "texts": [asdict(text) for text in self.texts],
         }
         write_json(Path(path), record)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Capability":
-        """What `save` wrote. Raises FileNotFoundError, or ValueError for a damaged file or another version's."""
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"No file {path}.")
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if (version := saved["format_version"]) == FORMAT_VERSION:
-                return cls._from_record(saved)
-        except DAMAGE as error:
-            raise ValueError(f"{path} does not hold a capability ({error}): measure it again.") from error
-        raise ValueError(
-            f"{path} has format version {version}, and this persona_lens reads {FORMAT_VERSION}: install the "
-            "persona_lens that wrote it, or a newer one."
-        )
+        """Read what `save` wrote; FileNotFoundError, or ValueError for a damaged file or another version's."""
+        return read_result(Path(path), FORMAT_VERSION, cls._from_record, "capability", "Capability.save")
 
     @classmethod
-    def _from_record(cls, saved: Mapping[str, Any]) -> "Capability":
-        made = saved["summary"]
+    def _from_record(cls, record: Mapping[str, Any]) -> "Capability":
+        summary = record["summary"]
         return cls(
-            tuple(_answer(row) for row in saved["answers"]),
-            tuple(_likelihood(**row) for row in saved["texts"]),
-            checked(made["model"], str),
-            tuple(checked(each, str) for each in made["interventions"]),
-            checked(made["adapter"], str, NoneType),
-            checked(made["system_prompt"], str),
-            checked(saved["seed"], int, low=0),
+            tuple(_read_answer(row) for row in record["answers"]),
+            tuple(_read_likelihood(**row) for row in record["texts"]),
+            checked(summary["model"], str),
+            tuple(checked(intervention, str) for intervention in summary["interventions"]),
+            checked(summary["adapter"], str, NoneType),
+            checked(summary["system_prompt"], str),
+            checked(record["seed"], int, low=0),
         )
 
     def __str__(self) -> str:
@@ -375,21 +365,20 @@ class Capability:
         return f"{'; '.join(done) or 'no intervention'}: {'; '.join(parts)}"
 
 
-def _identity(text: TextLikelihood) -> tuple[str, int]:
-    return text.question, text.n_tokens
-
-
-def _answer(row: Mapping[str, Any]) -> AnsweredQuestion:
-    asked, subject = (checked(row[name], str) for name in ("question", "subject"))
+def _read_answer(row: Mapping[str, Any]) -> AnsweredQuestion:
+    text, subject = (checked(row[name], str) for name in ("question", "subject"))
     choices = tuple(checked(choice, str) for choice in row["choices"])
-    question = Question(asked, choices, checked(row["answer"], int), subject)
-    # Rounding may leave a hair above 0.
-    return AnsweredQuestion(question, tuple(checked(each, float, high=0.01) for each in row["log_probs"]))
+    question = Question(text, choices, checked(row["answer"], int), subject)
+    return AnsweredQuestion(question, tuple(_read_log_prob(value) for value in row["log_probs"]))
 
 
-def _likelihood(log_likelihood: Any, n_tokens: Any, question: Any = "") -> TextLikelihood:
-    value = checked(log_likelihood, float, NoneType, high=0.01)
+def _read_likelihood(log_likelihood: Any, n_tokens: Any, question: Any = "") -> TextLikelihood:
+    value = None if log_likelihood is None else _read_log_prob(log_likelihood)
     return TextLikelihood(value, checked(n_tokens, int, low=0), checked(question, str))
+
+
+def _read_log_prob(value: Any) -> float:
+    return checked(value, float, high=0.01)  # rounding may leave a little more than 0
 
 
 def _text(estimate: Estimate) -> str:

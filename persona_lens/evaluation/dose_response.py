@@ -1,13 +1,13 @@
-"""What a direction does at each dose, against random directions of equal norm.
+"""Trait score against dose for one direction, beside random directions of equal norm.
 
-The slope is the least-squares one of the mean trait score on the coefficient, over the doses at which the model stays
-coherent; its interval resamples questions.
-Knows nothing about how the layer was chosen; its questions should be others than those.
+The slope is the least-squares slope of the mean trait score on the coefficient, over the doses at which the model stays
+coherent; its interval resamples questions. Use other questions than those that the layer was chosen on.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ from persona_lens.interventions.values import Steer
 from persona_lens.judges.scores import Judge, ScoredRollout, scorable_questions, score_rollouts
 from persona_lens.models.structure import Model
 from persona_lens.rollouts.collection import keeps_date
-from persona_lens.rollouts.engines import Cell
+from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
 from persona_lens.statistics import Estimate, slopes, spearman
-from persona_lens.storage.files import DAMAGE, checked, refuse_other_json, write_json
+from persona_lens.storage.files import checked, read_result, refuse_other_json, write_json
 from persona_lens.storage.locks import writes_output
 from persona_lens.traits.trait import Trait, load_trait
 from persona_lens.vectors.persona_vector import PersonaVector
@@ -37,12 +37,12 @@ DOSE_FILE, ROWS_NAME = "dose_response.json", "dose"
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """A direction, and random ones of its norm, at the same coefficients.
+    """A direction, and random ones of its norm, at the same coefficients. Drawn by `pl.plots.dose_response`.
 
     Attributes:
-        trait: The trait that was judged.
+        trait: Name of the judged trait.
         layer: Where the direction acts, counted from 0.
-        judge: The judge's name.
+        judge: Name of the judge.
         coefficients: Ascending, with 0.
         doses: Coefficient times |v| over the stored residual norm; None where that is unknown.
         evaluations: Of the direction, in the order of `coefficients`.
@@ -70,26 +70,26 @@ class DoseResponse:
 
     def spearman(self, min_coherence: float = 50.0) -> float | None:
         """Rank correlation of coefficient and mean trait score over the coherent doses; None below three of them."""
-        chosen = _coherent(self.evaluations, min_coherence)
-        scores = np.array([self.evaluations[index].trait_score.value for index in chosen], dtype=float)
-        return spearman(np.array(self.coefficients)[chosen], scores)
+        doses = _coherent(self.evaluations, min_coherence)
+        scores = np.array([self.evaluations[index].trait_score.value for index in doses], dtype=float)
+        return spearman(np.array(self.coefficients)[doses], scores)
 
     def _slope(self, cells: Sequence[Evaluation], min_coherence: float) -> Estimate:
-        chosen = _coherent(cells, min_coherence)
-        n = sum(cells[index].trait_score.n for index in chosen)
-        if len(chosen) < 2:
+        doses = _coherent(cells, min_coherence)
+        n = sum(cells[index].trait_score.n for index in doses)
+        if len(doses) < 2:
             return Estimate(None, None, None, n)
-        x = np.array(self.coefficients)[chosen]
-        means = np.array([[cells[index].trait_score.value for index in chosen]], dtype=float)
-        resamples = np.stack([cells[index].trait_score_resamples for index in chosen], axis=1)
+        x = np.array(self.coefficients)[doses]
+        means = np.array([[cells[index].trait_score.value for index in doses]], dtype=float)
+        resamples = np.stack([cells[index].trait_score_resamples for index in doses], axis=1)
         return Estimate.of(float(slopes(x, means)[0]), slopes(x, resamples), n)
 
-    def rejudged(self, judge: Judge, trait: Trait, *, progress: bool = True) -> "DoseResponse":
-        """The same answers with trait scores by another judge; coherence stays the first one's.
+    def rejudged(self, trait: Trait | str, *, judge: Judge, progress: bool = True) -> "DoseResponse":
+        """The same answers with trait scores by another judge; the coherence stays the first judge's.
 
-        So one judge says at which doses the model is coherent, and a judge that shares nothing with it whether the
-        trait is there.
+        One judge then says at which doses the model is coherent, and an independent one whether it shows the trait.
         """
+        trait = load_trait(trait) if isinstance(trait, str) else trait
         series = [self.evaluations, *self.random]
         rollouts = {row.rollout.key: row.rollout for cells in series for cell in cells for row in cell.scored}
         scored = score_rollouts(list(rollouts.values()), trait, judge=judge, progress=progress)
@@ -111,19 +111,17 @@ class DoseResponse:
         import pandas
 
         rows = []
-        for index, (coefficient, dose, found) in enumerate(
-            zip(self.coefficients, self.doses, self.evaluations, strict=True)
-        ):
-            others = [cells[index].trait_score.value for cells in self.random]
-            known = [value for value in others if value is not None]
+        for index, cell in enumerate(self.evaluations):
+            scores = [cells[index].trait_score.value for cells in self.random]
+            random = [score for score in scores if score is not None]
             rows.append(
                 {
-                    "coefficient": coefficient,
-                    "dose": dose,
-                    **found.columns,
-                    "random_mean": float(np.mean(known)) if known else None,
-                    "random_low": min(known, default=None),
-                    "random_high": max(known, default=None),
+                    "coefficient": self.coefficients[index],
+                    "dose": self.doses[index],
+                    **cell.columns,
+                    "random_mean": float(np.mean(random)) if random else None,
+                    "random_low": min(random, default=None),
+                    "random_high": max(random, default=None),
                 }
             )
         return pandas.DataFrame(rows).set_index("coefficient")
@@ -139,41 +137,37 @@ class DoseResponse:
             "plan": self.evaluations[0].plan,
             "coefficients": list(self.coefficients),
             "doses": list(self.doses),
-            "cells": [[list(found.interventions) for found in cells] for cells in (self.evaluations, *self.random)],
+            "cells": [[list(cell.interventions) for cell in cells] for cells in (self.evaluations, *self.random)],
             "slope": self.slope()._asdict(),
-            "random_slopes": [each.value for each in self.random_slopes()],
+            "random_slopes": [slope.value for slope in self.random_slopes()],
             "spearman": self.spearman(),
             "rows": json.loads(self.table().reset_index().to_json(orient="records") or "[]"),
         }
 
     @classmethod
     def load(cls, folder: str | Path) -> "DoseResponse":
-        """The dose-response of a folder in which `dose_response` ended.
+        """Read the result of a folder in which `dose_response` finished.
 
         Raises FileNotFoundError where there is none, ValueError where it is of another version or damaged.
         """
         folder = Path(folder)
-        file = folder / DOSE_FILE
-        if not file.exists():
-            raise FileNotFoundError(f"No dose-response in {folder}: make one with `persona-lens select-layer`.")
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format version {record['format_version']}, this persona_lens reads {FORMAT_VERSION}")
-            series = [tuple(read_cells(folder, ROWS_NAME, cells, **record["plan"])) for cells in record["cells"]]
-            amounts = tuple(checked(each, float) for each in record["coefficients"])
-            doses = tuple(checked(each, float, NoneType) for each in record["doses"])
-            if any(len(each) != len(amounts) for each in (doses, *series)):
-                raise ValueError(f"it has {len(amounts)} coefficients, and other numbers of doses or cells")
-            return cls(record["trait"], record["layer"], record["judge"], amounts, doses, series[0], tuple(series[1:]))
-        except DAMAGE as error:
-            raise ValueError(f"{file} is not a whole dose-response ({error}): make it again.") from error
+        parse = partial(cls._from_record, folder)
+        return read_result(folder / DOSE_FILE, FORMAT_VERSION, parse, "dose-response", "dose_response")
+
+    @classmethod
+    def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> "DoseResponse":
+        own, *random = [tuple(read_cells(folder, ROWS_NAME, cells, record["plan"])) for cells in record["cells"]]
+        coefficients = tuple(checked(value, float) for value in record["coefficients"])
+        doses = tuple(checked(value, float, NoneType) for value in record["doses"])
+        if any(len(values) != len(coefficients) for values in (doses, own, *random)):
+            raise ValueError(f"it has {len(coefficients)} coefficients, and other numbers of doses or cells")
+        return cls(record["trait"], record["layer"], record["judge"], coefficients, doses, own, tuple(random))
 
     def __str__(self) -> str:
-        own, others = self.slope(), [each.value for each in self.random_slopes() if each.value is not None]
-        beaten = own.value is not None and sum(own.value > other for other in others)
-        versus = f"; it exceeds {beaten} of {len(others)} random directions of equal norm" if others else ""
-        rank = self.spearman()
+        own, rank = self.slope(), self.spearman()
+        random = [slope.value for slope in self.random_slopes() if slope.value is not None]
+        exceeded = own.value is not None and sum(own.value > value for value in random)
+        versus = f"; it exceeds {exceeded} of {len(random)} random directions of equal norm" if random else ""
         return (
             f"{self.trait} at layer {self.layer}: {own} points for each 1.0 of the coefficient, Spearman "
             f"{'undefined' if rank is None else f'{rank:.2f}'} over coherent doses{versus} ({self.judge})"
@@ -181,7 +175,7 @@ class DoseResponse:
 
 
 def _coherent(cells: Sequence[Evaluation], min_coherence: float) -> list[int]:
-    """The doses whose mean coherence suffices, where the judge gave one, and that have a trait score."""
+    """Indices of the cells with a trait score whose mean coherence, where the judge gave one, is high enough."""
     return [
         index
         for index, cell in enumerate(cells)
@@ -191,7 +185,7 @@ def _coherent(cells: Sequence[Evaluation], min_coherence: float) -> list[int]:
 
 
 def random_directions(vector: PersonaVector, count: int, *, seed: int = 0) -> list[PersonaVector]:
-    """Isotropic random directions at the vector's layer, each of its norm."""
+    """Isotropic random directions at the vector's layer, each with its norm."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(count, vector.d_model, generator=generator, dtype=torch.float64)
     scaled = drawn * (vector.norm / torch.linalg.vector_norm(drawn, dim=1, keepdim=True))
@@ -218,54 +212,49 @@ def dose_response(
     top_p: float = 1.0,
     batch_size: int = 120,
     allow_other_model: bool = False,
-    output: str | Path | None = None,
+    output_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> DoseResponse:
     """Steer by one direction, and by `random` random ones of equal norm, at every coefficient and at 0.
 
-    Questions default to the trait's evaluation questions that the judge was not calibrated on, which is what a layer
-    chosen on extraction questions should be confirmed on. With `output`, a folder, every batch is kept there
-    (dose_rollouts.jsonl, dose_scores.jsonl, dose_response.json), and a second call goes on where the first stopped.
+    Questions default to the trait's evaluation questions, without those that the judge was calibrated on; a layer that
+    was chosen on extraction questions should be confirmed on these. `output_dir` keeps dose_rollouts.jsonl,
+    dose_scores.jsonl and dose_response.json; a second call continues where the first stopped.
 
     Raises ValueError where no question is left or the vector does not belong to the model.
     Source: arXiv:2507.21509, section 3.2.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
-    asked = scorable_questions(judge, trait, trait.evaluation_questions if questions is None else questions)
+    questions = scorable_questions(judge, trait, trait.evaluation_questions if questions is None else questions)
     amounts = sorted({0.0, *map(float, coefficients)})
     directions = [vector, *random_directions(vector, random, seed=seed)]
-    cells = [Cell(direction, amount) for direction in directions for amount in amounts if amount]
-    folder = None if output is None else Path(output)
+    cells = {
+        cell.name: cell
+        for cell in (Cell(direction, amount) for direction in directions for amount in amounts if amount)
+    }
+    folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         refuse_other_json(folder / DOSE_FILE, ("format_version", "trait", "slope"))
-    baseline, *found = evaluate_cells(
-        model,
+    engine = ModelEngine(model, max_new_tokens, temperature, top_p, batch_size)
+    baseline, *steered = evaluate_cells(
+        CellEngine(engine, cells, at, allow_other_model),
         trait,
-        judge,
-        cells,
-        questions=asked,
+        judge=judge,
+        questions=questions,
         per_question=per_question,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        batch_size=batch_size,
-        at=at,
-        allow_other_model=allow_other_model,
         folder=folder,
         name=ROWS_NAME,
         seed=seed,
         progress=progress,
     )
-    by_cell = {cell.name: evaluation for cell, evaluation in zip(cells, found, strict=True)}
-    series = [
-        tuple(by_cell[Cell(direction, amount).name] if amount else baseline for amount in amounts)
+    by_name = dict(zip(cells, steered, strict=True))
+    own, *others = [
+        tuple(by_name[Cell(direction, amount).name] if amount else baseline for amount in amounts)
         for direction in directions
     ]
     doses = tuple(Steer(vector, amount).doses[0] for amount in amounts)
-    result = DoseResponse(
-        trait.name, vector.layer, judge.name(trait), tuple(amounts), doses, series[0], tuple(series[1:])
-    )
+    result = DoseResponse(trait.name, vector.layer, judge.name(trait), tuple(amounts), doses, own, tuple(others))
     if folder is not None:
         write_json(folder / DOSE_FILE, result.summary())
     return result

@@ -1,18 +1,15 @@
-"""What a judge made of a model's answers: means with their intervals, and the rows behind them.
+"""Evaluate a model under interventions: sample answers, judge them, report means with intervals.
 
-Knows nothing about how the answers were sampled.
-
-Evaluations made: of one set of interventions, or of many cells whose rows are mixed in batched generation.
-
-Knows nothing about which cells are worth comparing.
+`evaluate` measures one set of interventions. `evaluate_cells` measures many (vector, coefficient) cells at once, their
+rows mixed in batched generation; layer sweeps and dose-responses are made of these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,23 +18,30 @@ from persona_lens.interventions.positions import NamedPositions
 from persona_lens.judges.scores import Judge, ScoredRollout, read_scores, scorable_questions, score_rollouts
 from persona_lens.models.structure import Model
 from persona_lens.rollouts.collection import collect_rollouts, keeps_date, plan_rollouts
-from persona_lens.rollouts.engines import Cell, CellEngine, IntervenedEngine, ModelEngine
-from persona_lens.rollouts.rows import read_rollouts
+from persona_lens.rollouts.engines import CellEngine, IntervenedEngine, ModelEngine, RolloutEngine
+from persona_lens.rollouts.rows import Prompt, Rollout, read_rollouts
 from persona_lens.statistics import N_RESAMPLES, Estimate, mean_estimate, question_resamples, resampled_means
-from persona_lens.storage.files import checked, ensure_writable, refuse_other_json, write_json
+from persona_lens.storage.files import checked, ensure_writable, read_result, refuse_other_json, write_json
 from persona_lens.storage.locks import writes_output
 from persona_lens.traits.trait import Trait, load_trait
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT_VERSION = 1
+EVALUATION_KEYS = ("format_version", "trait", "interventions", "trait_score")
+"""Keys that mark an evaluation.json as ours, so that it may be replaced."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a judge made of a model's answers under some interventions.
+    """A model's judged answers under some interventions.
 
     Attributes:
-        trait: The trait that was judged.
+        trait: Name of the judged trait.
         scored: The answers with their scores.
-        interventions: What acted while they were sampled, in words; empty for nothing.
-        at: On which tokens it acted.
+        interventions: What acted during sampling, in words; empty for nothing.
+        at: The tokens on which it acted.
         seed: Seed of the bootstrap.
     """
 
@@ -49,75 +53,84 @@ class Evaluation:
 
     @cached_property
     def trait_score(self) -> Estimate:
-        """Mean trait score, 0 to 100, of the answers that have one; `n` says how many those are."""
-        return mean_estimate([row.trait_score for row in self.scored], self._questions, seed=self.seed)
+        """Mean trait score, 0 to 100, over the answers that have one; `n` counts these."""
+        return mean_estimate([row.trait_score for row in self.scored], self._row_questions, seed=self.seed)
 
     @cached_property
     def coherence(self) -> Estimate:
         """Mean coherence, 0 to 100."""
-        return mean_estimate([row.coherence for row in self.scored], self._questions, seed=self.seed)
+        return mean_estimate([row.coherence for row in self.scored], self._row_questions, seed=self.seed)
 
     @cached_property
     def diversity(self) -> float | None:
-        """Distinct 2-grams of words over all 2-grams, of all answers together; None where there are none.
+        """Distinct word 2-grams over all 2-grams, pooled over answers; None where there are none.
 
-        It falls with the number of answers, so compare evaluations of equal size; a bootstrap would count an answer
-        twice and so has no meaning for it. Source: distinct-n, arXiv:1510.03055.
+        It falls with the number of answers, so compare evaluations of equal size. It has no interval: a bootstrap
+        repeats answers, which lowers it by itself. Source: distinct-n, arXiv:1510.03055.
         """
-        words = [row.rollout.response.lower().split() for row in self.scored]
-        grams = [gram for answer in words for gram in pairwise(answer)]
+        answers = [row.rollout.response.lower().split() for row in self.scored]
+        grams = [gram for words in answers for gram in pairwise(words)]
         return len(set(grams)) / len(grams) if grams else None
 
     @cached_property
     def trait_score_resamples(self) -> np.ndarray:
-        """The mean trait score in every bootstrap resample, the same questions being drawn in evaluations of one seed.
+        """Mean trait score in every bootstrap resample; NaN with a single question, which cannot be resampled.
 
-        So differences and slopes of evaluations over the same questions are paired. NaN for one question, which
-        resampling cannot vary.
+        Evaluations with one seed and the same questions draw the same resamples, so their differences and slopes are
+        paired by question.
         """
         if len(self.questions) < 2:
             return np.full(N_RESAMPLES, np.nan)
         place = {question: index for index, question in enumerate(sorted(self.questions))}
-        questions = np.array([place[question] for question in self._questions])
-        values = np.array([np.nan if row.trait_score is None else row.trait_score for row in self.scored], dtype=float)
-        return resampled_means(values, questions, question_resamples(len(place), N_RESAMPLES, self.seed))
+        questions = np.array([place[question] for question in self._row_questions])
+        scores = np.array([np.nan if row.trait_score is None else row.trait_score for row in self.scored], dtype=float)
+        return resampled_means(scores, questions, question_resamples(len(place), N_RESAMPLES, self.seed))
 
     @property
     def missing(self) -> int:
-        """Answers without a trait score: empty ones, and those that the judge refused to score."""
+        """Number of answers without a trait score: empty, or not scored by the judge."""
         return len(self.scored) - self.trait_score.n
 
     @property
     def questions(self) -> list[str]:
-        """The questions that were answered, each once."""
-        return list(dict.fromkeys(self._questions))
+        """The distinct questions, in order."""
+        return list(dict.fromkeys(self._row_questions))
 
     @property
-    def _questions(self) -> list[str]:
+    def _row_questions(self) -> list[str]:
         return [row.rollout.question for row in self.scored]
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What tells its rows from others in one file, and how they were scored: what `read_cells` wants."""
-        samples = {row.rollout.sample for row in self.scored}
+        """What identifies its rows in a file that holds other rows too."""
         return {
             "trait": self.trait,
             "questions": self.questions,
-            "per_question": max(samples, default=-1) + 1,
+            "per_question": max((row.rollout.sample for row in self.scored), default=-1) + 1,
             "at": self.at,
             "seed": self.seed,
         }
 
     @property
     def columns(self) -> dict[str, float | int | None]:
-        """Its numbers as a row of a table."""
-        scores = {"trait_score": self.trait_score, "coherence": self.coherence}
-        ends = {
-            name + end: value
-            for name, found in scores.items()
-            for end, value in (("", found.value), ("_low", found.low), ("_high", found.high))
+        """The numbers as one row of a table of evaluations."""
+        intervals = {
+            f"{name}{end}": value
+            for name, mean in (("trait_score", self.trait_score), ("coherence", self.coherence))
+            for end, value in (("", mean.value), ("_low", mean.low), ("_high", mean.high))
         }
-        return {**ends, "diversity": self.diversity, "n": len(self.scored), "missing": self.missing}
+        return {**intervals, "diversity": self.diversity, "n": len(self.scored), "missing": self.missing}
+
+    def table(self) -> "pandas.DataFrame":
+        """A row for each answer: `question`, `sample`, `response`, `trait_score`, `coherence`."""
+        import pandas
+
+        columns = ["question", "sample", "response", "trait_score", "coherence"]
+        rows = [
+            (row.rollout.question, row.rollout.sample, row.rollout.response, row.trait_score, row.coherence)
+            for row in self.scored
+        ]
+        return pandas.DataFrame(rows, columns=columns).astype({"trait_score": float, "coherence": float})
 
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON."""
@@ -133,18 +146,40 @@ class Evaluation:
             "diversity": self.diversity,
         }
 
+    @classmethod
+    def load(cls, folder: str | Path) -> "Evaluation":
+        """Read what `evaluate` left in its `output_dir`.
+
+        Raises FileNotFoundError where there is none, ValueError where it is damaged or of another version.
+        """
+        folder = Path(folder)
+        parse = partial(cls._from_record, folder)
+        return read_result(folder / "evaluation.json", FORMAT_VERSION, parse, "evaluation", "evaluate")
+
+    @classmethod
+    def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> "Evaluation":
+        rows = [
+            row
+            for row in read_rollouts(folder / "rollouts.jsonl")
+            if (row.trait, row.polarity, row.intervention, row.condition) == (record["trait"], "neutral", "", "")
+        ]
+        # Files of 0.1.0 have no plan: every neutral row of theirs belongs to the evaluation.
+        if plan := record.get("plan"):
+            order = {question: index for index, question in enumerate(plan["questions"])}
+            rows = [row for row in rows if row.question in order and row.sample < plan["per_question"]]
+            rows.sort(key=lambda row: (order[row.question], row.sample))
+        if len(rows) != record["rows"]:
+            raise ValueError(f"its rollouts.jsonl has {len(rows)} of {record['rows']} rows")
+        scored = read_scores(folder / "scores.jsonl", rows)
+        seed = plan["seed"] if plan else rows[0].seed
+        return cls(record["trait"], tuple(scored), tuple(record["interventions"]), record["at"], seed)
+
     def __str__(self) -> str:
-        done = "; ".join(self.interventions) or "no intervention"
         diversity = "-" if self.diversity is None else f"{self.diversity:.2f}"
         return (
-            f"{done}: {self.trait} {self.trait_score}, coherence {self.coherence}, diversity {diversity} "
-            f"({len(self.scored)} answers, {self.missing} without a trait score)"
+            f"{'; '.join(self.interventions) or 'no intervention'}: {self.trait} {self.trait_score}, coherence "
+            f"{self.coherence}, diversity {diversity} ({len(self.scored)} answers, {self.missing} without a score)"
         )
-
-
-RECORD_VERSION = 1
-RECORD_KEYS = ("format_version", "trait", "interventions", "trait_score")
-"""By which evaluation.json is known to be ours."""
 
 
 @writes_output
@@ -152,8 +187,8 @@ RECORD_KEYS = ("format_version", "trait", "interventions", "trait_score")
 def evaluate(
     model: Model,
     trait: Trait | str,
-    judge: Judge,
     *,
+    judge: Judge,
     interventions: Sequence[Intervention] = (),
     at: NamedPositions = "response",
     questions: Sequence[str] | None = None,
@@ -163,121 +198,113 @@ def evaluate(
     top_p: float = 1.0,
     batch_size: int = 100,
     allow_other_model: bool = False,
-    output: str | Path | None = None,
+    output_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Trait, coherence and diversity of the model's answers under interventions and a neutral system prompt.
+    """Trait score, coherence and diversity of the model's answers, under interventions and a neutral system prompt.
 
-    Questions default to the trait's evaluation questions that the judge was not calibrated on. With one seed, a row is
-    sampled by the same random numbers under every intervention. With `output`, a folder, rollouts.jsonl, scores.jsonl,
-    evaluation.json and the interventions themselves are kept there, and a second call goes on where the first stopped.
+    Questions default to the trait's evaluation questions, without those that the judge was calibrated on. With one
+    seed, a row draws the same random numbers under every intervention. `output_dir` keeps rollouts.jsonl, scores.jsonl
+    and evaluation.json (with the interventions themselves); a second call continues where the first stopped.
 
-    Raises ValueError where no question is left, a vector does not belong to the model, or `output` holds another run or
-    an evaluation.json of something else.
-    Source: arXiv:2507.21509, section 3.2.
+    Raises ValueError where no question is left, a vector does not belong to the model, or `output_dir` holds another
+    run or another evaluation.json. Source: arXiv:2507.21509, section 3.2.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
-    asked = scorable_questions(judge, trait, trait.evaluation_questions) if questions is None else list(questions)
-    prompts = plan_rollouts(trait, polarities=["neutral"], questions=asked, per_question=per_question)
-    plain = ModelEngine(model, max_new_tokens, temperature, top_p, batch_size)
-    done = tuple(interventions)
-    engine = IntervenedEngine(plain, done, at, allow_other_model) if done else plain
-    folder = None if output is None else Path(output)
+    interventions = tuple(interventions)
+    if questions is None:
+        questions = scorable_questions(judge, trait, trait.evaluation_questions)
+    prompts = plan_rollouts(trait, polarities=["neutral"], questions=questions, per_question=per_question)
+    engine: RolloutEngine = ModelEngine(model, max_new_tokens, temperature, top_p, batch_size)
+    if interventions:
+        engine = IntervenedEngine(engine, interventions, at, allow_other_model)
+    folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        ensure_writable(folder / "scores.jsonl")
-        refuse_other_json(folder / "evaluation.json", RECORD_KEYS)
-    rollouts = collect_rollouts(
-        engine, prompts, seed=seed, output_file=folder and folder / "rollouts.jsonl", progress=progress
-    )
-    scored = score_rollouts(
-        rollouts, trait, judge=judge, output_file=folder and folder / "scores.jsonl", progress=progress
-    )
-    words = tuple(str(each) for each in done)
-    found = Evaluation(trait.name, tuple(scored), words, at, seed)
+        refuse_other_json(folder / "evaluation.json", EVALUATION_KEYS)
+    scored = _answer_and_judge(engine, prompts, trait, judge, folder, "", seed, progress)
+    evaluation = Evaluation(trait.name, tuple(scored), tuple(map(str, interventions)), at, seed)
     if folder is not None:
         record = {
-            "format_version": RECORD_VERSION,
-            **found.summary(),
+            "format_version": FORMAT_VERSION,
+            **evaluation.summary(),
             "judge": judge.name(trait),
             "engine": engine.name,
-            "done": [each.to_dict() for each in done],
+            "done": [intervention.to_dict() for intervention in interventions],
+            "plan": evaluation.plan,
         }
         write_json(folder / "evaluation.json", record)
-    return found
+    return evaluation
 
 
 def evaluate_cells(
-    model: Model,
+    engine: CellEngine,
     trait: Trait,
-    judge: Judge,
-    cells: Sequence[Cell],
     *,
+    judge: Judge,
     questions: Sequence[str],
     per_question: int = 1,
-    max_new_tokens: int = 1000,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    batch_size: int = 120,
-    at: NamedPositions = "response",
-    allow_other_model: bool = False,
     folder: Path | None = None,
     name: str = "cells",
     seed: int = 0,
     progress: bool = True,
 ) -> list[Evaluation]:
-    """An `Evaluation` without steering, and then one under each cell.
+    """The evaluation without steering, followed by one for each of the engine's cells.
 
-    The rows of all cells are mixed in batched generation; each cell equals `evaluate` under its `Steer` alone, up to
-    the rounding of another batch shape. In `folder`, {name}_rollouts.jsonl and {name}_scores.jsonl make it resumable.
+    The rows of all cells are mixed in batched generation. Each cell equals `evaluate` under its `Steer` alone, up to
+    rounding by another batch shape. In `folder`, {name}_rollouts.jsonl and {name}_scores.jsonl make it resumable.
     """
-    named = {cell.name: cell for cell in cells}
-    engine = CellEngine(
-        ModelEngine(model, max_new_tokens, temperature, top_p, batch_size), named, at, allow_other_model
-    )
-    asked = plan_rollouts(trait, polarities=["neutral"], questions=questions, per_question=per_question)
-    # By question, so that the rows of a batch share its prompt.
-    prompts = [replace(prompt, intervention=cell) for prompt in asked for cell in ("", *named)]
-    files = [folder and folder / f"{name}_{kind}.jsonl" for kind in ("rollouts", "scores")]
-    if files[1] is not None:
-        ensure_writable(files[1])
-    rollouts = collect_rollouts(engine, prompts, seed=seed, output_file=files[0], progress=progress)
-    scored = score_rollouts(rollouts, trait, judge=judge, output_file=files[1], progress=progress)
-    rows: dict[str, list[ScoredRollout]] = {cell: [] for cell in ("", *named)}
-    for row in scored:
-        rows[row.rollout.intervention].append(row)
-    return [
-        Evaluation(trait.name, tuple(rows[cell]), (cell,) if cell else (), at, seed)
-        for cell in ("", *(cell.name for cell in cells))
-    ]
+    cells = ["", *engine.cells]
+    neutral = plan_rollouts(trait, polarities=["neutral"], questions=questions, per_question=per_question)
+    # The cells of one prompt follow each other, so that a batch runs the prompt once.
+    prompts = [replace(prompt, intervention=cell) for prompt in neutral for cell in cells]
+    scored = _answer_and_judge(engine, prompts, trait, judge, folder, f"{name}_", seed, progress)
+    return _by_cell(scored, [(cell,) if cell else () for cell in cells], trait.name, engine.at, seed)
 
 
-def read_cells(
-    folder: Path,
-    name: str,
-    cells: Sequence[Sequence[str]],
-    *,
-    trait: str,
-    questions: Sequence[str],
-    per_question: int,
-    at: str,
+def _answer_and_judge(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    trait: Trait,
+    judge: Judge,
+    folder: Path | None,
+    prefix: str,
     seed: int,
-) -> list[Evaluation]:
-    """The evaluations that `evaluate_cells` made in a folder, for each of the given `Evaluation.interventions`.
+    progress: bool,
+) -> list[ScoredRollout]:
+    """Sample and score the prompts, in {prefix}rollouts.jsonl and {prefix}scores.jsonl of the folder."""
+    rollouts_file, scores_file = (folder and folder / f"{prefix}{kind}.jsonl" for kind in ("rollouts", "scores"))
+    if scores_file is not None:
+        ensure_writable(scores_file)  # before hours of sampling
+    rollouts = collect_rollouts(engine, prompts, seed=seed, output_file=rollouts_file, progress=progress)
+    return score_rollouts(rollouts, trait, judge=judge, output_file=scores_file, progress=progress)
 
-    The rest are the parts of `Evaluation.plan`: the folder may hold more questions or samples than these. Raises
+
+def _by_cell(
+    scored: Sequence[ScoredRollout], cells: Sequence[tuple[str, ...]], trait: str, at: str, seed: int
+) -> list[Evaluation]:
+    """The evaluation of each cell, given as its `Evaluation.interventions`: empty, or the cell's name."""
+    rows: dict[tuple[str, ...], list[ScoredRollout]] = {cell: [] for cell in cells}
+    for row in scored:
+        rows[(row.rollout.intervention,) if row.rollout.intervention else ()].append(row)
+    return [Evaluation(trait, tuple(rows[cell]), cell, at, seed) for cell in cells]
+
+
+def read_cells(folder: Path, name: str, cells: Sequence[Sequence[str]], plan: Mapping[str, Any]) -> list[Evaluation]:
+    """The evaluations that `evaluate_cells` left in a folder, for each of `cells` (their `Evaluation.interventions`).
+
+    `plan` is an `Evaluation.plan`; the folder may hold more cells, questions and samples than it names. Raises
     FileNotFoundError where a file is missing, ValueError where a cell has no rows.
     """
-    checked(seed, int, low=0)
-    wanted, asked = {cell[0] if cell else "" for cell in cells}, set(questions)
-    rollouts = [
-        row
-        for row in read_rollouts(folder / f"{name}_rollouts.jsonl")
-        if row.trait == trait and row.intervention in wanted and row.question in asked and row.sample < per_question
-    ]
-    rows: dict[str, list[ScoredRollout]] = {cell: [] for cell in wanted}
-    for row in read_scores(folder / f"{name}_scores.jsonl", rollouts):
-        rows[row.rollout.intervention].append(row)
-    if empty := [cell for cell in wanted if not rows[cell]]:
-        raise ValueError(f"{folder / name}_rollouts.jsonl has no rows of {empty[0]!r}")
-    return [Evaluation(trait, tuple(rows[cell[0] if cell else ""]), tuple(cell), at, seed) for cell in cells]
+    seed = checked(plan["seed"], int, low=0)
+    keys = [tuple(cell) for cell in cells]
+    questions, names = set(plan["questions"]), {"".join(key) for key in keys}
+
+    def is_planned(row: Rollout) -> bool:
+        return row.intervention in names and row.question in questions and row.sample < plan["per_question"]
+
+    rollouts_file = folder / f"{name}_rollouts.jsonl"
+    rollouts = [row for row in read_rollouts(rollouts_file) if row.trait == plan["trait"] and is_planned(row)]
+    if empty := names - {row.intervention for row in rollouts}:
+        raise ValueError(f"{rollouts_file} has no rows of {min(empty)!r}")
+    return _by_cell(read_scores(folder / f"{name}_scores.jsonl", rollouts), keys, plan["trait"], plan["at"], seed)

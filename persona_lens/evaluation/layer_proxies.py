@@ -1,17 +1,17 @@
-"""Cheap screens of layers: what can be known of a direction without sampling a single answer under it.
+"""Cheap proxies for a layer sweep: what predicts the best layer without sampling an answer.
 
-Three are the extraction's own statistics. The fourth steers the model while it reads fixed texts: how much likelier the
-texts that show the trait become, against those that do not, per token.
-Knows nothing about sampling; whether a screen is worth anything is for the sweep to say.
+Three are statistics of the extraction. The fourth steers the model while it reads fixed texts: how much likelier, per
+token, the texts that show the trait become than those that do not. The sweep itself says whether a proxy is any good
+(`LayerSweep.proxy_correlations`).
 """
 
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from persona_lens.chat.batches import ChatTokens
 from persona_lens.interventions.hooks import steer
 from persona_lens.interventions.positions import NamedPositions
 from persona_lens.judges.keep import keep_pairs, pair_rollouts
@@ -22,7 +22,7 @@ from persona_lens.rollouts.rows import Rollout, read_rollouts
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.persona_vectors import PersonaVectors
 
-SCREENS = ("held_out_auc", "relative_norm", "split_half", "likelihood_ratio_change")
+PROXIES = ("held_out_auc", "relative_norm", "split_half", "likelihood_ratio_change")
 
 
 class FixedTexts(NamedTuple):
@@ -33,7 +33,7 @@ class FixedTexts(NamedTuple):
 
 
 def fixed_texts(folder: str | Path, trait: Trait, *, pairs: int = 8) -> FixedTexts | None:
-    """The first pairs of an extraction's folder that its judge kept; None where the folder holds no extraction."""
+    """The first kept pairs of an extraction's folder; None where the folder holds no extraction."""
     rollouts, scores = Path(folder) / "rollouts.jsonl", Path(folder) / "scores.jsonl"
     if not (rollouts.exists() and scores.exists()):
         return None
@@ -43,38 +43,16 @@ def fixed_texts(folder: str | Path, trait: Trait, *, pairs: int = 8) -> FixedTex
     return FixedTexts([one.rollout for one, _ in kept[:pairs]], [other.rollout for _, other in kept[:pairs]])
 
 
-def screen_layers(
-    model: Model,
-    vectors: PersonaVectors,
-    trait: Trait,
-    *,
-    layers: Sequence[int],
-    coefficient: float,
-    texts: FixedTexts | None = None,
-    at: NamedPositions = "response",
-    allow_other_model: bool = False,
-    progress: bool = True,
-) -> dict[str, tuple[float | None, ...]]:
-    """Every screen of every layer; None where it was not measured."""
-    relative = vectors.relative_norms.tolist()
-    found: dict[str, tuple[float | None, ...]] = {"relative_norm": _known(relative, layers)}
+def stored_proxies(vectors: PersonaVectors, layers: Sequence[int]) -> dict[str, tuple[float | None, ...]]:
+    """The proxies that the vectors carry with them; None for a layer where one was not measured."""
+    statistics = {"relative_norm": vectors.relative_norms}
     if vectors.statistics is not None:
-        for name in ("held_out_auc", "split_half"):
-            found[name] = _known(getattr(vectors.statistics, name).tolist(), layers)
-    if texts is not None:
-        changes = likelihood_ratio_changes(
-            model,
-            vectors,
-            trait,
-            texts,
-            layers=layers,
-            coefficient=coefficient,
-            at=at,
-            allow_other_model=allow_other_model,
-            progress=progress,
-        )
-        found["likelihood_ratio_change"] = tuple(changes)
-    return {name: found[name] for name in SCREENS if name in found}
+        statistics |= {name: getattr(vectors.statistics, name) for name in ("held_out_auc", "split_half")}
+    by_layer = {name: statistics[name].tolist() for name in PROXIES if name in statistics}
+    return {
+        name: tuple(None if isnan(values[layer]) else values[layer] for layer in layers)
+        for name, values in by_layer.items()
+    }
 
 
 def likelihood_ratio_changes(
@@ -91,26 +69,19 @@ def likelihood_ratio_changes(
 ) -> list[float]:
     """How much steering each layer raises the mean log-likelihood per token of positive over negative texts, in nats.
 
-    The texts are read after their question under a neutral system prompt, and the ratio without steering is taken off.
+    The texts are read after their question under a neutral system prompt, and the ratio without steering is subtracted.
     Empty texts are left out; raises ValueError where a side has no others.
     """
     texts = FixedTexts(*([row for row in side if not row.is_empty] for side in texts))
     if not (texts.positive and texts.negative):
-        raise ValueError(f"{trait.name}: the likelihood screen needs texts of both sides that are not empty.")
+        raise ValueError(f"{trait.name}: the likelihood proxy needs texts of both sides that are not empty.")
     neutral = trait.system_prompt("neutral", None)
-    rows: list[ChatTokens] = [
-        each.tokenize(model.tokenizer, system_prompt=neutral) for each in [*texts.positive, *texts.negative]
-    ]
-    count = len(texts.positive)
-    plain = mean_log_likelihoods(model, rows)
+    rows = [row.tokenize(model.tokenizer, system_prompt=neutral) for row in [*texts.positive, *texts.negative]]
+    n_positive = len(texts.positive)
+    unsteered = mean_log_likelihoods(model, rows)
     changes: list[float] = []
-    for layer in tqdm(layers, desc="screen layers", unit="layer", leave=False, disable=not progress):
+    for layer in tqdm(layers, desc="likelihood proxy", unit="layer", leave=False, disable=not progress):
         with steer(model, vectors.at(layer), coefficient, at=at, allow_other_model=allow_other_model):
-            change = intervened_log_likelihoods(model, rows) - plain
-        changes.append(float(change[:count].mean() - change[count:].mean()))
+            change = intervened_log_likelihoods(model, rows) - unsteered
+        changes.append(float(change[:n_positive].mean() - change[n_positive:].mean()))
     return changes
-
-
-def _known(values: list[float], layers: Sequence[int]) -> tuple[float | None, ...]:
-    # A NaN is what equals nothing, itself included.
-    return tuple(values[layer] if values[layer] == values[layer] else None for layer in layers)

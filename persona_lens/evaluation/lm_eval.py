@@ -1,23 +1,19 @@
-"""An lm-eval task as plain data: read without running anything that its files hold, and refused where it needs to run.
+"""Run a task of lm-eval on a model, under the interventions and adapters that are on it.
 
-lm-eval runs a task's Python in several ways: `!function` and `class` import a file beside the .yaml, a metric that
-lm-eval does not know is loaded as a script, `generate` takes a script for `custom_generate`, and Jinja templates are
-filled without a sandbox. Here each of them is a refusal that names it, and templates are filled in Jinja's sandbox.
-Knows nothing about models.
+lm-eval gets the Hugging Face model that a bridge wraps, which runs the bridge's hooks. Tasks are local files (a .yaml
+and the JSON-lines that it names), so no hub is needed.
 
-lm-eval's own tasks, run on a model under whatever interventions and adapters are on it.
-
-lm-eval is given the Hugging Face model that a bridge wraps, which runs the bridge's hooks. Tasks are local files: a
-.yaml and the JSON-lines that it names, so no hub is needed. A task may hold Python, which runs only where the caller
-allows it; otherwise lm-eval gets what `plain_task` has read and checked, and fills its templates in a sandbox.
-Knows nothing about our own questions.
+lm-eval runs a task's Python in several ways: `!function` and `class` import a file beside the .yaml, a metric that it
+does not know is loaded as a script, `generate` takes a script for `custom_generate`, and Jinja templates are filled
+without a sandbox. Unless the caller allows code, each of them is refused by name here, and templates are filled in
+Jinja's sandbox.
 """
 
 import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +28,7 @@ from persona_lens.storage.text import missing_package
 _REMEDY = "pass allow_code=True if you would run its code yourself"
 # Fields that hold functions, which only a file of Python can give.
 _CODE_FIELDS = ("class", "custom_dataset", "process_docs", "process_results", "unsafe_code", "use_prompt")
+# Generation settings that are numbers or texts; any other may name a script.
 _GENERATION = {
     "do_sample",
     "length_penalty",
@@ -55,11 +52,7 @@ _FILLING = threading.Lock()
 
 
 def plain_task(path: str | Path, task: str) -> dict[str, Any]:
-    """The settings of a task's .yaml and of what it includes.
-
-    Raises:
-        ValueError: The files are no plain YAML, or the task would run code.
-    """
+    """The settings of a task's .yaml and its includes; ValueError where it is no plain YAML or would run code."""
     settings = _read(Path(path), ())
     for name in _CODE_FIELDS:
         if settings.get(name):
@@ -154,13 +147,13 @@ def _needs_code(path: str | Path, what: str) -> ValueError:
 
 @dataclass(frozen=True)
 class HarnessScores:
-    """What lm-eval made of one task.
+    """lm-eval's scores of one task.
 
     Attributes:
         task: The task's name.
-        metric: Which of its metrics these are.
+        metric: The metric of the scores.
         scores: The metric of each document, in the task's order; for `acc` 1 or 0.
-        log_likelihoods: Of each document's choices, in nats, as lm-eval has them; empty for a task without choices.
+        log_likelihoods: Of each document's choices, in nats; empty for a task without choices.
         seed: Seed of the bootstrap.
     """
 
@@ -190,7 +183,7 @@ def lm_eval_accuracy(
     seed: int = 0,
     allow_code: bool = False,
 ) -> HarnessScores:
-    """A task of lm-eval's, from a local folder, on a bridge, under the contexts that are open around the call.
+    """Run a task of lm-eval from a local folder on a bridge, under the contexts that are open around the call.
 
     Interventions must act at `all` tokens: lm-eval's passes do not say where a prompt ends. No global seed is set.
 
@@ -227,20 +220,17 @@ def lm_eval_accuracy(
         raise ValueError(f"{task_folder} has no task {task!r}, but {there}: name one of these.")
     if task in (*tasks.all_groups, *tasks.all_tags):
         raise ValueError(f"{task!r} of {task_folder} is a group of tasks: name one task of it.")
-    plain = cast(Any, model).original_model
-    asked, filling = (
-        (task, nullcontext())
-        if allow_code
-        else (
-            plain_task(tasks.task_index[task].yaml_path, task),
-            sandboxed_templates(f"{task_folder}, task {task!r}"),
-        )
-    )
-    with _modes_kept(plain), filling:
-        runner = harness.models.huggingface.HFLM(pretrained=plain, tokenizer=model.tokenizer, batch_size=batch_size)
-        found = harness.evaluator.simple_evaluate(
+    hf_model = cast(Any, model).original_model
+    task_or_settings: str | dict[str, Any] = task
+    templates: AbstractContextManager[None] = nullcontext()
+    if not allow_code:
+        task_or_settings = plain_task(tasks.task_index[task].yaml_path, task)
+        templates = sandboxed_templates(f"{task_folder}, task {task!r}")
+    with _modes_kept(hf_model), templates:
+        runner = harness.models.huggingface.HFLM(pretrained=hf_model, tokenizer=model.tokenizer, batch_size=batch_size)
+        results = harness.evaluator.simple_evaluate(
             runner,
-            tasks=[asked],
+            tasks=[task_or_settings],
             task_manager=tasks,
             num_fewshot=num_fewshot,
             limit=limit,
@@ -252,11 +242,11 @@ def lm_eval_accuracy(
             torch_random_seed=None,
             fewshot_random_seed=seed,
         )
-    return _scores(task, metric, found["samples"][task], seed)
+    return _scores(task, metric, results["samples"][task], seed)
 
 
 def _scores(task: str, metric: str, samples: Sequence[Mapping[str, Any]], seed: int) -> HarnessScores:
-    # A task with several filters has a sample for each of them; the first one's are taken.
+    # A task with several filters has a sample for each filter; take the first filter's.
     rows = sorted((row for row in samples if row["filter"] == samples[0]["filter"]), key=lambda row: row["doc_id"])
     if metric not in rows[0]["metrics"]:
         raise ValueError(f"{task} has no metric {metric!r}, but {', '.join(rows[0]['metrics'])}: name one of these.")
@@ -268,7 +258,7 @@ def _scores(task: str, metric: str, samples: Sequence[Mapping[str, Any]], seed: 
 
 @contextmanager
 def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Whether modules are in training stays as it was: lm-eval puts them into evaluation."""
+    """Restore each module's training mode: lm-eval puts them into evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

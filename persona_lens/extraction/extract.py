@@ -1,8 +1,7 @@
-"""From contrasting responses to persona vectors: the difference in means at every layer, and how good it is.
+"""From contrasting responses to persona vectors: the difference in means at every layer, with its statistics.
 
 v_l = mean over positive responses of a_l - mean over negative responses of a_l, where a_l is the mean residual stream
 over a response's tokens at the output of block l (arXiv:2507.21509, section 2.2).
-Knows nothing about who made or judged the responses.
 """
 
 import tempfile
@@ -20,6 +19,7 @@ from persona_lens.chat.templates import date_told, fixed_date
 from persona_lens.generation.capture import CapturedMeans
 from persona_lens.models.structure import Model
 from persona_lens.storage.files import ensure_writable, zeros_on_disk
+from persona_lens.traits.trait import Trait
 from persona_lens.vectors.direction_statistics import METRICS, Design, LayerStatistics, direction_metrics
 from persona_lens.vectors.persona_vector import Position
 from persona_lens.vectors.persona_vectors import PersonaVectors
@@ -32,13 +32,13 @@ def extract_from_responses(
     positive: Sequence[Conversation],
     negative: Sequence[Conversation],
     *,
-    trait: str,
+    trait: Trait | str,
     position: Position = "response_mean",
     after: str | None = None,
     unclosed: Literal["error", "drop"] = "error",
     too_long: Literal["error", "truncate"] = "error",
     token_budget: int | None = None,
-    spool: str | Path | None = None,
+    spool_file: str | Path | None = None,
     captured: CapturedMeans | None = None,
     n_resamples: int = 200,
     n_placebo: int = 100,
@@ -48,51 +48,68 @@ def extract_from_responses(
 ) -> PersonaVectors:
     """Persona vectors from responses that show the trait and responses that do not.
 
-    All positive rows and all negative rows are averaged: the keep rule, where it applies, comes before. Empty responses
-    are left out and counted (`counts["positive_empty"]`), unless `position` reads the prompt: then plain texts may be
-    compared, as `Conversation(text, "")`. With `after="</think>"` only what follows that text
-    is averaged, and a response that never closes its block is an error, or with `unclosed="drop"` left out and counted
-    (`counts["positive_unclosed"]`). Row means [row, stream, d_model] are spooled to `spool` (a `.npy` file), so memory
-    stays flat in the number of rows; without it a temporary file serves. Means in `captured`, kept while the responses
-    were sampled, are taken from there, and only the other rows are run. Statistics resample questions. `sampled_by`
-    says what made the responses, for the vectors' provenance.
+    Every row is averaged; apply the keep rule before, where you want it.
 
-    Raises ValueError where a side is left without rows, a row is too long (unless `too_long="truncate"`, which is
-    counted), or activations are not finite. Source: arXiv:2507.21509, section 2.2.
+    Args:
+        model: Reads the responses, in either class.
+        positive: Responses that show the trait.
+        negative: Responses that do not. Empty responses of either side are left out and counted
+            (`counts["positive_empty"]`), unless `position` reads the prompt: then plain texts may be compared, as
+            `Conversation(text, "")`.
+        trait: The trait or its name.
+        position: The tokens that are averaged.
+        after: Average only what follows this text, such as `"</think>"`.
+        unclosed: Whether a response that never says `after` is an error, or dropped and counted
+            (`counts["positive_unclosed"]`).
+        too_long: Whether a row longer than the context is an error, or truncated and counted.
+        token_budget: Padded tokens of a batch.
+        spool_file: A `.npy` file for the row means [row, stream, d_model], by default a temporary one: memory does not
+            grow with the rows.
+        captured: Means kept while the responses were sampled; only rows without one are run.
+        n_resamples: Bootstrap resamples of questions.
+        n_placebo: Directions from shuffled sides.
+        sampled_by: What made the responses, for the vectors' provenance.
+        seed: Seed of the statistics.
+        progress: Whether to show progress bars.
+
+    Raises ValueError where a side is left without rows, a row is too long, or activations are not finite.
+    Source: arXiv:2507.21509, section 2.2.
     """
-    sides = {
-        side: _tokenize(model.tokenizer, side, _with_tokens(given, position), after, unclosed)
-        for side, given in (("positive", positive), ("negative", negative))
-    }
+    trait = trait.name if isinstance(trait, Trait) else trait
     counts: dict[str, int] = {}
-    for side, given in (("positive", positive), ("negative", negative)):
-        empty = len(given) - len(_with_tokens(given, position))
-        lost = len(given) - empty - len(sides[side])
-        if not sides[side]:
+    rows: list[tuple[Conversation, ChatTokens]] = []
+    for side, responses in (("positive", positive), ("negative", negative)):
+        # An empty response has no mean, but its prompt does.
+        spoken = [row for row in responses if position != "response_mean" or not row.is_empty]
+        tokenized = _tokenize(model.tokenizer, side, spoken, after, unclosed)
+        n_empty, n_unclosed = len(responses) - len(spoken), len(spoken) - len(tokenized)
+        if not tokenized:
             raise ValueError(
-                f"{trait}: no {side} responses to average ({len(given)} given, {empty} empty, {lost} never closed)."
+                f"{trait}: no {side} responses to average ({len(responses)} given, {n_empty} empty, {n_unclosed} never "
+                "closed)."
             )
-        counts |= {side: len(sides[side]), f"{side}_empty": empty, f"{side}_unclosed": lost}
-    conversations, tokens = zip(*sides["positive"], *sides["negative"], strict=True)
+        counts |= {side: len(tokenized), f"{side}_empty": n_empty, f"{side}_unclosed": n_unclosed}
+        rows += tokenized
+    conversations, tokens = zip(*rows, strict=True)
     tokens, counts["truncated"] = fit_context(tokens, int(model.cfg.n_ctx), too_long=too_long)
-    if position == "response_mean" and (idle := sum(row.n_averaged < 1 for row in tokens)):
-        raise ValueError(f"{trait}: {idle} responses have no tokens left to average (after={after!r}): drop them.")
+    if position == "response_mean" and (n_idle := sum(row.n_averaged < 1 for row in tokens)):
+        raise ValueError(f"{trait}: {n_idle} responses have no tokens left to average (after={after!r}): drop them.")
     design = Design(
         tuple(row.question or str(row.prompt) for row in conversations),
         tuple(row.instruction for row in conversations),
-        tuple([True] * len(sides["positive"]) + [False] * len(sides["negative"])),
+        tuple(index < counts["positive"] for index in range(len(rows))),
     )
     settings = {"position": position, "after": after, "unclosed": unclosed, "too_long": too_long, "seed": seed}
     settings |= {"sampled_by": sampled_by} if sampled_by else {}
     if today := date_told(model.tokenizer):
         settings["template_date"] = ", ".join(sorted({row.date or today for row in conversations}))
     with tempfile.TemporaryDirectory(prefix="persona_lens-") as scratch:
-        path = Path(scratch) / "row_means.npy" if spool is None else Path(spool)
-        known = captured if position == "response_mean" else None
-        rows, norms = _spool_means(model, tokens, path, position, token_budget, known, progress)
-        directions = _difference_in_means(rows, np.array(design.positive))
-        statistics = _statistics(rows, design, n_resamples, n_placebo, seed, progress)
-        del rows
+        path = Path(scratch) / "row_means.npy" if spool_file is None else Path(spool_file)
+        captured = captured if position == "response_mean" else None
+        means, norms = _spool_means(model, tokens, path, position, token_budget, captured, progress)
+        directions = _difference_in_means(means, np.array(design.positive))
+        statistics = _statistics(means, design, n_resamples, n_placebo, seed, progress)
+        del means  # Windows removes no file that is mapped
     return PersonaVectors(
         trait=trait,
         directions=directions[1:],
@@ -105,17 +122,12 @@ def extract_from_responses(
     )
 
 
-def _with_tokens(given: Sequence[Conversation], position: Position) -> list[Conversation]:
-    """The rows that have something at the position: an empty response has no mean, its prompt has."""
-    return [row for row in given if position != "response_mean" or not row.is_empty]
-
-
 def _tokenize(
-    tokenizer: Any, side: str, given: Sequence[Conversation], after: str | None, unclosed: Literal["error", "drop"]
+    tokenizer: Any, side: str, responses: Sequence[Conversation], after: str | None, unclosed: str
 ) -> list[tuple[Conversation, ChatTokens]]:
-    """The rows as token ids, without those that never close a block."""
+    """The rows with their token ids, without those that never close a block."""
     rows: list[tuple[Conversation, ChatTokens]] = []
-    for number, row in enumerate(given, start=1):
+    for number, row in enumerate(responses, start=1):
         try:
             rows.append((row, row.tokenize(tokenizer, after=after)))
         except UnclosedBlock as error:
@@ -127,23 +139,23 @@ def _tokenize(
 
 
 def refuse_other_means(path: Path, model: Model) -> None:
-    """Raise ValueError, having changed nothing, where a file is there, is not empty and is no row means of the model.
+    """Raise ValueError, having changed nothing, where a file that is not empty holds no row means of the model.
 
     Raises OSError in one sentence where it could not be written.
     """
     ensure_writable(path)
     if not path.exists() or not path.stat().st_size:
         return
-    each = (int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
+    shape = (int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
     try:
-        found = np.lib.format.open_memmap(path, mode="r")
-        is_ours = found.dtype == np.float32 and found.shape[1:] == each
+        rows = np.lib.format.open_memmap(path, mode="r")
+        is_ours = rows.dtype == np.float32 and rows.shape[1:] == shape
     except (ValueError, EOFError):
         is_ours = False
     if not is_ours:
         raise ValueError(
-            f"{path} holds something else: expected an array of float32 [row, {each[0]}, {each[1]}], the row means of "
-            "an earlier extraction, which would be replaced. Choose another output, or move that file away."
+            f"{path} holds something else: expected an array of float32 [row, {shape[0]}, {shape[1]}], the row means "
+            "of an earlier extraction, which would be replaced. Choose another output, or move that file away."
         )
 
 
@@ -159,28 +171,26 @@ def _spool_means(
     """Row means [row stream d_model] in a memory-mapped file, and the mean residual norm [stream]."""
     refuse_other_means(path, model)
     shape = (len(tokens), int(model.cfg.n_layers) + 1, int(model.cfg.d_model))
-    rows = zeros_on_disk(path, np.float32, shape)
-    norms = np.zeros(shape[1])
-    left: list[int] = []
+    rows, norms = zeros_on_disk(path, np.float32, shape), np.zeros(shape[1])
+    to_run: list[int] = []
     for index, place in enumerate([None] * len(tokens) if captured is None else captured.places(tokens)):
         if captured is None or place is None:
-            left.append(index)
-        else:
-            found = captured.read(place)
-            refuse_not_finite(found.mean[None], [index])
-            rows[index] = found.mean.numpy()
-            norms += found.norm.double().numpy() / len(tokens)
-    with tqdm(
-        total=len(tokens), initial=len(tokens) - len(left), desc="extract", unit="row", disable=not progress
-    ) as bar:
-        chosen = [tokens[index] for index in left]
+            to_run.append(index)
+            continue
+        kept = captured.read(place)
+        refuse_not_finite(kept.mean[None], [index])
+        rows[index] = kept.mean.numpy()
+        norms += kept.norm.double().numpy() / len(tokens)
+    n_done = len(tokens) - len(to_run)
+    with tqdm(total=len(tokens), initial=n_done, desc="extract", unit="row", disable=not progress) as bar:
+        batches = stream_means(model, [tokens[index] for index in to_run], position=position, token_budget=token_budget)
         try:
-            for batch in stream_means(model, chosen, position=position, token_budget=token_budget):
-                rows[[left[place] for place in batch.rows]] = batch.means.numpy()
+            for batch in batches:
+                rows[[to_run[place] for place in batch.rows]] = batch.means.numpy()
                 norms += batch.norms.double().sum(dim=0).numpy() / len(tokens)
                 bar.update(len(batch.rows))
         except NotFinite as error:
-            raise NotFinite(left[error.row], error.layer) from error
+            raise NotFinite(to_run[error.row], error.layer) from error
     rows.flush()
     return rows, norms
 

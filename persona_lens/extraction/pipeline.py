@@ -1,8 +1,8 @@
-"""From a model and a trait to persona vectors: the paper's section 2 as one call.
+"""From a model and a trait to persona vectors: section 2 of the paper as one call.
 
-Rollouts under contrasting system prompts, judged; the pairs that show the contrast kept; the difference in means of
-their residual streams at every layer. Every stage writes what it made to the run's folder and resumes from it.
-Knows nothing of its own: each line is a function that can be called alone.
+Sample rollouts under contrasting system prompts, judge them, keep the pairs that show the contrast, take the difference
+in means of their residual streams at every layer. Each stage is a function that can be called alone; it writes its
+result to the run's folder and resumes from it.
 """
 
 import json
@@ -37,13 +37,10 @@ from persona_lens.vectors.persona_vectors import PersonaVectors
 
 Pair = TypeVar("Pair")
 
-SUMMARY_KEYS = ("format_version", "plan", "pairs")
-"""By which summary.json is known to be ours."""
-
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """What a run will do, so that it can be read before anything is spent."""
+    """What a run will cost, to be read before anything is spent."""
 
     trait: str
     engine: str
@@ -80,43 +77,46 @@ def extract_persona_vectors(
     negative_below: float | None = None,
     position: Position = "response_mean",
     after: str | None = None,
-    output: str | Path | None = None,
+    output_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PersonaVectors:
     """Persona vectors of a model for a trait, from the model's own judged responses.
 
-    Each extraction question is answered `per_question` times under every positive and every negative instruction;
-    a pair of answers stays if the judge scores them at least `threshold` and below `negative_below` (None: below the
-    threshold; the reference code: below 100 - threshold), both with at least `min_coherence`. `judge` defaults
-    to the likelihood-ratio judge on the same model, which is calibrated first, on evaluation questions; `engine` to
-    sampling from the model, with `max_new_tokens`, `temperature` and `top_p`. A `ServerEngine` samples on a server,
-    best the same model: the judge is then calibrated on the server's responses, so that its scales fit what it scores,
-    and activations are read from `model` as always. With `output`, a folder, everything is
-    written there as it is made (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json, ...), and a second
-    call goes on where the first one stopped. The plan is printed first, unless `progress` is False.
+    Each extraction question is answered `per_question` times under every positive and every negative instruction. A
+    pair is kept if the positive response scores at least `threshold`, the negative one below `negative_below` (None:
+    the threshold; the reference code: 100 - threshold), and both are at least `min_coherence` coherent.
 
-    Raises ValueError where fewer than `min_pairs` pairs stay, or where `output` holds a run with other settings or
-    files of these names that no run of persona_lens wrote.
-    Source: arXiv:2507.21509, section 2.
+    `judge` defaults to the likelihood-ratio judge on the same model, calibrated first on evaluation questions. `engine`
+    defaults to sampling from the model with `max_new_tokens`, `temperature` and `top_p`; a `ServerEngine` samples on a
+    server, best from the same model, and the judge is then calibrated on the server's responses. Activations are always
+    read from `model`. `output_dir` keeps every stage (rollouts.jsonl, scores.jsonl, vectors.safetensors, summary.json,
+    ...), and a second call continues where the first stopped. The plan is printed first, unless `progress` is False.
+
+    Raises ValueError where fewer than `min_pairs` pairs are kept, or `output_dir` holds a run with other settings or
+    files of these names that persona_lens did not write. Source: arXiv:2507.21509, section 2.
     """
     trait = load_trait(trait) if isinstance(trait, str) else trait
     judge = LikelihoodRatioJudge(model) if judge is None else judge
     engine = ModelEngine(model, max_new_tokens, temperature, top_p) if engine is None else engine
-    folder = None if output is None else Path(output)
+    folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        _refuse_other_results(folder, model)
+        refuse_other_json(folder / "summary.json", ("format_version", "plan", "pairs"))
+        refuse_other_vectors(folder / "vectors.safetensors")
+        refuse_other_means(folder / "row_means.npy", model)
+        checked_output(folder / "example_tokens.jsonl")
         _keep_trait(folder / "trait.json", trait)
 
     prompts = plan_rollouts(trait, questions=questions, per_question=per_question)
-    calibration = calibration_prompts(judge, trait)
+    n_calibration = len(calibration_prompts(judge, trait))
     limit = getattr(engine, "max_new_tokens", None)  # an engine of the caller's has one of its own, or none
-    plan = ExtractionPlan(trait.name, engine.name, len(prompts), len(calibration), limit)
+    plan = ExtractionPlan(trait.name, engine.name, len(prompts), n_calibration, limit)
     if progress:
         tqdm.write(str(plan), file=sys.stderr)
 
-    whole = position == "response_mean" and after is None
-    captured = _captured(engine, model, folder, len(prompts)) if whole else None
+    captured = None
+    if position == "response_mean" and after is None and isinstance(engine, ModelEngine) and engine.model is model:
+        captured = CapturedMeans(_in(folder, "response_means.npy"), model, len(prompts))
     rollouts = collect_rollouts(
         engine, prompts, seed=seed, output_file=_in(folder, "rollouts.jsonl"), captured=captured, progress=progress
     )
@@ -136,10 +136,10 @@ def extract_persona_vectors(
         model,
         [positive.rollout.conversation() for positive, _ in kept],
         [negative.rollout.conversation() for _, negative in kept],
-        trait=trait.name,
+        trait=trait,
         position=position,
         after=after,
-        spool=_in(folder, "row_means.npy"),
+        spool_file=_in(folder, "row_means.npy"),
         captured=captured,
         sampled_by=engine.name,
         seed=seed,
@@ -152,29 +152,27 @@ def extract_persona_vectors(
     return vectors
 
 
-def _refuse_other_results(folder: Path, model: Model) -> None:
-    """Raise ValueError, having changed nothing, where a file that an extraction replaces holds something else."""
-    refuse_other_json(folder / "summary.json", SUMMARY_KEYS)
-    refuse_other_vectors(folder / "vectors.safetensors")
-    refuse_other_means(folder / "row_means.npy", model)
-    checked_output(folder / "example_tokens.jsonl")
+def _in(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
 
 
-def _captured(engine: RolloutEngine, model: Model, folder: Path | None, n_rows: int) -> CapturedMeans | None:
-    """Where means are kept that are read while sampling; None where another model samples."""
-    if not isinstance(engine, ModelEngine) or engine.model is not model:
-        return None
-    return CapturedMeans(_in(folder, "response_means.npy"), model, n_rows)
+def _keep_trait(path: Path, trait: Trait) -> None:
+    """Write the run's trait, or refuse a folder of another trait's run before anything there is touched."""
+    content = json.loads(trait.to_json())
+    if not path.exists():
+        write_json(path, content)
+    elif read_json(path) != content:
+        raise ValueError(f"{path} is another trait than this run's {trait.name!r}: choose another output.")
 
 
 def calibration_prompts(judge: Judge, trait: Trait) -> list[Prompt]:
     """The rollouts that the judge needs before it can score this trait; none for most judges."""
-    fitted = _likelihood_ratio(judge)
-    return [] if fitted is None or trait.name in fitted.calibrations else fitted.plan_calibration(trait)
+    calibrated = _calibrated_part(judge)
+    return [] if calibrated is None or trait.name in calibrated.calibrations else calibrated.plan_calibration(trait)
 
 
-def _likelihood_ratio(judge: Judge) -> LikelihoodRatioJudge | None:
-    """The judge, or the part of it that gives coherence, where that is calibrated on rollouts."""
+def _calibrated_part(judge: Judge) -> LikelihoodRatioJudge | None:
+    """The judge, or the one that it has coherence from, where that is calibrated on rollouts."""
     part = judge.coherence_judge if isinstance(judge, CombinedJudge) else judge
     return part if isinstance(part, LikelihoodRatioJudge) else None
 
@@ -188,62 +186,59 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> None:
-    """Calibrate a judge that needs it, from the folder's calibration.json where that was made with the same engine."""
-    prompts, referee = calibration_prompts(judge, trait), _likelihood_ratio(judge)
-    if not prompts or referee is None:
+    """Calibrate a judge that needs it, or take the folder's calibration.json where it was made with the same engine."""
+    prompts, calibrated = calibration_prompts(judge, trait), _calibrated_part(judge)
+    if not prompts or calibrated is None:
         return
     made_with = {"engine": engine.name, "seed": seed, "questions": list(dict.fromkeys(row.question for row in prompts))}
-    if referee.contrast_pairs is not None:  # a file without it was made with all pairs
-        made_with["contrast_pairs"] = referee.contrast_pairs
+    if calibrated.contrast_pairs is not None:  # a file without it was made with all pairs
+        made_with["contrast_pairs"] = calibrated.contrast_pairs
     file = _in(folder, "calibration.json")
     if file is not None and file.exists():
-        saved = read_json(file)
-        kept = saved.get("made_with") if isinstance(saved, dict) else None
-        if not isinstance(kept, dict) or _without_threads(kept) != _without_threads(made_with):
+        record = read_json(file)
+        settings = record.get("made_with") if isinstance(record, dict) else None
+        if not isinstance(settings, dict) or _without_threads(settings) != _without_threads(made_with):
             raise ValueError(f"{file} was made with other settings. Choose another output, or move that file away.")
-        try:
-            referee.calibrations[trait.name] = Calibration.from_dict(saved["calibration"])
-        except DAMAGE as error:
-            raise _not_a_calibration(file, error) from error
+        calibrated.calibrations[trait.name] = _read_calibration(file)
         return
     output = _in(folder, "calibration_rollouts.jsonl")
     rollouts = collect_rollouts(engine, prompts, seed=seed, output_file=output, progress=progress)
-    fitted = referee.calibrate(trait, rollouts, seed=seed, progress=progress)
+    calibration = calibrated.calibrate(trait, rollouts, seed=seed, progress=progress)
     if file is not None:
-        write_json(file, {"made_with": made_with, "calibration": fitted.to_dict()})
+        write_json(file, {"made_with": made_with, "calibration": calibration.to_dict()})
 
 
-def _without_threads(made_with: dict[str, Any]) -> dict[str, Any]:
-    """A calibration's settings without the number of CPU threads: it is finished, and others only read it."""
-    return {**made_with, "engine": without_threads(str(made_with.get("engine")))}
+def _without_threads(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the number of CPU threads, which does not matter to those who only read the result."""
+    return {**settings, "engine": without_threads(str(settings.get("engine")))}
+
+
+def _read_calibration(file: Path) -> Calibration:
+    try:
+        return Calibration.from_dict(json.loads(file.read_text(encoding="utf-8"))["calibration"])
+    except DAMAGE as error:
+        raise ValueError(f"{file} is not a judge's calibration ({error}): move it away to calibrate again.") from error
 
 
 def calibrated_judge(
     model: Model, trait: Trait, folder: Path, *, max_new_tokens: int, seed: int = 0, progress: bool = True
 ) -> LikelihoodRatioJudge:
-    """The likelihood-ratio judge of a run's folder, calibrated there first where it has none.
+    """The likelihood-ratio judge of a run's folder, calibrated there first where it has no calibration.
 
-    Responses to be judged should be about as long as those it was calibrated on. Raises ValueError where the folder's
-    calibration is damaged or of another trait.
+    Judge responses about as long as those it was calibrated on. Raises ValueError where the folder's calibration is
+    damaged or of another trait.
     """
     file = folder / "calibration.json"
     if not file.exists():
         judge = LikelihoodRatioJudge(model)
         calibrate(judge, trait, ModelEngine(model, max_new_tokens), folder=folder, seed=seed, progress=progress)
         return judge
-    try:
-        fitted = Calibration.from_dict(json.loads(file.read_text(encoding="utf-8"))["calibration"])
-    except DAMAGE as error:
-        raise _not_a_calibration(file, error) from error
-    if fitted.trait != trait.name:
-        raise ValueError(f"{file} is for {fitted.trait!r}, not for {trait.name!r}: name another output.")
-    judge = LikelihoodRatioJudge(model, contrast_pairs=fitted.contrast_pairs)
-    judge.calibrations[trait.name] = fitted
+    calibration = _read_calibration(file)
+    if calibration.trait != trait.name:
+        raise ValueError(f"{file} is for {calibration.trait!r}, not for {trait.name!r}: name another output.")
+    judge = LikelihoodRatioJudge(model, contrast_pairs=calibration.contrast_pairs)
+    judge.calibrations[trait.name] = calibration
     return judge
-
-
-def _not_a_calibration(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is not a judge's calibration ({error}): move it away to calibrate again.")
 
 
 def summarize(
@@ -254,7 +249,7 @@ def summarize(
     trait: Trait,
     rollouts: Sequence[Rollout],
 ) -> dict[str, Any]:
-    """What a run found, as JSON: what was kept, how good the judge and the directions are, and the best layer."""
+    """A run's summary.json: kept pairs, quality of the judge and of the directions, the best layer."""
     summary: dict[str, Any] = {
         "format_version": 1,
         "plan": asdict(plan),
@@ -267,23 +262,23 @@ def summarize(
             for layer, row in vectors.table().to_dict("index").items()
         ],
     }
-    if (fitted := _likelihood_ratio(judge)) is not None:
-        summary["judge_calibration"] = fitted.calibration(trait).to_dict()
-        summary["judge_tokens"] = fitted.token_count(trait, rollouts)._asdict()
+    if (calibrated := _calibrated_part(judge)) is not None:
+        summary["judge_calibration"] = calibrated.calibration(trait).to_dict()
+        summary["judge_tokens"] = calibrated.token_count(trait, rollouts)._asdict()
     return summary
 
 
 def example_pairs(kept: Sequence[Pair], count: int = 3) -> Sequence[Pair]:
-    """A few of the kept pairs, spread over all of them, that stand for the rest where people read."""
+    """A few of the kept pairs, spread evenly, for people to read."""
     return kept[:: max(1, len(kept) // count)][:count]
 
 
 def read_examples(
-    model: Model, vectors: PersonaVectors, kept: Sequence[tuple[ScoredRollout, ScoredRollout]], output: Path
+    model: Model, vectors: PersonaVectors, kept: Sequence[tuple[ScoredRollout, ScoredRollout]], output_file: Path
 ) -> None:
-    """Write every token's projection, at every layer, for the responses of `example_pairs`: a page colours them.
+    """Write each token's projection at every layer for the responses of `example_pairs`, which the report colours.
 
-    A response that a server sampled may be too long for the context: extraction cuts it, and here it is left out.
+    A server's response may be too long for the context: extraction truncates it, and here it is left out.
     """
     rollouts = [side.rollout for pair in example_pairs(kept) for side in pair]
     chats = [
@@ -291,27 +286,13 @@ def read_examples(
         for row in rollouts
         if len(tokenize_chat(model.tokenizer, row.prompt.messages, row.response)) <= model.cfg.n_ctx
     ]
-    if not chats:
-        return
-    directions = [vectors.at(layer) for layer in vectors.known_layers]
-    monitor(model, chats, directions, tokens=True, output=output, progress=False)
+    if chats:
+        directions = [vectors.at(layer) for layer in vectors.known_layers]
+        monitor(model, chats, directions, tokens=True, output_file=output_file, progress=False)
 
 
 def best_layer(vectors: PersonaVectors) -> int | None:
-    """The layer with the highest held-out AUC (the first of equals), which the steering sweep may overrule."""
+    """The layer with the highest held-out AUC (the first of equals), to be checked by a steering sweep."""
     if vectors.statistics is None or bool(vectors.statistics.held_out_auc.isnan().all()):
         return None
     return int(vectors.statistics.held_out_auc.nan_to_num(nan=-1.0).argmax())
-
-
-def _keep_trait(path: Path, trait: Trait) -> None:
-    """Write the run's trait, or refuse a folder that holds a run of another one, before anything there is touched."""
-    wanted = json.loads(trait.to_json())
-    if not path.exists():
-        write_json(path, wanted)
-    elif read_json(path) != wanted:
-        raise ValueError(f"{path} is another trait than this run's {trait.name!r}: choose another output.")
-
-
-def _in(folder: Path | None, name: str) -> Path | None:
-    return None if folder is None else folder / name

@@ -9,6 +9,7 @@ from persona_lens.interop.control_vectors import read_control_vector, write_cont
 from persona_lens.interop.conversion import Format, read_vectors, write_vectors
 from persona_lens.interop.hub import pull_vectors, push_vectors
 from persona_lens.interop.inspect_scorer import persona_scorer
+from persona_lens.interop.responses import read_messages, read_reference_csv
 from persona_lens.interop.sparse_autoencoders import Decomposition, SparseAutoencoder, decompose, read_sae
 from persona_lens.interop.tensor_files import (
     LastRow,
@@ -32,6 +33,8 @@ __all__ = [
     "read_block_rows",
     "read_control_vector",
     "read_layer_dict",
+    "read_messages",
+    "read_reference_csv",
     "read_reference_vectors",
     "read_sae",
     "read_vector_folder",

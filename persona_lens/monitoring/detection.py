@@ -1,7 +1,6 @@
-"""How well projections tell chats that show a trait from those that do not: the ROC curve and the rates at a threshold.
+"""How well projections separate chats that show a trait from those that do not: ROC curve and rates at a threshold.
 
-Rows of one question or chat are not independent, so intervals resample these groups.
-Knows nothing about models or chats: projections come in, numbers go out.
+Rows of one question or chat depend on each other, so intervals resample these groups.
 """
 
 from collections.abc import Hashable, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import roc_curve
 
-from persona_lens.monitoring.thresholds import Projections, Threshold, missing_in_words, numbers_of, places
+from persona_lens.monitoring.thresholds import Projections, Threshold, missing_in_words, number_groups, numbers_of
 from persona_lens.statistics import N_RESAMPLES, Estimate, auc, mean_estimate, question_resamples, resampled_auc
 
 
@@ -33,16 +32,16 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Detection:
-    """How well projections tell chats that show the trait (positive) from those that do not (negative).
+    """How well projections separate positive chats (with the trait) from negative ones. Drawn by `pl.plots.roc`.
 
     Attributes:
         points: The ROC curve, from nothing above the threshold to everything; corners only.
         auc: The area under it, with its interval over groups.
-        best: The point of the highest Youden's J, tpr - fpr; of equals the one with the fewest false positives. It was
-            chosen on these very rows, so its rates are optimistic.
-        n_positive: Positive values.
-        n_negative: Negative values.
-        n_groups: What the intervals resample.
+        best: The point of the highest Youden's J, tpr - fpr; of equals the one with the fewest false positives. Chosen
+            on these very rows, so its rates are optimistic.
+        n_positive: Number of positive values.
+        n_negative: Number of negative values.
+        n_groups: Number of groups, which the intervals resample.
     """
 
     points: tuple[RocPoint, ...] = field(repr=False)
@@ -58,8 +57,8 @@ class Detection:
     def rates(self, threshold: Threshold | float) -> Rates:
         """True and false positive rate at a threshold that was chosen without these rows.
 
-        Where all or none exceed it, resampling cannot tell how sure that is: the interval is then Clopper and Pearson's
-        with every group as one trial.
+        Where all or none exceed it, resamples do not vary: the interval is then Clopper and Pearson's, with every group
+        as one trial.
         """
         above = threshold.value if isinstance(threshold, Threshold) else threshold
         rates = []
@@ -83,10 +82,9 @@ def detection(
 ) -> Detection:
     """The ROC curve of projections, with its area and the threshold of Youden's J.
 
-    `groups` names, for the positive and for the negative values, what makes them dependent, such as the question or the
-    chat; a group may have values on both sides, and intervals resample groups. Every pair of a positive and a negative
-    value is held in memory at once. Raises ValueError where a side is empty or a projection is NaN or infinite.
-    Source: Youden, "Index for Rating Diagnostic Tests", 1950.
+    `groups` names the question or chat of each positive and of each negative value; a group may have values on both
+    sides, and intervals resample groups. Memory grows with positive times negative values. Raises ValueError where a
+    side is empty or a projection is NaN or infinite. Source: Youden, "Index for Rating Diagnostic Tests", 1950.
     """
     sides = {"positive": numbers_of(positive), "negative": numbers_of(negative)}
     for name, values in sides.items():
@@ -97,20 +95,18 @@ def detection(
                 "pass at least one, and drop what was not measured."
             )
     high, low = sides["positive"], sides["negative"]
-    split, both = len(high), np.concatenate([high, low])
-    if groups is not None and [len(each) for each in groups] != [len(high), len(low)]:
-        got = [len(each) for each in groups]
+    both, sizes = np.concatenate([high, low]), [len(high), len(low)]
+    if groups is not None and (n_names := [len(names) for names in groups]) != sizes:
         raise ValueError(
-            f"Every value needs its group: expected {len(high)} and {len(low)}, got {got[0]} and {got[1]}."
+            f"Every value needs its group: expected {sizes[0]} and {sizes[1]}, got {n_names[0]} and {n_names[1]}."
         )
-    named = range(len(both)) if groups is None else [*groups[0], *groups[1]]
-    place, n_groups = places(named, len(both))
-    weights = question_resamples(n_groups, N_RESAMPLES, seed)
-    resamples = resampled_auc(high, low, weights[:, place[:split]], weights[:, place[split:]])
+    group, n_groups = number_groups(range(len(both)) if groups is None else [*groups[0], *groups[1]], len(both))
+    weights = question_resamples(n_groups, N_RESAMPLES, seed)[:, group]
+    resamples = resampled_auc(high, low, weights[:, : len(high)], weights[:, len(high) :])
     area = auc(high, low)
     assert area is not None  # both sides have values
     points = _roc_points(high, low)
-    rows = [(float(value), str(group)) for value, group in zip(both, place, strict=True)]
+    rows = tuple((float(value), str(name)) for value, name in zip(both, group, strict=True))
     return Detection(
         points=points,
         auc=Estimate.of(area, resamples, len(both)),
@@ -118,14 +114,14 @@ def detection(
         n_positive=len(high),
         n_negative=len(low),
         n_groups=n_groups,
-        _positive=tuple(rows[:split]),
-        _negative=tuple(rows[split:]),
+        _positive=rows[: len(high)],
+        _negative=rows[len(high) :],
         _seed=seed,
     )
 
 
 def _roc_points(positive: np.ndarray, negative: np.ndarray) -> tuple[RocPoint, ...]:
-    """Scikit-learn's curve with thresholds that values exceed: midway between a corner and the next value below it."""
+    """Scikit-learn's curve, its thresholds moved midway to the next value below, so that `>` means what `>=` did."""
     scores = np.concatenate([positive, negative])
     curve = roc_curve(np.repeat([1, 0], [len(positive), len(negative)]), scores)
     below = np.concatenate([[-np.inf], np.unique(scores)])
@@ -133,7 +129,7 @@ def _roc_points(positive: np.ndarray, negative: np.ndarray) -> tuple[RocPoint, .
     for fpr, tpr, reached in zip(*curve, strict=True):
         under = below[np.searchsorted(below, reached) - 1]
         middle = under + (reached - under) / 2 if np.isfinite([under, reached]).all() else under
-        # Neighbouring floats have nothing between them.
+        # Between neighbouring floats there is no other: the middle may round to `reached`.
         threshold = reached if np.isposinf(reached) else middle if middle < reached else under
         points.append(RocPoint(float(fpr), float(tpr), float(threshold)))
     return tuple(points)

@@ -1,11 +1,10 @@
-"""Replies with their projections: many at once as `generate` gives them, or one token by token.
+"""Generate replies and project their tokens at the same time: many at once, or one token by token.
 
-The projection of token t is read in the pass that runs it, which is the one that predicts token t + 1; the token that
-is sampled last runs as well. What ends a turn is no part of the reply and has no projection.
-Knows nothing about hooks.
+The projection of token t is read in the pass that runs it, which is the one that predicts token t + 1; the last sampled
+token is run for its projection too. The token that ends the turn is no part of the reply and has no projection.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_lens.chat.batches import Message, tokenize_chat
+from persona_lens.chat.batches import Conversation, Message, RenderedPrompt, tokenize_chat
+from persona_lens.chat.templates import fixed_date
 from persona_lens.generation.decoding import (
     Decoder,
     FinishReason,
@@ -24,8 +24,11 @@ from persona_lens.generation.decoding import (
 )
 from persona_lens.interventions.directions import Vectors
 from persona_lens.models.structure import Model
-from persona_lens.monitoring.watch import Alert, Safeguard, Watch, spell
+from persona_lens.monitoring.watch import Alert, ReplyWatch, Safeguard, spell
 from persona_lens.vectors.persona_vector import PersonaVector
+
+Chat = str | Sequence[Message] | Conversation | RenderedPrompt | Sequence[int]
+"""A user message, messages, a conversation, rendered text, or token ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +41,10 @@ class WatchedReply:
         text: Their text, without special tokens.
         finish_reason: Why sampling ended.
         vectors: The vector of each column of the projections.
-        prompt_projection: That of the prompt's last token, from which the first token is predicted.
-        projections: Those of its tokens.
-        counted: Which of its tokens may raise an alert: those after the closing marker, where one was named.
-        alerts: Of the safeguards that fired, in the order in which they did.
+        prompt_projection: Projection of the prompt's last token, from which the first token is predicted.
+        projections: Projections of the reply's tokens.
+        counted: Which tokens may raise an alert: all, or those after the text that `after` names.
+        alerts: Alerts of the safeguards that fired, in their order.
     """
 
     key: str
@@ -65,12 +68,12 @@ class WatchedToken:
     """A token of a reply that is being generated.
 
     Attributes:
-        index: Of the reply's tokens, counted from 0; -1 is the last token of the prompt, which comes first.
+        index: Its index in the reply, from 0; -1 is the last token of the prompt, which comes first.
         token: Its id.
-        text: What it adds to the reply's text: nothing for a character that it does not complete, nor for the prompt's.
+        text: What it adds to the reply's text: nothing for the prompt's token or an incomplete character.
         projections: Its projection on each vector.
         counted: Whether it may raise an alert.
-        alerts: Those that it raised.
+        alerts: The alerts that it raised.
     """
 
     index: int
@@ -81,9 +84,10 @@ class WatchedToken:
     alerts: tuple[Alert, ...]
 
 
+@fixed_date()
 def generate_watched(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    chats: Sequence[Chat],
     vectors: Vectors,
     *,
     max_new_tokens: int = 64,
@@ -94,37 +98,29 @@ def generate_watched(
     batch_size: int = 100,
     safeguards: Sequence[Safeguard] = (),
     after: str | None = None,
-    audit: str | Path | None = None,
+    audit_file: str | Path | None = None,
     allow_other_model: bool = False,
-    progress: bool = False,
+    progress: bool = True,
 ) -> list[WatchedReply]:
-    """`generate`, with the projection of every token on every vector read from the passes that generate.
+    """The model's reply to each chat, with every token's projection on every vector, read while it is generated.
 
-    The tokens are those of `generate` with the same seed and keys until a safeguard's intervention acts, and then only
-    that reply changes (others at most by rounding, where it leaves the batch at another step). A projection is the
-    scalar a . v / |v| at the output of the vector's block, in float32 (float64 for a float64 model); interventions that
-    are attached have acted there, the safeguards' own act after it is read. A safeguard's vector that is not among
-    `vectors` is watched too, in a column after theirs. Safeguards that fired act in the order in which they are given.
+    The tokens are those of `generate` with the same seed and keys until a safeguard's intervention acts, which changes
+    that reply alone (others at most by rounding, where it leaves the batch at another step). A projection is the scalar
+    a . v / |v| at the output of the vector's block, in float32 (float64 for a float64 model): after the interventions
+    that are attached, before those of safeguards. Vectors of safeguards that are not among `vectors` get a column after
+    them. With `after` (such as `"</think>"`) tokens up to that text do not count and raise no alerts, nor does the
+    prompt's last token, unless the prompt ends with the text. `audit_file` gets a JSON line for every alert before its
+    intervention acts.
 
-    With `after` (such as `"</think>"`) tokens up to that text are marked as not counted and raise no alerts, nor does
-    the prompt's last token, unless the prompt ends with that text. With `audit` every alert is on the disk, one JSON
-    line each, before its intervention acts. Source: arXiv:2507.21509, section 3.3.
-
-    Raises ValueError where nothing is to be watched, a vector or an intervention does not belong to the model, or for
-    what `generate` refuses.
+    Raises ValueError where there is nothing to watch, a vector or an intervention does not belong to the model, or for
+    what `generate` refuses. Source: arXiv:2507.21509, section 3.3.
     """
+    if isinstance(chats, str) or any(isinstance(chat, Mapping) for chat in chats):
+        raise ValueError("chats is a list of chats, got a single one: put it into brackets, [chat].")
+    prompts = [_prompt_tokens(model, chat) for chat in chats]
     keys = [str(index) for index in range(len(prompts))] if keys is None else list(keys)
     check_sampling(model, prompts, keys, max_new_tokens, temperature, top_p)
-    watch = Watch(
-        model,
-        prompts,
-        keys,
-        vectors,
-        safeguards=safeguards,
-        after=after,
-        audit=audit,
-        allow_other_model=allow_other_model,
-    )
+    watch = ReplyWatch(model, prompts, keys, vectors, safeguards, after, audit_file, allow_other_model)
     with watch.attached():
         completions = generate(
             model,
@@ -137,7 +133,7 @@ def generate_watched(
             batch_size=batch_size,
             progress=progress,
             read_up_to=watch.top,
-            back_off=False,  # alerts are on record already
+            back_off=False,  # a second try would raise, and record, its alerts again
         )
     return [
         WatchedReply(
@@ -146,18 +142,19 @@ def generate_watched(
             text=spell(model.tokenizer, completion.tokens),
             finish_reason=completion.finish_reason,
             vectors=watch.vectors,
-            prompt_projection=read[0],
-            projections=read[1:],
+            prompt_projection=projections[0],
+            projections=projections[1:],
             counted=torch.tensor(row.counted[1:], dtype=torch.bool),
             alerts=tuple(row.alerts),
         )
-        for row, completion, read in zip(watch.rows, completions, watch.projections(), strict=True)
+        for row, completion, projections in zip(watch.rows, completions, watch.projections(), strict=True)
     ]
 
 
+@fixed_date()
 def stream_watched(
     model: Model,
-    prompt: str | Sequence[Message] | Sequence[int],
+    chat: Chat,
     vectors: Vectors,
     *,
     max_new_tokens: int = 64,
@@ -167,52 +164,46 @@ def stream_watched(
     key: str = "0",
     safeguards: Sequence[Safeguard] = (),
     after: str | None = None,
-    audit: str | Path | None = None,
+    audit_file: str | Path | None = None,
     allow_other_model: bool = False,
 ) -> Iterator[WatchedToken]:
-    """One reply of `generate_watched`, token by token: to messages, to rendered text, or to token ids.
+    """One reply of `generate_watched`, token by token.
 
     First comes the last token of the prompt, with index -1 and no text; the texts join to the reply's. The model
-    carries hooks only while it computes a token, so whoever stops asking leaves it as it was.
+    carries hooks only while it computes a token, so a stream that is abandoned leaves nothing behind.
     """
-    ids = _token_ids(model, prompt)
-    check_sampling(model, [ids], [key], max_new_tokens, temperature, top_p)
-    watch = Watch(
-        model,
-        [ids],
-        [key],
-        vectors,
-        safeguards=safeguards,
-        after=after,
-        audit=audit,
-        allow_other_model=allow_other_model,
-    )
-    uniforms = row_uniforms(seed, [key], max_new_tokens)
-    sharing = prefix_sharing(model, [ids])
-    decoder = Decoder(model, [ids], torch.tensor([0]), uniforms, temperature, top_p, sharing, watch.top)
+    prompt = _prompt_tokens(model, chat)
+    check_sampling(model, [prompt], [key], max_new_tokens, temperature, top_p)
+    watch = ReplyWatch(model, [prompt], [key], vectors, safeguards, after, audit_file, allow_other_model)
+    uniforms, sharing = row_uniforms(seed, [key], max_new_tokens), prefix_sharing(model, [prompt])
+    decoder = Decoder(model, [prompt], torch.tensor([0]), uniforms, temperature, top_p, sharing, watch.top)
     return _stream(decoder, watch)
 
 
-def _token_ids(model: Model, prompt: str | Sequence[Message] | Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return tuple(int(token) for token in prompt if isinstance(token, int))
-    chat = prompt if isinstance(prompt, str) else [turn for turn in prompt if not isinstance(turn, int)]
-    return tokenize_chat(model.tokenizer, chat).prompt
+def _prompt_tokens(model: Model, chat: Chat) -> tuple[int, ...]:
+    if isinstance(chat, str):
+        return tokenize_chat(model.tokenizer, [{"role": "user", "content": chat}]).prompt
+    if isinstance(chat, RenderedPrompt):
+        return tokenize_chat(model.tokenizer, chat.text).prompt
+    if isinstance(chat, Conversation):
+        return tokenize_chat(model.tokenizer, chat.prompt).prompt
+    token_ids = tuple(int(token) for token in chat if isinstance(token, int))
+    return token_ids or tokenize_chat(model.tokenizer, [turn for turn in chat if not isinstance(turn, int)]).prompt
 
 
-def _stream(decoder: Decoder, watch: Watch) -> Iterator[WatchedToken]:
+def _stream(decoder: Decoder, watch: ReplyWatch) -> Iterator[WatchedToken]:
     steps, row = decoder.steps(), watch.rows[0]
-    spelt, n_read, n_alerts, ended = "", 0, 0, False
+    text, n_read, n_alerts, ended = "", 0, 0, False
     while not ended:
         with watch.attached():
             ended = next(steps, "ended") == "ended" or decoder.stopped[0]
         if len(row.counted) == n_read:
             return
         n_read += 1
-        text = spell(watch.model.tokenizer, row.tokens)
-        # The replacement character ends a text whose last character still lacks some of its bytes.
-        piece = "" if text.endswith("\N{REPLACEMENT CHARACTER}") and not ended else text[len(spelt) :]
-        spelt += piece
+        whole = spell(watch.model.tokenizer, row.tokens)
+        # A text that ends with the replacement character lacks bytes of its last character: wait for the next token.
+        piece = "" if whole.endswith("\N{REPLACEMENT CHARACTER}") and not ended else whole[len(text) :]
+        text += piece
         yield WatchedToken(
             index=n_read - 2,
             token=row.tokens[-1] if row.tokens else decoder.prompts[0][-1],

@@ -1,8 +1,7 @@
-"""The forward passes that monitor chats: a whole chat in one where that is exact, many chats to a batch.
+"""Monitor chats: project every turn's last prompt token and its mean response on persona vectors.
 
-Blocks above the highest layer that is wanted do not run, unless an intervention acts there, and nothing is unembedded.
-Source: arXiv:2507.21509, section 3.3.
-Knows nothing about tokenizers and files.
+A whole chat runs in one pass where that is exact, many chats to a batch. Blocks above the highest layer that is read do
+not run, unless an intervention acts there, and nothing is unembedded. Source: arXiv:2507.21509, section 3.3.
 """
 
 import os
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from persona_lens.activations.means import NotFinite, attached_projections, check_vectors
 from persona_lens.activations.prefixes import length_sorted_batches, pad
-from persona_lens.chat.batches import Message
+from persona_lens.chat.batches import Conversation, Message, RenderedPrompt
 from persona_lens.chat.rows import Table, chat_rows
 from persona_lens.chat.templates import date_told, fixed_date
 from persona_lens.interventions.hooks import attachments
@@ -45,8 +44,10 @@ from persona_lens.monitoring.transcripts import (
 )
 from persona_lens.vectors.persona_vector import PersonaVector
 
-Chats = str | os.PathLike[str] | ReadChats | Table | Iterable[Transcript | Sequence[Message] | Mapping[str, Any]]
-"""A file of chats, what `read_chats` read, a pandas DataFrame, a `datasets.Dataset`, or transcripts and messages."""
+Chat = str | Conversation | Transcript | Sequence[Message] | Mapping[str, Any]
+"""A user message, a conversation, a transcript, a list of messages, or a row of a data set with messages."""
+Chats = str | os.PathLike[str] | ReadChats | Table | Iterable[Chat]
+"""A file of chats, what `read_chats` read, a pandas DataFrame, a `datasets.Dataset`, or any chats."""
 
 
 @fixed_date()
@@ -60,154 +61,151 @@ def monitor(
     after: str | None = None,
     token_budget: int = 2048,
     allow_other_model: bool = False,
-    output: str | Path | None = None,
+    output_file: str | Path | None = None,
     progress: bool = True,
 ) -> Monitoring:
-    """The scalar projections of chats on persona vectors: every turn's last prompt token and mean response.
+    """Project chats on persona vectors: every turn's last prompt token and mean response.
 
-    `chats` are transcripts, lists of messages, a file of them (`read_transcripts`), a pandas DataFrame or a
-    `datasets.Dataset` with a column of messages; a chat that ends before the model speaks has a last turn without a
-    response. Rows of a file, a table or a data set that are no chats are left out, and stand in the result's `rejected`
-    with their numbers and reasons. `vectors` may be of several traits and layers. `tokens=True` keeps
-    every token's projection. `window` reads at most so many tokens at once and leaves out the oldest messages, which
-    are counted. With `after` (such as `"</think>"`) only what follows it is averaged. Interventions that are attached
-    to the model act and are seen; those at `response` or `prompt` treat each turn as they would if the model said it,
-    with earlier turns as its prompt. `output` also writes the result (.jsonl or .parquet).
+    Interventions that are attached to the model act and are seen; those at `response` or `prompt` treat each turn as if
+    the model were saying it, with earlier turns as its prompt.
 
-    Source: arXiv:2507.21509, section 3.3. Its limit: on a model that thinks before it answers, the last prompt token
-    says little of the answer; there the response `after` its thinking counts.
+    Args:
+        model: Reads the chats.
+        chats: Chats (a string is a user message), a file of them (see `read_transcripts`), or a table with a column of
+            messages. Rows of a file or table that are no chats are left out and listed in `rejected`. A chat that ends
+            before the model speaks has a last turn without a response.
+        vectors: May be of several traits and layers.
+        tokens: Keep every token's projection.
+        window: Tokens that are read at once at most; beyond it the oldest messages are left out and counted.
+        after: Average only what follows this text, such as `"</think>"`.
+        token_budget: Padded tokens of a batch.
+        allow_other_model: Accept vectors of an unrelated model of equal shape.
+        output_file: Also write the result there (.jsonl or .parquet).
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: There are no chats; a list of messages is no chat; a chat does not fit the context or window; a
-            vector does not belong to the model; the model's activations are not finite; `output` holds something else
-            than results of monitoring.
-        OSError: `output` could not be written, which is found before anything runs.
+            vector does not belong to the model; activations are not finite; `output_file` holds something else.
+        OSError: `output_file` cannot be written, which is checked before anything runs.
+
+    Source: arXiv:2507.21509, section 3.3. Limit: where a model thinks before it answers, the last prompt token says
+    little about the answer; use the response `after` its thinking there.
     """
-    given = (vectors,) if isinstance(vectors, PersonaVector) else tuple(vectors)
-    path = None if output is None else checked_output(output)
-    read = _read_chats(chats)
-    transcripts = _named_apart(read.chats)
-    named = _named(given)
+    vectors = (vectors,) if isinstance(vectors, PersonaVector) else tuple(vectors)
+    path = None if output_file is None else checked_output(output_file)
+    contents = _read(chats)
+    transcripts, names = _distinct(contents.chats), _named(vectors)
     attached = attachments(model)
-    if unlike := [rows for each in attached for rows in each.n_rows if rows != len(transcripts)]:
-        raise ValueError(f"Steering has coefficients for {unlike[0]} rows, and there are {len(transcripts)} chats.")
-    check_vectors(model, given, allow_other_model=allow_other_model)
+    if wrong := [rows for attachment in attached for rows in attachment.n_rows if rows != len(transcripts)]:
+        raise ValueError(f"Steering has coefficients for {wrong[0]} rows, and there are {len(transcripts)} chats.")
+    check_vectors(model, vectors, allow_other_model=allow_other_model)
     segments = _segments(model, transcripts, window, after)
+    projected = token_projections(
+        model,
+        [segment.tokens for _, segment in segments],
+        vectors,
+        known=lambda batch, mask: _known_pass([segments[place] for place in batch], mask),
+        token_budget=token_budget,
+    )
     turns: list[dict[int, TurnProjections]] = [{} for _ in transcripts]
     n_tokens = sum(len(segment.tokens) for _, segment in segments)
     with tqdm(total=n_tokens, unit="tok", desc="monitor", leave=False, disable=not progress) as bar:
-        for place, values in _projected(model, segments, given, token_budget):
+        for place, values in projected:
             index, segment = segments[place]
             for turn in segment.turns:
-                turns[index][turn.message] = _read(model.tokenizer, segment, turn, values, tokens)
+                turns[index][turn.message] = _turn_projections(model.tokenizer, segment, turn, values, tokens)
             bar.update(len(segment.tokens))
-    found = Monitoring(
-        named,
+    monitoring = Monitoring(
+        names,
         tuple(
-            ChatProjections(chat.name, tuple(turn for _, turn in sorted(each.items())))
-            for chat, each in zip(transcripts, turns, strict=True)
+            ChatProjections(chat.name, tuple(turn for _, turn in sorted(by_message.items())))
+            for chat, by_message in zip(transcripts, turns, strict=True)
         ),
         after,
         window,
-        tuple(_in_words(attached)),
+        attached_in_words(model),
         date_told(model.tokenizer),
-        read.rejected,
+        contents.rejected,
     )
     if path is not None:
-        found.save(path)
-    return found
+        monitoring.save(path)
+    return monitoring
 
 
-def _read_chats(chats: Chats) -> ReadChats:
+def _read(chats: Chats) -> ReadChats:
     """The chats, and which rows of a file, a table or a data set are none."""
-    if isinstance(chats, ReadChats):
-        found = chats
-    elif isinstance(chats, str | os.PathLike):
-        found = read_chats(chats)
-    elif isinstance(chats, Mapping):
+    if isinstance(chats, Mapping):
         raise ValueError(
             f"chats is a file, a table, or a list of chats, got {type(chats).__name__}: pass one split of a "
             "DatasetDict, or a single chat in brackets."
         )
+    if isinstance(chats, ReadChats):
+        contents = chats
+    elif isinstance(chats, str | os.PathLike):
+        contents = read_chats(chats)
     else:
         rows = [row if isinstance(row, Mapping) else _transcript(row, number) for number, row in chat_rows(chats)]
         if any(isinstance(row, Mapping) and {"role", "content"} <= set(row) for row in rows):
             raise ValueError("chats is a list of chats, each a list of messages, and got messages: pass [messages].")
-        found = read_chats(rows) if rows else ReadChats(())
-    if not found.chats:
+        contents = read_chats(rows) if rows else ReadChats(())
+    if not contents.chats:
         raise ValueError("There is nothing to monitor: pass at least one chat.")
-    return found
+    return contents
 
 
-def _named_apart(chats: Sequence[Transcript]) -> list[Transcript]:
-    """The chats, each under a name of its own."""
-    seen: Counter[str] = Counter()
-    named: list[Transcript] = []
-    for number, chat in enumerate(chats, start=1):
-        name = chat.name or f"chat {number}"
-        seen[name] += 1
-        named.append(Transcript(chat.messages, f"{name} ({seen[name]})" if seen[name] > 1 else name))
-    return named
-
-
-def _transcript(chat: Transcript | Sequence[Message], number: int) -> Transcript:
+def _transcript(chat: Any, number: int) -> Transcript:
     if isinstance(chat, Transcript):
         return chat
     if isinstance(chat, str):
-        raise ValueError(f"Chat {number}: expected a list of messages, got text: pass its messages.")
+        chat = [{"role": "user", "content": chat}]
+    if isinstance(chat, Conversation | RenderedPrompt):
+        if isinstance(chat, RenderedPrompt) or isinstance(chat.prompt, str) or not isinstance(chat.response, str):
+            raise ValueError(f"Chat {number}: expected messages, got rendered text or token ids: pass its messages.")
+        chat = [*chat.prompt, *([{"role": "assistant", "content": chat.response}] if chat.response else [])]
     try:
         return Transcript(chat)
     except ValueError as error:
         raise ValueError(f"Chat {number}: {error}") from error
 
 
+def _distinct(chats: Sequence[Transcript]) -> list[Transcript]:
+    """The chats, each under a name of its own."""
+    seen: Counter[str] = Counter()
+    renamed: list[Transcript] = []
+    for number, chat in enumerate(chats, start=1):
+        name = chat.name or f"chat {number}"
+        seen[name] += 1
+        renamed.append(Transcript(chat.messages, f"{name} ({seen[name]})" if seen[name] > 1 else name))
+    return renamed
+
+
 def _named(vectors: Sequence[PersonaVector]) -> tuple[MonitoredVector, ...]:
-    named = tuple(MonitoredVector(each.trait, each.layer, each.fingerprint) for each in vectors)
-    if not named:
+    names = tuple(MonitoredVector(vector.trait, vector.layer, vector.fingerprint) for vector in vectors)
+    if not names:
         raise ValueError("There is nothing to project on: pass at least one vector.")
-    name, count = Counter(each.name for each in named).most_common(1)[0]
+    name, count = Counter(vector.name for vector in names).most_common(1)[0]
     if count > 1:
         raise ValueError(
             f"{count} vectors are called {name}: leave one out, or tell them apart by `dataclasses.replace`."
         )
-    return named
+    return names
 
 
 def _segments(
     model: Model, transcripts: Sequence[Transcript], window: int | None, after: str | None
 ) -> list[tuple[int, Segment]]:
-    """What is to be run of every chat, beside the chat's index."""
-    # Where a token is treated by whether it is of a prompt, an earlier turn's response is prompt to the turns after it.
-    shared = all(isinstance(each.at, str) and each.at == "all" for each in attachments(model))
-    limit = int(model.cfg.n_ctx)
+    """The passes of every chat, each with the chat's index."""
+    # An earlier turn's response is prompt to the turns after it. So turns may share a pass only where no intervention
+    # treats prompt and response differently.
+    shared = all(isinstance(attachment.at, str) and attachment.at == "all" for attachment in attachments(model))
     segments: list[tuple[int, Segment]] = []
     for index, chat in enumerate(transcripts):
         try:
-            cut = chat_segments(model.tokenizer, chat, limit, window, after=after, shared=shared)
+            passes = chat_segments(model.tokenizer, chat, int(model.cfg.n_ctx), window, after=after, shared=shared)
         except ValueError as error:
             raise ValueError(f"{chat.name}: {error}") from error
-        segments += [(index, segment) for segment in cut]
+        segments += [(index, segment) for segment in passes]
     return segments
-
-
-def _projected(
-    model: Model,
-    segments: Sequence[tuple[int, Segment]],
-    vectors: Sequence[PersonaVector],
-    token_budget: int,
-) -> Iterator[tuple[int, Float[Tensor, "pos vector"]]]:
-    """Every segment's place with its tokens' projections, in the order in which they ran."""
-
-    def known(batch: Sequence[int], mask: Bool[Tensor, "batch pos"]) -> KnownPass:
-        return _known([segments[place] for place in batch], mask)
-
-    return token_projections(
-        model,
-        [segment.tokens for _, segment in segments],
-        vectors,
-        known=known,
-        token_budget=token_budget,
-    )
 
 
 def token_projections(
@@ -218,39 +216,38 @@ def token_projections(
     known: Callable[[Sequence[int], Bool[Tensor, "batch pos"]], KnownPass],
     token_budget: int = 2048,
 ) -> Iterator[tuple[int, Float[Tensor, "pos vector"]]]:
-    """Every row of token ids, by its index, with its tokens' scalar projections, in the order in which they ran.
+    """Each row's index with the scalar projections of its tokens, in the order in which rows ran.
 
-    Blocks above the highest layer that is wanted do not run, unless an intervention acts there, and nothing is
-    unembedded. `known` says of a batch, given its rows' indices and its mask, what interventions are told of it.
-    The vectors are the model's, which `check_vectors` has seen. Where memory does not suffice, fewer rows run at once.
-    Raises ValueError for activations that are not finite, DoesNotFit for a row that does not fit the memory alone.
+    `known` makes, from a batch's row indices and its mask, what interventions are told of the pass. Check the vectors
+    with `check_vectors` before. Where memory does not suffice, fewer rows run at once. Raises ValueError for
+    activations that are not finite, DoesNotFit for a row that does not fit the memory alone.
     """
-    above = [layer for each in attachments(model) for layer in each.layers]
+    acting = [layer for attachment in attachments(model) for layer in attachment.layers]
     lengths = [len(row) for row in rows]
     waiting = set(range(len(rows)))
-    with attached_projections(model, vectors) as found:
-        # An intervention that never ran would be an error on leaving its context.
-        highest = max([*found.layers, *above])
+    with attached_projections(model, vectors) as projections:
+        # Interventions above the layers that are read run as well: one that never ran is an error at its exit.
+        highest = max([*projections.layers, *acting])
 
         def attempt(left: list[int], budget: int) -> Iterator[tuple[int, Tensor]]:
             for order in length_sorted_batches([lengths[place] for place in left], budget):
                 batch = [left[place] for place in order]
                 ids, mask = pad([rows[place] for place in batch], left=False)
                 forward(model, ids, mask, stop_after=highest, known=known(batch, mask))
-                read = found.read()
-                bad = ~read.isfinite() & mask[..., None]
+                values = projections.read()
+                bad = ~values.isfinite() & mask[..., None]
                 if bool(bad.any()):
                     layer, row = min((vectors[vector].layer, batch[row]) for row, _, vector in bad.nonzero().tolist())
                     raise NotFinite(row, layer)
                 waiting.difference_update(batch)
-                for place, values in zip(batch, read, strict=True):
-                    yield place, values[: lengths[place]]
+                for place, row_values in zip(batch, values, strict=True):
+                    yield place, row_values[: lengths[place]]
 
         yield from backing_off(model, waiting, lengths, token_budget, attempt)
 
 
-def _known(segments: Sequence[tuple[int, Segment]], mask: Bool[Tensor, "batch pos"]) -> KnownPass:
-    """Which chat each row is and, where every row is one turn, what of it is prompt and response."""
+def _known_pass(segments: Sequence[tuple[int, Segment]], mask: Bool[Tensor, "batch pos"]) -> KnownPass:
+    """Each row's chat and, where every row is a single turn, what of it is prompt and response."""
     rows = torch.tensor([index for index, _ in segments])
     if any(len(segment.turns) > 1 for _, segment in segments):
         return KnownPass(rows=rows)
@@ -259,27 +256,29 @@ def _known(segments: Sequence[tuple[int, Segment]], mask: Bool[Tensor, "batch po
     return KnownPass(rows=rows, prompt=mask & (place < starts), response=mask & (place >= starts - 1))
 
 
-def _read(
+def _turn_projections(
     tokenizer: Any, segment: Segment, turn: Turn, values: Float[Tensor, "pos vector"], tokens: bool
 ) -> TurnProjections:
-    said = values[turn.averaged : turn.stop]
-    pieces = None
+    response, new = values[turn.averaged : turn.stop], slice(turn.unread, turn.stop)
+    by_token = None
     if tokens:
-        text = text_pieces(tokenizer, segment.tokens[turn.unread : turn.stop])
-        pieces = TokenProjections(
-            tuple(text), turn.start - turn.unread, values[turn.unread : turn.stop].float().clone()
-        )
+        pieces = tuple(text_pieces(tokenizer, segment.tokens[new]))
+        by_token = TokenProjections(pieces, turn.start - turn.unread, values[new].float().clone())
     return TurnProjections(
         message=turn.message,
         prompt=tuple(values[turn.last_prompt].tolist()),
-        response=tuple(said.double().mean(dim=0).tolist()) if len(said) else None,
-        n_tokens=len(said),
+        response=tuple(response.double().mean(dim=0).tolist()) if len(response) else None,
+        n_tokens=len(response),
         dropped_messages=turn.dropped,
         unclosed=turn.unclosed,
-        tokens=pieces,
+        tokens=by_token,
     )
 
 
-def _in_words(attached: Sequence[Any]) -> list[str]:
-    at = (each.at if isinstance(each.at, str) else "a mask" for each in attached)
-    return [f"{value}, at {where}" for each, where in zip(attached, at, strict=True) for value in each.interventions]
+def attached_in_words(model: Model) -> tuple[str, ...]:
+    """Every intervention that is attached to the model, outermost first."""
+    return tuple(
+        f"{intervention}, at {attachment.at if isinstance(attachment.at, str) else 'a mask'}"
+        for attachment in attachments(model)
+        for intervention in attachment.interventions
+    )

@@ -1,13 +1,13 @@
-"""What monitoring found: the projection of every turn of every chat on some persona vectors, as values and files.
+"""Results of monitoring: the projection of every turn of every chat on some persona vectors, as values and files.
 
-Of a turn: the last prompt token's projection, which is known before the model speaks, and the mean over the response
+A turn has the last prompt token's projection, which is known before the model speaks, and the mean over the response
 (arXiv:2507.21509, section 3.3). What was not measured is None, never 0.
-Knows nothing about how they were measured.
 """
 
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -29,7 +29,7 @@ SUFFIXES = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class MonitoredVector:
-    """Which vector was projected on."""
+    """A vector that was projected on."""
 
     trait: str
     layer: int
@@ -37,17 +37,17 @@ class MonitoredVector:
 
     @property
     def name(self) -> str:
-        """As its columns are called: `evil@14`."""
+        """Its name in columns: `evil@14`."""
         return f"{self.trait}@{self.layer}"
 
 
 @dataclass(frozen=True, eq=False)
 class TokenProjections:
-    """Every token of a turn that no earlier turn has read: its prompt's new ones, then its response.
+    """The tokens of a turn that no earlier turn has read: the new ones of its prompt, then its response.
 
     Attributes:
-        pieces: The text of each token; together they are the turn's text. A token that ends within a character has "".
-        n_prompt: How many of them belong to the prompt; the last of these is the one that `prompt` is about.
+        pieces: The text of each token; they join to the turn's text. A token that ends within a character has "".
+        n_prompt: How many of them belong to the prompt; `TurnProjections.prompt` is the last of these.
         values: Scalar projections on the unit vectors.
     """
 
@@ -71,11 +71,11 @@ class TurnProjections:
             index that the answer would have.
         prompt: The last prompt token's scalar projection on each vector.
         response: The mean over the response's tokens, for each vector; None where there is nothing to average: no
-            response yet, or one that never says `after`, or says it last.
+            response yet, or one that never says `after`, or ends with it.
         n_tokens: How many response tokens were averaged.
         dropped_messages: How many of the oldest messages the window had no room for.
-        unclosed: Whether the response never says the `after` that averaging was to start at.
-        tokens: Every token's projection, where that was asked for.
+        unclosed: Whether the response never says `after`.
+        tokens: Every token's projection, with `monitor(tokens=True)`.
     """
 
     message: int
@@ -101,16 +101,16 @@ class ChatProjections:
 
 @dataclass(frozen=True)
 class Monitoring:
-    """The projections of chats on persona vectors.
+    """The projections of chats on persona vectors. Drawn by `pl.plots.turns`; a page by `pl.pages.monitoring_html`.
 
     Attributes:
-        vectors: What was projected on; every turn has its numbers in this order.
-        chats: In the order in which they were given.
+        vectors: The vectors, in the order of every turn's numbers.
+        chats: In the order of the input.
         after: The text after which a response was averaged; None for the whole response.
-        window: How many tokens at most were read at once; None for whole chats.
-        interventions: What acted on the model meanwhile, in words; empty for nothing.
+        window: Tokens that were read at once at most; None for whole chats.
+        interventions: What acted on the model, in words; empty for nothing.
         template_date: The day that the chat template was told, in ISO form; empty where it reads no clock.
-        rejected: Rows of the file or table that are no chats, with their numbers and reasons; empty for none.
+        rejected: Rows of the file or table that are no chats, with their numbers and reasons.
     """
 
     vectors: tuple[MonitoredVector, ...]
@@ -134,7 +134,7 @@ class Monitoring:
         import pandas as pd
 
         rows = [self._row(chat, number) for chat in self.chats for number in range(len(chat.turns))]
-        projections = [name for each in self.vectors for name in _columns(each)]
+        projections = [name for vector in self.vectors for name in _columns(vector)]
         columns = ["chat", "turn", "message", "n_tokens", "dropped_messages", *projections]
         return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(projections, float))
 
@@ -144,9 +144,9 @@ class Monitoring:
         A row a turn, as in `table`; the first line of JSON-lines, or Parquet's own metadata, says what was measured.
         """
         path = _writable(path)
-        found = self.to_dict()
-        rows = found.pop("turns")
-        head = json.dumps({**found, "n_turns": len(rows)}, ensure_ascii=False)
+        record = self.to_dict()
+        rows = record.pop("turns")
+        head = json.dumps({**record, "n_turns": len(rows)}, ensure_ascii=False)
         if path.suffix == ".jsonl":
             lines = [head, *(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)]
             contents = ("\n".join(lines) + "\n").encode()
@@ -161,11 +161,19 @@ class Monitoring:
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"No file {path}.")
-        head, rows = _read_parquet(path) if _suffix(path) == ".parquet" else _read_lines(path)
+        if path.suffix == ".parquet":
+            arrow = _pyarrow()
+            try:
+                table = arrow.parquet.read_table(path)
+            except arrow.ArrowInvalid as error:
+                raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
+            head, rows = json.loads((table.schema.metadata or {}).get(FORMAT.encode(), b"{}")), table.to_pylist()
+        else:
+            head, *rows = JsonLines(path).read() or [{}]
         if head.get("format") != FORMAT or head.get("version") != FORMAT_VERSION:
             raise ValueError(
                 f"{path} is not a monitoring file of version {FORMAT_VERSION}: pass one that Monitoring.save, "
-                "monitor(output=) or `persona-lens monitor --output` wrote."
+                "monitor(output_file=) or `persona-lens monitor --output` wrote."
             )
         try:
             return _from_records(head, rows)
@@ -182,9 +190,9 @@ class Monitoring:
             "dropped_messages": turn.dropped_messages,
             "unclosed": turn.unclosed,
         }
-        for index, each in enumerate(self.vectors):
-            response = None if turn.response is None else turn.response[index]
-            row |= dict(zip(_columns(each), (turn.prompt[index], response), strict=True))
+        responses = turn.response or (None,) * len(self.vectors)
+        for vector, prompt, response in zip(self.vectors, turn.prompt, responses, strict=True):
+            row |= dict(zip(_columns(vector), (prompt, response), strict=True))
         return row
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,13 +200,13 @@ class Monitoring:
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "vectors": [asdict(each) for each in self.vectors],
+            "vectors": [asdict(vector) for vector in self.vectors],
             "chats": [chat.name for chat in self.chats],
             "after": self.after,
             "window": self.window,
             "interventions": list(self.interventions),
             **({"template_date": self.template_date} if self.template_date else {}),
-            "rejected": [asdict(each) for each in self.rejected],
+            "rejected": [asdict(row) for row in self.rejected],
             "turns": [
                 {"chat_index": index, **self._row(chat, number), **_token_columns(chat.turns[number])}
                 for index, chat in enumerate(self.chats)
@@ -208,17 +216,17 @@ class Monitoring:
 
     def __str__(self) -> str:
         turns = sum(len(chat.turns) for chat in self.chats)
-        lost = f", {self.unclosed} of which never say {self.after!r}" if self.unclosed else ""
-        names = ", ".join(each.name for each in self.vectors)
-        left_out = f" ({len(self.rejected)} rows could not be read)" if self.rejected else ""
-        return f"{turns} turns of {len(self.chats)} chats{left_out}{lost}, projected on {names}"
+        unclosed = f", {self.unclosed} of which never say {self.after!r}" if self.unclosed else ""
+        names = ", ".join(vector.name for vector in self.vectors)
+        rejected = f" ({len(self.rejected)} rows could not be read)" if self.rejected else ""
+        return f"{turns} turns of {len(self.chats)} chats{rejected}{unclosed}, projected on {names}"
 
 
 def checked_output(path: str | Path) -> Path:
-    """The path, where results can be written there and replace nothing but other results of monitoring.
+    """The path, after a check that results can be written there and replace only other results of monitoring.
 
-    Raises ValueError for another kind of file, or where the file that is there holds something else; OSError in one
-    sentence where it could not be written.
+    Raises ValueError for another kind of file or a file that holds something else, OSError in one sentence where it
+    cannot be written.
     """
     path = _writable(path)
     if path.exists() and path.stat().st_size and not _is_monitoring(path):
@@ -226,6 +234,16 @@ def checked_output(path: str | Path) -> Path:
             f"{path} holds something else: expected results of monitoring, which would be replaced. Choose another "
             "output, or move that file away."
         )
+    return path
+
+
+def _writable(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"Monitoring is kept in .jsonl or .parquet files, got {path.name!r}: name one of these.")
+    ensure_writable(path)
+    if path.suffix == ".parquet":
+        _pyarrow()
     return path
 
 
@@ -237,27 +255,9 @@ def _is_monitoring(path: Path) -> bool:
             return FORMAT.encode() in (arrow.parquet.read_schema(path).metadata or {})
         except arrow.ArrowException:
             return False
-    with path.open("rb") as file:
-        line = file.readline()
-    try:
-        return json.loads(line)["format"] == FORMAT
-    except DAMAGE:
-        return False
-
-
-def _writable(path: str | Path) -> Path:
-    path = Path(path)
-    _suffix(path)
-    ensure_writable(path)
-    if path.suffix == ".parquet":
-        _pyarrow()
-    return path
-
-
-def _suffix(path: Path) -> str:
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"Monitoring is kept in .jsonl or .parquet files, got {path.name!r}: name one of these.")
-    return path.suffix
+    with path.open("rb") as file, suppress(*DAMAGE):
+        return json.loads(file.readline())["format"] == FORMAT
+    return False
 
 
 def _columns(vector: MonitoredVector) -> tuple[str, str]:
@@ -267,8 +267,8 @@ def _columns(vector: MonitoredVector) -> tuple[str, str]:
 def _token_columns(turn: TurnProjections) -> dict[str, Any]:
     if turn.tokens is None:
         return {}
-    found = turn.tokens
-    return {"pieces": list(found.pieces), "n_prompt": found.n_prompt, "token_projections": found.values.tolist()}
+    pieces, values = list(turn.tokens.pieces), turn.tokens.values.tolist()
+    return {"pieces": pieces, "n_prompt": turn.tokens.n_prompt, "token_projections": values}
 
 
 def _pyarrow() -> Any:
@@ -284,7 +284,7 @@ def _parquet(rows: Sequence[Mapping[str, Any]], head: str) -> bytes:
     arrow = _pyarrow()
     kinds = {str: arrow.string(), bool: arrow.bool_(), int: arrow.int64()}
     lists = {"pieces": arrow.list_(arrow.string()), "token_projections": arrow.list_(arrow.list_(arrow.float32()))}
-    # A column without a single response has values of no type, so floats are said to be floats.
+    # The types are given: a column that is None throughout has none that could be inferred.
     fields = [(name, lists.get(name) or kinds.get(type(value), arrow.float64())) for name, value in rows[0].items()]
     table = arrow.Table.from_pylist(list(rows), schema=arrow.schema(fields, metadata={FORMAT: head}))
     buffer = io.BytesIO()
@@ -292,26 +292,8 @@ def _parquet(rows: Sequence[Mapping[str, Any]], head: str) -> bytes:
     return buffer.getvalue()
 
 
-def _read_parquet(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    arrow = _pyarrow()
-    try:
-        table = arrow.parquet.read_table(path)
-    except arrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file that can be read: {error}.") from error
-    return json.loads((table.schema.metadata or {}).get(FORMAT.encode(), b"{}")), table.to_pylist()
-
-
-def _read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    head, *rows = JsonLines(path).read() or [{}]
-    return head, rows
-
-
-def _number(value: Any) -> float | None:
-    return checked(value, float, NoneType)
-
-
 def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Monitoring:
-    vectors = tuple(MonitoredVector(**each) for each in head["vectors"])
+    vectors = tuple(MonitoredVector(**vector) for vector in head["vectors"])
     turns: list[list[TurnProjections]] = [[] for _ in head["chats"]]
     if not vectors:
         raise ValueError("it names no vector")
@@ -320,19 +302,21 @@ def _from_records(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     for row in rows:
         if row["turn"] != len(turns[row["chat_index"]]) + 1:
             raise ValueError(f"turn {row['turn']} of chat {row['chat_index']} is not where it belongs")
-        prompt, response = zip(*([_number(row[name]) for name in _columns(each)] for each in vectors), strict=True)
+        prompt, response = zip(
+            *([checked(row[name], float, NoneType) for name in _columns(vector)] for vector in vectors), strict=True
+        )
         if None in prompt:
             raise ValueError("a prompt has no projection")
         tokens = None
         if row.get("pieces") is not None:
             values = torch.tensor(row["token_projections"], dtype=torch.float32).reshape(-1, len(vectors))
             tokens = TokenProjections(tuple(row["pieces"]), row["n_prompt"], values)
-        said = None if response[0] is None else response
+        response = None if response[0] is None else response
         counts = {name: row[name] for name in ("message", "n_tokens", "dropped_messages", "unclosed")}
-        turns[row["chat_index"]].append(TurnProjections(prompt=prompt, response=said, tokens=tokens, **counts))
+        turns[row["chat_index"]].append(TurnProjections(prompt=prompt, response=response, tokens=tokens, **counts))
     if not all(turns):
         raise ValueError(f"chat {turns.index([])} has no turns")
-    chats = tuple(ChatProjections(name, tuple(each)) for name, each in zip(head["chats"], turns, strict=True))
+    chats = tuple(ChatProjections(name, tuple(of_chat)) for name, of_chat in zip(head["chats"], turns, strict=True))
     day = checked(head.get("template_date", ""), str)
-    rejected = tuple(RejectedChat(**each) for each in head.get("rejected", ()))
+    rejected = tuple(RejectedChat(**row) for row in head.get("rejected", ()))
     return Monitoring(vectors, chats, head["after"], head["window"], tuple(head["interventions"]), day, rejected)

@@ -1,13 +1,12 @@
-"""Chats of many turns: from files to token ids, with every turn's last prompt token and response found in them.
+"""Chats of many turns: from files to token ids, with the place of every turn's last prompt token and response.
 
-A turn is what the model saw and said at one of its messages, tokenised as a chat of its own. Where the whole of a turn
-is how the next one's prompt begins, token for token, one pass serves both; a chat template that rewrites earlier turns
-breaks this, and each turn is then a pass of its own.
-Knows files, tokenizers and chat templates; knows nothing about models or vectors.
+A turn is what the model saw and said at one of its messages, tokenised as a chat of its own. Where the next turn's
+prompt begins with the whole of this one, token for token, one pass serves both. A chat template that rewrites earlier
+turns (one that drops old reasoning, say) breaks this, and each turn is then a pass of its own.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -25,7 +24,7 @@ BESIDE_THE_TEXT = ("tool_calls", "function_call", "reasoning_content")
 
 @dataclass(frozen=True)
 class Transcript:
-    """The messages of one chat, `role` and `content` each; whatever else a message carries is left out.
+    """The messages of one chat, reduced to `role` and `content`.
 
     Raises ValueError, naming the message, for a chat without a user turn, an empty turn, an unknown role, tool messages
     and content that is not text.
@@ -36,19 +35,18 @@ class Transcript:
 
     def __post_init__(self) -> None:
         refuse_half_characters(self.name, "The id of a chat")
-        checked = tuple(_checked(index, message) for index, message in enumerate(self.messages))
-        object.__setattr__(self, "messages", checked)
-        if not any(message["role"] == "user" for message in checked):
-            raise ValueError(f"A chat needs a user turn, got {len(checked)} messages without one.")
-        if checked[0]["role"] == "assistant":
+        messages = tuple(_checked(index, message) for index, message in enumerate(self.messages))
+        object.__setattr__(self, "messages", messages)
+        if not any(message["role"] == "user" for message in messages):
+            raise ValueError(f"A chat needs a user turn, got {len(messages)} messages without one.")
+        if messages[0]["role"] == "assistant":
             raise ValueError("messages[0] is the assistant's, and nothing prompts it: drop it.")
 
     @property
     def turns(self) -> list[int]:
-        """Where the model speaks: the index of each assistant message, and the next one's if the chat ends before."""
+        """The index of each assistant message, and of the next one where the chat ends before the model speaks."""
         spoken = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
-        waits = self.messages[-1]["role"] != "assistant"
-        return [*spoken, len(self.messages)] if waits else spoken
+        return spoken if self.messages[-1]["role"] == "assistant" else [*spoken, len(self.messages)]
 
 
 def _checked(index: int, message: Any) -> dict[str, str]:
@@ -60,9 +58,9 @@ def _checked(index: int, message: Any) -> dict[str, str]:
     if isinstance(role, str) and role in TOOL_ROLES:
         raise ValueError(f"{place} is a tool message: drop such messages, or fold them into the text of others.")
     for key in BESIDE_THE_TEXT:
-        beside = message.get(key)
-        # Parquet's empty lists are arrays.
-        if beside is not None and not (hasattr(beside, "__len__") and len(beside) == 0):
+        extra = message.get(key)
+        # Tables fill an absent list with an empty one, which Parquet gives as an array.
+        if extra is not None and not (hasattr(extra, "__len__") and len(extra) == 0):
             raise ValueError(f"{place} has {key}, which templates treat apart: drop it, or fold it into the text.")
     if role not in ROLES:
         raise ValueError(f"{place} has role {role!r}, expected one of {', '.join(ROLES)}.")
@@ -76,7 +74,7 @@ def _checked(index: int, message: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RejectedChat:
-    """A row that is no chat, with its number in its file or table, counted from 1, and why."""
+    """A row that is no chat: its number in the file or table, counted from 1, and the reason."""
 
     row: int
     reason: str
@@ -84,7 +82,7 @@ class RejectedChat:
 
 @dataclass(frozen=True)
 class ReadChats:
-    """What was read of a file or a table: the chats, and the rows that could not be read."""
+    """The chats of a file or a table, and the rows that could not be read."""
 
     chats: tuple[Transcript, ...]
     rejected: tuple[RejectedChat, ...] = ()
@@ -94,26 +92,26 @@ class ReadChats:
         """How many rows could not be read, and the first of them; empty where all could."""
         if not self.rejected:
             return ""
-        first = self.rejected[0]
-        of = len(self.chats) + len(self.rejected)
-        return f"{len(self.rejected)} of {of} rows could not be read, the first of them row {first.row}: {first.reason}"
+        first, n_rows = self.rejected[0], len(self.chats) + len(self.rejected)
+        where = f"the first of them row {first.row}: {first.reason}"
+        return f"{len(self.rejected)} of {n_rows} rows could not be read, {where}"
 
 
 def read_transcripts(path: str | Path) -> list[Transcript]:
-    """Chats from JSON-lines, a .json file with one chat or a list of them, or Parquet.
+    """Read chats from JSON-lines, a .json file with one chat or a list of them, or Parquet.
 
-    Each has `messages` or `conversation` (`role`, `content`), or ShareGPT's `conversations` (`from`, `value`): the
+    A row has `messages` or `conversation` (`role`, `content`), or ShareGPT's `conversations` (`from`, `value`): the
     first of these that has a value. It is named by its `conversation_id`, `id` or `name`, or else by file and row.
-    Raises ValueError, naming the file, the row and the message, for what is no chat; `read_chats` counts such rows.
+    Raises ValueError, naming the file, the row and the message, for a row that is no chat; `read_chats` counts these.
     """
-    found = read_chats(path)
-    if found.rejected:
-        raise ValueError(f"{path}, row {found.rejected[0].row}: {found.rejected[0].reason}")
-    return list(found.chats)
+    contents = read_chats(path)
+    if contents.rejected:
+        raise ValueError(f"{path}, row {contents.rejected[0].row}: {contents.rejected[0].reason}")
+    return list(contents.chats)
 
 
 def read_chats(rows: str | os.PathLike[str] | Table | Iterable[Any]) -> ReadChats:
-    """The chats of a file, a pandas DataFrame or a `datasets.Dataset`, and its rows that are no chats, with why.
+    """Read the chats of a file, a pandas DataFrame or a `datasets.Dataset`; rows that are no chats are listed.
 
     Raises ValueError where no row is a chat, and for a file that cannot be read as a whole.
     """
@@ -122,10 +120,12 @@ def read_chats(rows: str | os.PathLike[str] | Table | Iterable[Any]) -> ReadChat
         raise FileNotFoundError(f"No file {rows}.")
     chats: list[Transcript] = []
     rejected: list[RejectedChat] = []
-    named = f"{Path(rows).stem}:" if of_file else "chat "
+    prefix = f"{Path(rows).stem}:" if of_file else "chat "
     for number, row in chat_rows(rows):
         try:
-            chats.append(_transcript(row, f"{named}{number}"))
+            if not isinstance(row, Transcript):
+                row = Transcript(messages_of(row), name_of(row, NAME_KEYS) or f"{prefix}{number}")
+            chats.append(row)
         except ValueError as error:
             rejected.append(RejectedChat(number, str(error)))
     if not chats:
@@ -134,35 +134,33 @@ def read_chats(rows: str | os.PathLike[str] | Table | Iterable[Any]) -> ReadChat
             raise ValueError(f"{place} has no chats.")
         none = f" (none of its {len(rejected)} rows is a chat)" if len(rejected) > 1 else ""
         raise ValueError(f"{place}, row {rejected[0].row}: {rejected[0].reason}{none}")
-    if of_file and len(chats) == 1 and not rejected and chats[0].name.startswith(named):
+    if of_file and len(chats) == 1 and not rejected and chats[0].name.startswith(prefix):
         chats = [Transcript(chats[0].messages, Path(rows).stem)]
     return ReadChats(tuple(chats), tuple(rejected))
 
 
-def _transcript(row: Any, name: str) -> Transcript:
-    if isinstance(row, Transcript):
-        return row
-    messages = messages_of(row)
-    return Transcript(messages, name_of(row, NAME_KEYS) or name)
-
-
 class Turn(NamedTuple):
-    """Where a turn stands in the tokens of its segment."""
+    """A turn's places in the tokens of its segment.
+
+    Attributes:
+        message: The index of its message, or the index that the message would have.
+        unread: The first token that no earlier turn has read.
+        last_prompt: The last token of its prompt.
+        start: The first token of the response; equal to `stop` where there is none.
+        averaged: The first token of the response that is averaged: it follows `after`.
+        stop: One past the last token of the response.
+        dropped: How many messages the window had no room for.
+        unclosed: Whether the response never says `after`, so that nothing of it is averaged.
+    """
 
     message: int
-    """The index of its message, or the one that it would have."""
     unread: int
-    """The first token that no earlier turn has read."""
     last_prompt: int
     start: int
-    """The first token of the response; equal to `stop` where there is none."""
     averaged: int
-    """The first token of the response that is averaged: it follows `after`."""
     stop: int
     dropped: int
-    """How many messages the window had no room for."""
     unclosed: bool
-    """Whether the response never says `after`; nothing of it is averaged then."""
 
 
 class Segment(NamedTuple):
@@ -170,6 +168,15 @@ class Segment(NamedTuple):
 
     tokens: tuple[int, ...]
     turns: tuple[Turn, ...]
+
+
+class _TurnTokens(NamedTuple):
+    tokens: ChatTokens
+    unclosed: bool
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        return self.tokens.prompt + self.tokens.response
 
 
 def chat_segments(
@@ -181,85 +188,77 @@ def chat_segments(
     after: str | None = None,
     shared: bool = True,
 ) -> list[Segment]:
-    """A chat as token ids, all of its turns in one pass where that is exact, else in several; each turn comes once.
+    """A chat as token ids, in as few passes as is exact; each turn comes once.
 
-    `limit` is the model's context. `window` runs a turn on the newest messages that fit so many tokens: beyond it the
-    oldest ones go, down to half of it at once, but system turns at the front stay and what follows them begins with a
-    user turn. `shared=False` gives each turn a pass of its own. Raises ValueError for a chat that does not fit `limit`
-    without a window, and for a turn that does not fit it by itself.
+    `limit` is the model's context. `window` runs a turn on the newest messages that fit so many tokens: where a turn
+    does not fit, the oldest messages are dropped down to half the window at once, but system turns at the front stay
+    and what follows them begins with a user turn. `shared=False` gives each turn a pass of its own.
+
+    Raises ValueError for a chat that does not fit `limit` without a window, and for a turn that does not fit alone.
     """
     if window is not None and not 2 <= window <= limit:
         raise ValueError(f"window is from 2 tokens to the model's context of {limit}, got {window}.")
+    messages = transcript.messages
+    system = list(takewhile(lambda message: message["role"] == "system", messages))
+
+    def tokenize(first: int, message: int) -> _TurnTokens:
+        """The turn at `message`, on the system turns and the messages from `first` on."""
+        prompt = [*system, *messages[first:message]]
+        said = messages[message]["content"] if message < len(messages) else ""
+        try:
+            return _TurnTokens(tokenize_chat(tokenizer, prompt, said, after=after), unclosed=False)
+        except UnclosedBlock:
+            return _TurnTokens(tokenize_chat(tokenizer, prompt, said), unclosed=True)
+
     segments: list[Segment] = []
-    for row in _rows(_tokenized(tokenizer, transcript, after), transcript, limit, window):
-        if shared and row.continues:
-            segments[-1] = Segment(row.tokens, (*segments[-1].turns, row.turn))
-        else:
-            segments.append(Segment(row.tokens, (row.turn,)))
-    return segments
-
-
-class _Row(NamedTuple):
-    tokens: tuple[int, ...]
-    turn: Turn
-    continues: bool
-    """Whether it begins with the whole of the turn before it."""
-
-
-class _Tokenized(NamedTuple):
-    tokens: ChatTokens
-    unclosed: bool
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        return self.tokens.prompt + self.tokens.response
-
-
-def _rows(
-    tokenize: Callable[[int, int], _Tokenized], transcript: Transcript, limit: int, window: int | None
-) -> Iterator[_Row]:
-    head = first = sum(1 for _ in takewhile(lambda message: message["role"] == "system", transcript.messages))
-    before: int | None = None
-    said: tuple[int, ...] = ()
+    first, previous = len(system), None  # the first message after the system turns that is not dropped; the last turn
+    said: tuple[int, ...] = ()  # all tokens of the previous turn
     for message in transcript.turns:
-        found, start = tokenize(first, message), first
-        if window is None and len(found.tokens) > limit:
+        row, moved = tokenize(first, message), False
+        if window is None and len(row.tokens) > limit:
             longest = max(len(tokenize(first, turn).tokens) for turn in transcript.turns[-2:])
             raise ValueError(
                 f"The chat has {longest} tokens and the model's context holds {limit}: pass window={limit} or less, "
                 "which leaves out the oldest messages (--window on the command line), or shorten the chat."
             )
-        if window is not None and len(found.tokens) > window:
-            first, found = _within(window, tokenize, transcript, message, first)
-            if before is not None and before > first:
-                said = tokenize(first, before).whole
-        read = _common(said, found.tokens.prompt)
-        yield _Row(found.whole, _turn(message, read, first - head, found), first == start and 0 < len(said) == read)
-        before, said = message, found.whole
+        if window is not None and len(row.tokens) > window:
+            first, row = _within(window, tokenize, transcript, message, first)
+            moved = True
+            # What the previous turn would have been from here on is what this pass has read of it.
+            if previous is not None and previous > first:
+                said = tokenize(first, previous).whole
+        n_read = _n_common(said, row.tokens.prompt)
+        turn = _turn(message, n_read, first - len(system), row)
+        if shared and not moved and 0 < len(said) == n_read:
+            segments[-1] = Segment(row.whole, (*segments[-1].turns, turn))
+        else:
+            segments.append(Segment(row.whole, (turn,)))
+        previous, said = message, row.whole
+    return segments
 
 
-def _turn(message: int, read: int, dropped: int, found: _Tokenized) -> Turn:
-    start, stop = len(found.tokens.prompt), len(found.tokens)
-    averaged = stop if found.unclosed else start + found.tokens.skip
-    # The last prompt token belongs to its turn, even where another one's prompt ends alike.
-    return Turn(message, min(read, start - 1), start - 1, start, averaged, stop, dropped, found.unclosed)
+def _turn(message: int, n_read: int, dropped: int, row: _TurnTokens) -> Turn:
+    start, stop = len(row.tokens.prompt), len(row.tokens)
+    averaged = stop if row.unclosed else start + row.tokens.skip
+    # A turn always reads its own last prompt token, even where another turn's prompt begins with the same tokens.
+    return Turn(message, min(n_read, start - 1), start - 1, start, averaged, stop, dropped, row.unclosed)
 
 
 def _within(
-    window: int, tokenize: Callable[[int, int], _Tokenized], transcript: Transcript, message: int, first: int
-) -> tuple[int, _Tokenized]:
+    window: int, tokenize: Callable[[int, int], _TurnTokens], transcript: Transcript, message: int, first: int
+) -> tuple[int, _TurnTokens]:
     """The earliest user turn from which a turn fits half of the window, or else all of it."""
-    fitting: tuple[int, _Tokenized] | None = None
-    for start in range(first + 1, min(message, len(transcript.messages))):
-        if transcript.messages[start]["role"] != "user":
-            continue
-        found = tokenize(start, message)
-        if fitting is None and len(found.tokens) <= window:
-            fitting = start, found
-        if len(found.tokens) <= window // 2:
-            return start, found
+    fitting: tuple[int, _TurnTokens] | None = None
+    starts = [place for place in range(first, message) if transcript.messages[place]["role"] == "user"]
+    for start in starts:
+        if start == first:
+            continue  # from here it did not fit
+        row = tokenize(start, message)
+        if fitting is None and len(row.tokens) <= window:
+            fitting = start, row
+        if len(row.tokens) <= window // 2:
+            return start, row
     if fitting is None:
-        starts = [place for place in range(first, message) if transcript.messages[place]["role"] == "user"]
         alone = len(tokenize(starts[-1] if starts else first, message).tokens)
         raise ValueError(
             f"messages[{message}]: this turn alone has {alone} tokens and the window is {window}: raise the window, or "
@@ -268,28 +267,13 @@ def _within(
     return fitting
 
 
-def _tokenized(tokenizer: Any, transcript: Transcript, after: str | None) -> Callable[[int, int], _Tokenized]:
-    """A function of a first message and a turn's: the turn's tokens on the system turns and what begins there."""
-    system = list(takewhile(lambda message: message["role"] == "system", transcript.messages))
-
-    def tokenize(first: int, message: int) -> _Tokenized:
-        prompt = [*system, *transcript.messages[first:message]]
-        said = transcript.messages[message]["content"] if message < len(transcript.messages) else ""
-        try:
-            return _Tokenized(tokenize_chat(tokenizer, prompt, said, after=after), unclosed=False)
-        except UnclosedBlock:
-            return _Tokenized(tokenize_chat(tokenizer, prompt, said), unclosed=True)
-
-    return tokenize
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts have in common from the start."""
+def _n_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts share from the start."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def text_pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """The text of each token, together the text of all; a token that ends within a character has none of its own."""
+    """The text of each token; they join to the whole text, and a token that ends within a character has none."""
     pieces: list[str] = []
     start = read = 0
     for stop in range(1, len(tokens) + 1):

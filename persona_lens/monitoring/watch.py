@@ -1,12 +1,8 @@
-"""What a safeguard is, and the record of each time that one raised an alert.
+"""Safeguards, and the hooks that read a reply's tokens as the decode loop runs them.
 
-Knows nothing about models that run: a projection comes in, whether it is past the threshold goes out.
-
-The hooks that read a reply's tokens as the decode loop runs them, and that act where a safeguard fired.
-
-At each layer three things happen in order: the tokens are projected, safeguards on that layer are asked, and the
-interventions of those that fired act; so what is read is what everything attached before has left there.
-Knows nothing about sampling: the loop announces whose tokens a pass runs (`ReplyPass`).
+At each watched layer three things happen in this order: the tokens are projected, the safeguards on that layer are
+checked, and the interventions of those that fired act. So a projection is what all hooks that were attached before have
+left there. Which reply each row of a batch speaks for is announced by the decode loop with every pass (`ReplyPass`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,17 +36,16 @@ Direction = Literal["above", "below"]
 class Safeguard:
     """Raise an alert the first time that a token of a reply projects past a threshold, and then intervene.
 
-    The last token of the prompt, from which the reply's first one is predicted, counts as a token of the reply. A
-    safeguard fires once a reply, and for that reply alone. Its intervention stays on until the reply ends, and it acts
-    on the very next token: the pass that runs the token which set it off predicts the next one too, so at the watched
-    layer and above the intervention acts in that same pass already, on that token, after the projection was read; at
-    the layers below the watched one it acts from the next pass on.
+    A safeguard fires at most once in a reply, and acts on that reply alone, until it ends. The prompt's last token,
+    which predicts the reply's first one, counts as a token of the reply. The intervention affects the very next token:
+    the pass that runs the offending token also predicts the next one, so at the watched layer and above the
+    intervention acts in that same pass, after the projection was read; below the watched layer from the next pass on.
 
     Attributes:
         vector: The direction that is watched, at its layer.
         threshold: In the units of `vector.project`.
         intervention: What is switched on, at the layers of its own vectors; None only raises the alert.
-        direction: Which side of the threshold is past it.
+        direction: The side of the threshold that raises the alert.
     """
 
     vector: PersonaVector
@@ -72,8 +67,7 @@ class Safeguard:
             raise TypeError(f"{trait}: a safeguard switches on a Steer, Ablate or Cap, got {got}.")
         if self.intervention.n_rows is not None:
             raise ValueError(
-                f"{trait}: a safeguard treats every reply that sets it off alike: "
-                "pass one coefficient, not one for each row."
+                f"{trait}: a safeguard treats all replies alike: pass one coefficient, not one for each row."
             )
 
     def passed(self, projections: Float[Tensor, " row"]) -> Bool[Tensor, " row"]:
@@ -82,26 +76,26 @@ class Safeguard:
 
     @property
     def action(self) -> str:
-        """What it does beside raising the alert, in words; `alert` where that is all."""
+        """Its intervention in words; `alert` where it has none."""
         return "alert" if self.intervention is None else str(self.intervention)
 
 
 @dataclass(frozen=True)
 class Alert:
-    """That a safeguard fired, and on what.
+    """A safeguard fired.
 
     Attributes:
         time: UTC, in ISO 8601.
         key: The key of the reply's row.
-        token_index: Of the reply's tokens, counted from 0; -1 is the last token of the prompt.
+        token_index: The token's index in the reply, from 0; -1 is the last token of the prompt.
         token: The id of that token.
         token_text: The text of that token alone.
         trait: The trait of the watched vector.
         layer: The layer of the watched vector.
-        projection: What the token projected to.
+        projection: The token's projection.
         threshold: The safeguard's threshold.
-        direction: The side of the threshold that is past it.
-        action: `alert`, or in words the intervention that was switched on.
+        direction: The side of the threshold that raises the alert.
+        action: `alert`, or the intervention that was switched on, in words.
         intervention: The fingerprint of that intervention; None where there is none.
     """
 
@@ -124,26 +118,13 @@ class Alert:
 
 
 def spell(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of a reply, spaces as its tokens have them, so that more tokens never change what was spelt before."""
+    """The text of a reply, spaces left as they are: more tokens never change the text of those before."""
     return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def watched_vectors(vectors: Vectors, safeguards: Sequence[Safeguard]) -> tuple[PersonaVector, ...]:
-    """The vectors in order, after them those of safeguards that are not among them. Raises ValueError for none."""
-    given = [vectors] if isinstance(vectors, PersonaVector | PersonaVectors) else list(vectors)
-    chosen = list(each_vector(given)) if given else []
-    for safeguard in safeguards:
-        if safeguard.vector.fingerprint not in {vector.fingerprint for vector in chosen}:
-            chosen.append(safeguard.vector)
-    if not chosen:
-        raise ValueError("There is nothing to watch: pass at least one vector or safeguard.")
-    units_of(chosen)  # a direction of zeros is refused now, not in the middle of a reply
-    return tuple(chosen)
 
 
 @dataclass
 class WatchedRow:
-    """What is known of one reply so far. `counted` has an entry for the last prompt token, then one a token."""
+    """One reply so far. `counted` has an entry for the last prompt token, followed by one for each token."""
 
     key: str
     counting: bool
@@ -152,8 +133,8 @@ class WatchedRow:
     alerts: list[Alert] = field(default_factory=list)
 
 
-class Watch:
-    """The projections, and the safeguards, of the replies to some prompts."""
+class ReplyWatch:
+    """Projects the replies to some prompts and runs their safeguards, while `attached` is open."""
 
     def __init__(
         self,
@@ -161,31 +142,34 @@ class Watch:
         prompts: Sequence[Sequence[int]],
         keys: Sequence[str],
         vectors: Vectors,
-        *,
         safeguards: Sequence[Safeguard],
         after: str | None,
-        audit: str | Path | None,
+        audit_file: str | Path | None,
         allow_other_model: bool,
     ):
-        self.model, self.vectors, self.safeguards = model, watched_vectors(vectors, safeguards), tuple(safeguards)
         if after == "":
             raise ValueError("`after` is the text that ends a block, such as '</think>'; got an empty one.")
-        self._check(vectors, allow_other_model)
-        self.after, self.audit = after, _audit_file(audit)
+        self.model, self.safeguards, self.after = model, tuple(safeguards), after
+        self.vectors = self._check(vectors, allow_other_model)
+        self.audit = _audit(audit_file)
         self.rows = [WatchedRow(key, self._starts_counting(ids)) for key, ids in zip(keys, prompts, strict=True)]
         self.layers = sorted({vector.layer for vector in self.vectors})
+        # The columns of each layer, and of each safeguard within its layer.
         self._columns = {
             layer: [index for index, vector in enumerate(self.vectors) if vector.layer == layer]
             for layer in self.layers
         }
-        self._asked = [self._column_of(each.vector) for each in self.safeguards]
-        ran = [column for layer in self.layers for column in self._columns[layer]]
-        self._order = sorted(range(len(ran)), key=ran.__getitem__)
+        self._safeguard_columns = [self._column_of(safeguard.vector) for safeguard in self.safeguards]
+        # Values are read layer by layer; this order puts them back into the order of the vectors.
+        by_layer = [column for layer in self.layers for column in self._columns[layer]]
+        self._order = sorted(range(len(by_layer)), key=by_layer.__getitem__)
         self._units: dict[Any, Tensor] = {}
         self._fired: list[set[int]] = [set() for _ in self.safeguards]
+        # Of the pass that is running: its rows, the tokens at which each safeguard acts, the values read so far.
         self._current: ReplyPass | None = None
         self._masks: dict[int, Tensor | None] = {}
-        self._here: dict[int, Float[Tensor, "spoken here"]] = {}
+        self._values: dict[int, Float[Tensor, "spoken here"]] = {}
+        # Of all passes: the rows that spoke, and their values.
         self._read: list[tuple[tuple[int, ...], Float[Tensor, "spoken vector"]]] = []
 
     @property
@@ -194,24 +178,25 @@ class Watch:
         return self.layers[-1]
 
     def projections(self) -> list[Float[Tensor, "token vector"]]:
-        """Of the last prompt token and every token of each row, on the CPU."""
+        """For each row, the last prompt token's and every token's, on the CPU."""
         if not self._read:
             return []
         table = torch.cat([values.cpu() for _, values in self._read])[:, self._order]
         places: list[list[int]] = [[] for _ in self.rows]
         for place, row in enumerate(row for rows, _ in self._read for row in rows):
             places[row].append(place)
-        return [table[chosen] for chosen in places]
+        return [table[of_row] for of_row in places]
 
     def latest(self) -> Float[Tensor, " vector"]:
-        """The projections that were read last, of a single row."""
+        """The projections that were read last, for a watch of a single row."""
         return self._read[-1][1][0].cpu()[self._order]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """While open, passes of the decode loop are read, after whatever was attached to the model before."""
-        acting = {layer for each in self.safeguards if each.intervention for layer in each.intervention.acting_layers}
         points = residual_points(self.model)
+        interventions = [safeguard.intervention for safeguard in self.safeguards if safeguard.intervention]
+        acting = {layer for intervention in interventions for layer in intervention.acting_layers}
         hooks = []
         for layer in sorted({*self.layers, *acting}):
 
@@ -222,55 +207,71 @@ class Watch:
         with hooked(self.model, hooks):
             yield
 
-    def _check(self, vectors: Vectors, allow_other_model: bool) -> None:
-        """Refuse vectors and interventions of another model, and safeguards that would undo each other."""
-        found = identify(self.model)
+    def _check(self, vectors: Vectors, allow_other_model: bool) -> tuple[PersonaVector, ...]:
+        """The vectors in order, followed by those of safeguards that are not among them.
+
+        Raises ValueError for none, for vectors or interventions of another model, and for safeguards that would undo
+        each other.
+        """
         given = [vectors] if isinstance(vectors, PersonaVector | PersonaVectors) else list(vectors)
-        interventions = [each.intervention for each in self.safeguards if each.intervention is not None]
-        # The rules are those of interventions along the same vectors.
-        for each in [Steer([*given, *(safe.vector for safe in self.safeguards)]), *interventions]:
-            each.check_identity(found, allow_other_model=allow_other_model)
-        caps = [each for each in interventions if isinstance(each, Cap) and each.when is None]
+        columns = list(each_vector(given)) if given else []
+        for safeguard in self.safeguards:
+            if safeguard.vector.fingerprint not in {vector.fingerprint for vector in columns}:
+                columns.append(safeguard.vector)
+        if not columns:
+            raise ValueError("There is nothing to watch: pass at least one vector or safeguard.")
+        units_of(columns)  # a direction of zeros is refused now, not in the middle of a reply
+        identity = identify(self.model)
+        interventions = [safeguard.intervention for safeguard in self.safeguards if safeguard.intervention is not None]
+        # Watching has the rules of steering along the same vectors.
+        watching = Steer([*given, *(safeguard.vector for safeguard in self.safeguards)])
+        for intervention in [watching, *interventions]:
+            intervention.check_identity(identity, allow_other_model=allow_other_model)
+        caps = [
+            intervention for intervention in interventions if isinstance(intervention, Cap) and not intervention.when
+        ]
         # Several safeguards may switch on the same one.
-        refuse_conflicting_caps(list({each.fingerprint: each for each in caps}.values()))
+        refuse_conflicting_caps(list({cap.fingerprint: cap for cap in caps}.values()))
+        return tuple(columns)
 
     def _column_of(self, vector: PersonaVector) -> int:
-        """Which of the vectors at its layer a safeguard's is."""
-        names = [self.vectors[column].fingerprint for column in self._columns[vector.layer]]
-        return names.index(vector.fingerprint)
+        """The column of a safeguard's vector among those of its layer."""
+        return [self.vectors[column].fingerprint for column in self._columns[vector.layer]].index(vector.fingerprint)
 
     def _starts_counting(self, prompt: Sequence[int]) -> bool:
-        """Whether no block is to be waited for; some templates close an empty one at the end of the prompt."""
+        """Whether tokens count from the start; some templates close an empty block at the end of the prompt."""
         return self.after is None or self._tail(prompt).rstrip().endswith(self.after)
 
     def _tail(self, tokens: Sequence[int]) -> str:
-        """The text of the last few tokens, enough of them for the marker, however it was cut into tokens."""
+        """The text of the last few tokens, enough for the text `after`, however it was cut into tokens."""
         assert self.after is not None
         return self.model.tokenizer.decode(list(tokens[-len(self.after.encode()) - 4 :]))
 
     def _follow(self, resid: Float[Tensor, "batch pos d_model"], layer: int) -> Tensor | None:
-        known = announced()
-        if not isinstance(known, ReplyPass):
+        """The hook at a layer: read, check, act. None leaves the stream as it is."""
+        reply_pass = announced()
+        if not isinstance(reply_pass, ReplyPass):
             return None
-        if known is not self._current:
-            self._begin(known)
+        if reply_pass is not self._current:
+            self._begin(reply_pass)
         if layer in self._columns:
-            self._project(known, resid[:, -1], layer)
-        return self._intervene(known, resid, layer)
+            self._project(reply_pass, resid[:, -1], layer)
+        return self._intervene(reply_pass, resid, layer)
 
-    def _begin(self, known: ReplyPass) -> None:
-        self._current = known
+    def _begin(self, reply_pass: ReplyPass) -> None:
+        """Book the tokens that a new pass runs, and whether they count."""
+        self._current = reply_pass
         self._masks.clear()
-        for row, token in zip(known.speaking, known.fed, strict=True):
+        for row, token in zip(reply_pass.speaking, reply_pass.fed, strict=True):
             state = self.rows[row]
-            if state.counted:
+            if state.counted:  # the first token of a row is the prompt's last
                 state.tokens.append(token)
             state.counted.append(state.counting)
             if not state.counting and state.tokens:
                 assert self.after is not None
                 state.counting = self.after in self._tail(state.tokens)
 
-    def _project(self, known: ReplyPass, resid: Float[Tensor, "batch d_model"], layer: int) -> None:
+    def _project(self, reply_pass: ReplyPass, resid: Float[Tensor, "batch d_model"], layer: int) -> None:
         """Projections in float32, or in float64 where the model is."""
         resid = resid if resid.dtype == torch.float64 else resid.float()
         key = (layer, resid.device, resid.dtype)
@@ -278,29 +279,30 @@ class Watch:
             units = units_of([self.vectors[column] for column in self._columns[layer]])
             self._units[key] = units.to(resid.dtype).to(resid.device)
         values = einsum(resid, self._units[key], "batch d_model, vector d_model -> batch vector")
-        if known.places != tuple(range(len(resid))):
-            values = values[list(known.places)]
-        self._here[layer] = values
-        self._ask(known, values, layer)
+        if reply_pass.places != tuple(range(len(resid))):
+            values = values[list(reply_pass.places)]
+        self._values[layer] = values
+        self._raise_alerts(reply_pass, values, layer)
         if layer == self.top:
-            read = torch.cat([self._here[each].to(values.device) for each in self.layers], dim=-1)
-            self._read.append((known.speaking, read))
+            by_layer = [self._values[layer].to(values.device) for layer in self.layers]
+            self._read.append((reply_pass.speaking, torch.cat(by_layer, dim=-1)))
 
-    def _ask(self, known: ReplyPass, values: Float[Tensor, "spoken here"], layer: int) -> None:
-        """Raise the alerts of a layer, and put them on record before anything else happens."""
+    def _raise_alerts(self, reply_pass: ReplyPass, values: Float[Tensor, "spoken here"], layer: int) -> None:
+        """Raise the alerts of a layer, on record before anything else happens."""
         alerts: list[Alert] = []
         for index, safeguard in enumerate(self.safeguards):
             if safeguard.vector.layer != layer:
                 continue
-            column = values[:, self._asked[index]]
-            for place in safeguard.passed(column).nonzero()[:, 0].tolist():
-                row = known.speaking[place]
+            projections = values[:, self._safeguard_columns[index]]
+            for place in safeguard.passed(projections).nonzero()[:, 0].tolist():
+                row = reply_pass.speaking[place]
                 if row in self._fired[index] or not self.rows[row].counted[-1]:
                     continue
                 self._fired[index].add(row)
                 self._masks.pop(index, None)
-                alerts.append(self._alert(safeguard, self.rows[row], known.fed[place], float(column[place])))
-                self.rows[row].alerts.append(alerts[-1])
+                alert = self._alert(safeguard, self.rows[row], reply_pass.fed[place], float(projections[place]))
+                alerts.append(alert)
+                self.rows[row].alerts.append(alert)
         if alerts and self.audit is not None:
             self.audit.append(alert.to_dict() for alert in alerts)
 
@@ -321,24 +323,24 @@ class Watch:
         )
 
     def _intervene(
-        self, known: ReplyPass, resid: Float[Tensor, "batch pos d_model"], layer: int
+        self, reply_pass: ReplyPass, resid: Float[Tensor, "batch pos d_model"], layer: int
     ) -> Float[Tensor, "batch pos d_model"] | None:
         """The residual stream after the safeguards that fired, in their order; None where nothing changes."""
         changed = None
         for index, safeguard in enumerate(self.safeguards):
-            each = safeguard.intervention
-            if each is None or layer not in each.acting_layers or not self._fired[index]:
+            intervention = safeguard.intervention
+            if intervention is None or layer not in intervention.acting_layers or not self._fired[index]:
                 continue
             if index not in self._masks:
-                self._masks[index] = self._positions(known, self._fired[index], resid)
+                self._masks[index] = self._positions(reply_pass, self._fired[index], resid)
             positions = self._masks[index]
             if positions is not None:
-                changed = each.apply(resid if changed is None else changed, positions, layer=layer)
+                changed = intervention.apply(resid if changed is None else changed, positions, layer=layer)
         return changed
 
-    def _positions(self, known: ReplyPass, fired: set[int], resid: Tensor) -> Tensor | None:
-        """The tokens, in the last column, of the replies that set a safeguard off; None for none."""
-        places = [place for row, place in zip(known.speaking, known.places, strict=True) if row in fired]
+    def _positions(self, reply_pass: ReplyPass, fired: set[int], resid: Tensor) -> Tensor | None:
+        """The last column's tokens of the replies in which a safeguard fired; None for none."""
+        places = [place for row, place in zip(reply_pass.speaking, reply_pass.places, strict=True) if row in fired]
         if not places:
             return None
         positions = torch.zeros(resid.shape[:2], dtype=torch.bool)
@@ -346,10 +348,11 @@ class Watch:
         return positions.to(resid.device)
 
 
-def _audit_file(path: str | Path | None) -> JsonLines | None:
+def _audit(path: str | Path | None) -> JsonLines | None:
+    """The file of alerts, whole to its last line, so that a line can be appended in the middle of a pass."""
     if path is None:
         return None
     ensure_writable(Path(path))
     file = JsonLines(path)
-    file.mend([each.name for each in fields(Alert)])  # what a killed process left, before anything is added after it
+    file.mend([column.name for column in fields(Alert)])
     return file

@@ -86,8 +86,7 @@ def render(
     """
     from markupsafe import Markup
 
-    drawn = [picture.script for picture in pictures if not picture.reason]
-    scripts = [_plotly(), *drawn] if drawn else []
+    scripts = page_scripts(pictures)
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     # A picture that a script draws is saved by way of a data or blob address.
     drawing = f"; script-src {hashes}; img-src data: blob:" if scripts else ""
@@ -105,6 +104,12 @@ def render(
         )
     )
     return page.encode("utf-8", "replace").decode()  # what UTF-8 cannot write becomes a question mark
+
+
+def page_scripts(pictures: Sequence[Picture]) -> list[str]:
+    """What a page with these pictures runs: plotly and a script for each; nothing where none is drawn."""
+    drawn = [picture.script for picture in pictures if not picture.reason]
+    return [_plotly(), *drawn] if drawn else []
 
 
 def visible(text: str, breaks: bool = True) -> str:

@@ -118,12 +118,15 @@ def _settings(view: _View, threshold: float | Threshold | None) -> dict[str, str
     if settings.get("interventions"):
         facts["interventions"] = "; ".join(settings["interventions"])
     counts = screening.counts
-    cut, repeated = _count(counts["cut"]), _count(counts["repeated"])
+    cut = _count(counts["cut"])
+    repeats = "near-duplicates not detected"
+    if counts["repeated"] is not None:
+        repeats = f"{_count(counts['repeated'])} nearly repeat an earlier response"
     facts |= {
         "rows read": _count(counts["read"]),
         "rejected": _listed(counts["rejected"]),
         "left out": _listed(counts["left_out"]),
-        "screened": f"{_count(counts['planned'])}, {cut} of them cut, {repeated} nearly repeat an earlier response",
+        "screened": f"{_count(counts['planned'])}, {cut} of them cut, {repeats}",
     }
     return {name: str(fact) for name, fact in facts.items()}
 

@@ -3,5 +3,4 @@
 Extraction, layer selection, dose-response, monitoring, cosines, finetuning on a grid of sets, projection differences,
 and preventative steering against post-hoc steering and CAFT (arXiv:2507.21509); planned and costed before anything
 runs, and reported beside the paper's numbers. Each stage is a function of the library that can be called alone.
-Nothing is imported here, so that a plan needs no torch.
 """

@@ -1,35 +1,31 @@
-"""The pictures of a replication, in the axes of the paper's figures, drawn from what its folder holds.
-
-Knows nothing about the page around them.
-"""
+"""The pictures of a replication, in the axes of the paper's figures, drawn from what its folder holds."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from persona_lens.evaluation.dose_response import DoseResponse
 from persona_lens.evaluation.layer_selection import LayerSweep
-from persona_lens.experiments.pictures import plot_monitoring_experiment
 from persona_lens.monitoring.experiment import MonitoringExperiment
 from persona_lens.plots.estimates import plot_grouped_estimates
 from persona_lens.plots.finetuning import TraitShifts, plot_shift_scores, plot_trait_scores
 from persona_lens.plots.layers import plot_cosine_matrix, plot_dose_response, plot_layer_sweep
 from persona_lens.plots.mitigation import MitigationPoint, plot_mitigation
-from persona_lens.replication.context import trait_folder
-from persona_lens.replication.finding import Finding
+from persona_lens.plots.monitoring_experiment import plot_monitoring_experiment
+from persona_lens.replication.context import KINDS, trait_folder
+from persona_lens.replication.reported_number import NOT_MEASURED, ReportedNumber
 from persona_lens.replication.result import Replication
-from persona_lens.replication.set_findings import BASE, NOT_MEASURED, measured_sets, set_score
-from persona_lens.replication.tables import Stage
-from persona_lens.replication.trait_findings import KINDS
+from persona_lens.replication.set_numbers import TunedSet, tuned_sets
+from persona_lens.replication.stages import BASE
 from persona_lens.vectors.persona_vectors import PersonaVectors, cosine_matrix
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
 
-class Drawn(NamedTuple):
+class StagePicture(NamedTuple):
     """A picture to be drawn: its id on the page, what it shows, and what draws it."""
 
     place: str
@@ -38,136 +34,135 @@ class Drawn(NamedTuple):
     height: int = 340
 
 
-def stage_pictures(found: Replication, stage: Stage) -> Iterator[Drawn]:
+def stage_pictures(replication: Replication, stage: str) -> Iterable[StagePicture]:
     """The pictures of a stage; none where it has no numbers."""
-    if not found.findings.get(stage):
-        return
-    makers: dict[Stage, Callable[[Replication], Iterator[Drawn]]] = {
+    makers: dict[str, Callable[[Replication], Iterable[StagePicture]]] = {
         "layers": _sweeps,
         "dose-response": _doses,
         "monitoring": _monitored,
         "cosines": _cosines,
-        "finetuning": _shifts,
-        "projection-difference": _differences,
-        "mitigation": _mitigation,
+        "finetuning": lambda run: shift_pictures(run, tuned_sets(run.preset, run.folder)),
+        "projection-difference": lambda run: difference_pictures(run, tuned_sets(run.preset, run.folder)),
+        "mitigation": mitigation_pictures,
         "real-chats": partial(_bars, stage="real-chats", upward="mean trait score (0 to 100)"),
         "new-facts": partial(_bars, stage="new-facts", upward="share of questions answered right"),
     }
-    if stage in makers:
-        yield from makers[stage](found)
+    draw = replication.stages[stage].pictures or makers.get(stage)
+    return draw(replication) if draw is not None and replication.numbers.get(stage) else ()
 
 
-def _files(found: Replication, name: str) -> Iterator[tuple[str, Path]]:
-    for trait in found.preset.traits:
-        if (path := trait_folder(found.folder, trait) / name).exists():
-            yield trait, path.parent
+def _folders(replication: Replication, file: str) -> Iterator[tuple[str, Path]]:
+    for trait in replication.preset.traits:
+        if (folder := trait_folder(replication.folder, trait) / file).exists():
+            yield trait, folder.parent
 
 
-def _sweeps(found: Replication) -> Iterator[Drawn]:
-    for trait, folder in _files(found, "layer_sweep.json"):
-        sweep = LayerSweep.load(folder)
+def _sweeps(replication: Replication) -> Iterator[StagePicture]:
+    for trait, folder in _folders(replication, "layer_sweep.json"):
         caption = f"{trait}: trait score at every layer (counted from 0) and coefficient, as in section B.4."
-        least = found.preset.layers.min_coherence
-        yield Drawn(f"sweep-{trait}", caption, partial(plot_layer_sweep, sweep, min_coherence=least))
+        least = replication.preset.layers.min_coherence
+        draw = partial(plot_layer_sweep, LayerSweep.load(folder), min_coherence=least)
+        yield StagePicture(f"sweep-{trait}", caption, draw)
 
 
-def _doses(found: Replication) -> Iterator[Drawn]:
-    for trait, folder in _files(found, "dose_response.json"):
-        response = DoseResponse.load(folder)
+def _doses(replication: Replication) -> Iterator[StagePicture]:
+    for trait, folder in _folders(replication, "dose_response.json"):
         caption = f"{trait}: trait score and coherence against the coefficient; thin lines are random directions."
-        yield Drawn(f"dose-{trait}", caption, partial(plot_dose_response, response), 420)
+        yield StagePicture(f"dose-{trait}", caption, partial(plot_dose_response, DoseResponse.load(folder)), 420)
 
 
-def _monitored(found: Replication) -> Iterator[Drawn]:
-    for trait in found.preset.traits:
+def _monitored(replication: Replication) -> Iterator[StagePicture]:
+    for trait in replication.preset.traits:
         for kind in KINDS:
-            path = found.folder / "monitoring" / f"{trait}_{kind}" / "experiment.json"
+            path = replication.folder / "monitoring" / f"{trait}_{kind}" / "experiment.json"
             if path.exists():
-                experiment = MonitoringExperiment.load(path)
+                draw = partial(plot_monitoring_experiment, MonitoringExperiment.load(path))
                 caption = f"{trait}, {kind}: trait score against the last prompt token's projection, as in section 3.3."
-                yield Drawn(f"monitoring-{trait}-{kind}", caption, partial(plot_monitoring_experiment, experiment))
+                yield StagePicture(f"monitoring-{trait}-{kind}", caption, draw)
 
 
-def _cosines(found: Replication) -> Iterator[Drawn]:
-    layer = found.preset.cosines.layer
-    vectors = [PersonaVectors.load(folder / "vectors.safetensors") for _, folder in _files(found, "summary.json")]
+def _cosines(replication: Replication) -> Iterator[StagePicture]:
+    layer = replication.preset.cosines.layer
+    folders = _folders(replication, "summary.json")
+    vectors = [PersonaVectors.load(folder / "vectors.safetensors") for _, folder in folders]
     caption = f"Cosines between the traits' directions at layer {layer}, counted from 0."
-    yield Drawn("cosines", caption, lambda: plot_cosine_matrix(cosine_matrix(vectors, layer)), 380)
+    yield StagePicture("cosines", caption, lambda: plot_cosine_matrix(cosine_matrix(vectors, layer)), 380)
 
 
-def _correlations(found: Replication, stage: Stage, figure: str) -> dict[str, Finding]:
-    return {each.subject: each for each in found.findings[stage] if each.figure == figure and not each.is_control}
-
-
-def _shifts(found: Replication) -> Iterator[Drawn]:
+def shift_pictures(replication: Replication, sets: Sequence[TunedSet]) -> Iterator[StagePicture]:
+    """The scores after training on every set, and the scores against the finetuning shift."""
     import pandas
 
-    sets = measured_sets(found.preset, found.folder)
     table = pandas.DataFrame(
-        {each.name: {trait: score.value for trait, score in each.scores.items()} for each in sets}, dtype=float
+        {tuned.name: {trait: score.value for trait, score in tuned.scores.items()} for tuned in sets}, dtype=float
     ).T
     caption = "Mean trait score after finetuning on every set, the base model first, as in section 4."
-    yield Drawn("trait-scores", caption, lambda: plot_trait_scores(table, base=BASE), 60 + 26 * len(sets))
-    by_trait = _correlations(found, "finetuning", "finetuning.shift")
-    panels = [
-        TraitShifts(
-            trait,
-            [each.shift(trait, trait) for each in sets],
-            [each.scores.get(trait, NOT_MEASURED) for each in sets],
-            correlation.ours,
-            [each.name for each in sets if each.made_for == trait],
-        )
-        for trait, correlation in by_trait.items()
-    ]
+    height = 60 + 26 * len(sets)
+    yield StagePicture("trait-scores", caption, lambda: plot_trait_scores(table, base=BASE), height)
+    panels = _panels(
+        replication.numbers["finetuning"], "finetuning.shift", sets, lambda tuned, trait: tuned.shift(trait, trait)
+    )
     caption = "Trait score after finetuning against the finetuning shift, a point a set, as in section 4."
-    names = [each.name for each in sets]
-    yield Drawn("shifts", caption, lambda: plot_shift_scores(panels, names, base=BASE), _panels_height(len(panels)))
+    names = [tuned.name for tuned in sets]
+    draw = partial(plot_shift_scores, panels, names, base=BASE)
+    yield StagePicture("shifts", caption, draw, _panels_height(panels))
 
 
-def _differences(found: Replication) -> Iterator[Drawn]:
-    sets = [each for each in measured_sets(found.preset, found.folder) if each.screening is not None]
-    by_trait = _correlations(found, "projection-difference", "projection.trait")
-    panels = [
-        TraitShifts(
-            trait,
-            [set_score(found.preset, found.folder, each, trait, "difference") for each in sets],
-            [each.scores.get(trait, NOT_MEASURED) for each in sets],
-            correlation.ours,
-            [each.name for each in sets if each.made_for == trait],
-        )
-        for trait, correlation in by_trait.items()
-    ]
+def difference_pictures(replication: Replication, sets: Sequence[TunedSet]) -> Iterator[StagePicture]:
+    """The scores after training against the sets' projection differences before it."""
+    sets = [tuned for tuned in sets if tuned.screening is not None]
+    numbers = replication.numbers["projection-difference"]
+    panels = _panels(numbers, "projection.trait", sets, lambda tuned, trait: tuned.before(trait, "difference"))
     caption = "Trait score after finetuning against the set's projection difference before it, as in section 6."
     how = {"across": "projection difference", "note": "mean over the set's rows, before training"}
-    names = [each.name for each in sets]
-    yield Drawn("differences", caption, lambda: plot_shift_scores(panels, names, **how), _panels_height(len(panels)))
+    draw = partial(plot_shift_scores, panels, [tuned.name for tuned in sets], **how)
+    yield StagePicture("differences", caption, draw, _panels_height(panels))
 
 
-def _panels_height(panels: int) -> int:
-    return 260 * -(-panels // 3)
+def _panels(
+    numbers: Sequence[ReportedNumber],
+    figure: str,
+    sets: Sequence[TunedSet],
+    across: Callable[[TunedSet, str], float | None],
+) -> list[TraitShifts]:
+    """A panel for each trait that has the correlation of a figure."""
+    return [
+        TraitShifts(
+            number.subject,
+            [across(tuned, number.subject) for tuned in sets],
+            [tuned.scores.get(number.subject, NOT_MEASURED) for tuned in sets],
+            number.ours,
+            [tuned.name for tuned in sets if tuned.made_for == number.subject],
+        )
+        for number in numbers
+        if number.figure == figure and not number.is_control
+    ]
 
 
-def _mitigation(found: Replication) -> Iterator[Drawn]:
-    by_trait: dict[str, dict[str, dict[str, Finding]]] = {}
-    for each in found.findings["mitigation"]:
-        by_trait.setdefault(each.subject, {}).setdefault(each.condition, {})[each.figure] = each
+def _panels_height(panels: Sequence[TraitShifts]) -> int:
+    return 260 * -(-len(panels) // 3)
+
+
+def mitigation_pictures(replication: Replication) -> Iterator[StagePicture]:
+    """Score, coherence and capability by method and dose."""
+    by_trait: dict[str, dict[str, dict[str, ReportedNumber]]] = {}
+    for number in replication.numbers["mitigation"]:
+        by_trait.setdefault(number.subject, {}).setdefault(number.condition, {})[number.figure] = number
     points = {trait: [_point(method, numbers) for method, numbers in of.items()] for trait, of in by_trait.items()}
     caption = "Trait score, coherence and multiple choice by method and dose, as in sections 5 and J."
     draw = partial(plot_mitigation, points, capability="multiple choice, share right")
-    yield Drawn("mitigation", caption, draw, 560)
+    yield StagePicture("mitigation", caption, draw, 560)
 
 
-def _point(named: str, numbers: dict[str, Finding]) -> MitigationPoint:
-    method, _, dose = named.rpartition(", ")
-    is_dose = bool(method) and dose.lstrip("-").replace(".", "", 1).isdigit()
-    score, coherence, able = (numbers[f"mitigation.{part}"].ours for part in ("score", "coherence", "accuracy"))
-    return MitigationPoint(
-        method if is_dose else named, abs(json.loads(dose)) if is_dose else None, score, coherence, able
-    )
+def _point(condition: str, numbers: dict[str, ReportedNumber]) -> MitigationPoint:
+    method, _, dose = condition.rpartition(", ")
+    has_dose = bool(method) and dose.lstrip("-").replace(".", "", 1).isdigit()
+    estimates = (numbers[f"mitigation.{part}"].ours for part in ("score", "coherence", "accuracy"))
+    return MitigationPoint(method if has_dose else condition, abs(json.loads(dose)) if has_dose else None, *estimates)
 
 
-def _bars(found: Replication, *, stage: Stage, upward: str) -> Iterator[Drawn]:
+def _bars(replication: Replication, *, stage: str, upward: str) -> Iterator[StagePicture]:
     groups: dict[str, dict[str, object]] = {}
-    for each in found.findings[stage]:
-        groups.setdefault(each.subject, {})[each.condition or each.subject] = each.ours
-    yield Drawn(stage, upward, lambda: plot_grouped_estimates(groups, title=stage, upward=upward))  # pyright: ignore
+    for number in replication.numbers[stage]:
+        groups.setdefault(number.subject, {})[number.condition or number.subject] = number.ours
+    yield StagePicture(stage, upward, lambda: plot_grouped_estimates(groups, title=stage, upward=upward))  # pyright: ignore

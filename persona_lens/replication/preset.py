@@ -1,8 +1,8 @@
-"""Presets: files that a person can read and change, with every setting of a replication.
+"""Presets: every setting of a replication, in a TOML file that a person can read and change.
 
-`embedded`, `qwen2.5-7b` and `llama-3.1-8b` ship with the package; a path is read the same way. A wrong file is one
-sentence that names file, key, what was expected and what came.
-Knows nothing about models or costs: no torch is needed to read one.
+`embedded`, `qwen2.5-7b` and `llama-3.1-8b` ship with the package; a path is read the same way. Where a comment in the
+shipped files names a section, the value is that of arXiv:2507.21509; otherwise it is ours. A wrong file is one sentence
+that names file, key, what was expected and what came.
 """
 
 import difflib
@@ -10,40 +10,228 @@ import json
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from persona_lens.replication.tables import (
-    BringTables,
-    ChatsTable,
-    CosinesTable,
-    CostTable,
-    DoseTable,
-    ExtractionTable,
-    FinetuningTable,
-    FullTable,
-    JudgeTable,
-    LayersTable,
-    MitigationTable,
-    ModelTable,
-    MonitoringTable,
-    MoodsTable,
-    ProjectionTable,
-    Stage,
-    Table,
-)
 from persona_lens.traits.trait import Trait, load_trait
 
-STAGES: tuple[Stage, ...] = get_args(Stage)
-"""In the order in which they run."""
 _SHIPPED = files("persona_lens.replication") / "presets"
 _NOT_SETTINGS = {"traits", "trait_files", "cost", "full", "description", "limits", "bring"}
-"""What may change without making another replication: more traits or moods are added to what is there."""
+"""What may change without making another replication: more traits are added to what is there."""
+Count = Annotated[int, Field(ge=1)]
+Score = Annotated[float, Field(ge=0, le=100)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Table(BaseModel):
+    """A table of the file: unknown keys and other types are refused, and it never changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelTable(Table):
+    """The model; `paper` is the model whose numbers in the paper it is compared with, empty for none."""
+
+    name: str
+    paper: Literal["", "Qwen2.5-7B-Instruct", "Llama-3.1-8B-Instruct"] = ""
+    n_layers: Count
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class JudgeTable(Table):
+    """The judge: the model itself by likelihood ratio, or a model on an OpenAI-compatible server."""
+
+    kind: Literal["likelihood", "openai"]
+    model: str = ""
+    url: str = ""
+    aliases: tuple[str, ...] | None = None
+    concurrency: Count = 20
+    calibration_questions: Annotated[int, Field(ge=2)] = 10
+    neutral_samples: Count = 4
+    contrast_pairs: Count | None = None
+
+    @model_validator(mode="after")
+    def _names_its_model(self) -> "JudgeTable":
+        if self.kind == "openai" and not self.model:
+            raise ValueError("a judge of kind openai needs model, its name on the server")
+        return self
+
+
+class SamplingTable(Table):
+    """How answers are sampled."""
+
+    questions: Count
+    per_question: Count
+    max_new_tokens: Count
+
+    def keywords(self, *names: str) -> dict[str, Any]:
+        """Samples a question and their length limit, and further settings, as arguments of the library's functions."""
+        return {name: getattr(self, name) for name in ("per_question", "max_new_tokens", *names)}
+
+
+class ExtractionTable(SamplingTable):
+    """Rollouts of both polarities, and the rule by which pairs are kept."""
+
+    threshold: Score = 50.0
+    min_coherence: Score = 50.0
+    min_pairs: Count = 10
+
+
+class LayersTable(SamplingTable):
+    """Every layer of `layers` (empty for all) is steered at every coefficient."""
+
+    layers: tuple[int, ...] = ()
+    coefficients: Annotated[tuple[float, ...], Field(min_length=1)]
+    min_coherence: Score = 75.0
+
+
+class DoseTable(SamplingTable):
+    """The trait's direction, and `random` random ones of its norm, at every coefficient and at 0."""
+
+    coefficients: Annotated[tuple[float, ...], Field(min_length=1)]
+    random: Annotated[int, Field(ge=0)]
+
+
+class MonitoringTable(SamplingTable):
+    """The trait's eight system prompts, and `shots` examples in context."""
+
+    shots: Annotated[tuple[int, ...], Field(min_length=1)]
+
+
+class CosinesTable(Table):
+    """The layer, counted from 0, at which the traits' directions are compared."""
+
+    layer: Annotated[int, Field(ge=0)]
+
+
+class FinetuningTable(SamplingTable):
+    """rs-LoRA on every set, and the answers afterwards.
+
+    `source` says whose sets: the user's (`datasets`), or moods, which only the studies of a checkout train on.
+    """
+
+    source: Literal["moods", "datasets"]
+    epochs: Count
+    learning_rate: Positive
+    batch_rows: Count
+    accumulation: Count
+    max_length: Count
+    rank: Count = 32
+    alpha: Positive = 64.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    gradient_checkpointing: bool = False
+    rows: Count
+    questions: Count = 20
+
+
+class ProjectionTable(Table):
+    """How many rows of each set are screened, and the length limit of the base model's greedy responses."""
+
+    rows: Count
+    base_tokens: Count
+
+
+class MitigationTable(Table):
+    """Doses of each way to hold a trait down; `traits` are those whose worst set is trained on."""
+
+    traits: tuple[str, ...] = ()
+    post_hoc: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    preventative: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    all_layers: tuple[Positive, ...] = ()
+    caft: bool = True
+    capability_questions: Count
+
+
+class UserDataTable(Table):
+    """Data that the user brings: where it is looked for, and in which form."""
+
+    path: str
+    section: str
+    form: str
+    names: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
+    traits: dict[str, str] = Field(default_factory=dict)
+    """The trait that a set is made for, by the set's name."""
+
+    @property
+    def set_parts(self) -> dict[str, tuple[str, str]]:
+        """Name and version of each set, by `{name}_{version}`."""
+        return {f"{name}_{version}": (name, version) for name in self.names for version in self.versions}
+
+
+class BringTables(Table):
+    """The paper's data, which does not ship; a table that is left out is not asked for."""
+
+    finetuning: UserDataTable | None = None
+    new_facts: UserDataTable | None = None
+    narrow: UserDataTable | None = None
+    chats: UserDataTable | None = None
+    benchmarks: UserDataTable | None = None
+
+
+class ChatsTable(Table):
+    """How many real chats are screened, and how many are trained on."""
+
+    trait: str
+    sample: Count
+    max_prompt_tokens: Count
+    chosen: Count
+
+
+class MeasuredRates(Table):
+    """Measured tokens a second, and how they were measured."""
+
+    decoding: Positive
+    reading: Positive
+    training: Positive
+    how: str
+
+
+class AssumedRates(Table):
+    """Assumptions that tokens a second are derived from where nothing was measured."""
+
+    parameters: Positive
+    gpu: str
+    teraflops: Positive
+    reading_utilisation: Annotated[float, Field(gt=0, le=1)]
+    training_utilisation: Annotated[float, Field(gt=0, le=1)]
+    decoding_milliseconds: Positive
+    decoding_rows: Count
+    how: str
+
+
+class CostTable(Table):
+    """Prices and lengths for the estimate; exactly one of `measured` and `assumed`."""
+
+    prompt_tokens: Positive
+    training_row_tokens: Positive
+    response_share: Annotated[float, Field(gt=0, le=1)]
+    gpu_dollars_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    judge_dollars_per_call: Annotated[float, Field(ge=0)] = 0.0
+    prices: str = ""
+    measured: MeasuredRates | None = None
+    assumed: AssumedRates | None = None
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_rates(self) -> "CostTable":
+        if (self.measured is None) == (self.assumed is None):
+            raise ValueError("give one of the tables cost.measured and cost.assumed")
+        return self
+
+
+class FullTable(Table):
+    """Traits, moods and description that `--full` takes instead."""
+
+    description: str = ""
+    traits: tuple[str, ...] = ()
+    moods: tuple[str, ...] = ()
 
 
 class Preset(Table):
-    """Every setting of a replication; the tables are described in `persona_lens.replication.tables`."""
+    """Every setting of a replication. `moods` is read by the studies of a checkout alone."""
 
     name: str
     description: str
@@ -59,7 +247,7 @@ class Preset(Table):
     monitoring: MonitoringTable
     cosines: CosinesTable
     finetuning: FinetuningTable
-    moods: MoodsTable | None = None
+    moods: dict[str, Any] | None = None
     projection_difference: ProjectionTable = Field(alias="projection-difference")
     mitigation: MitigationTable
     real_chats: ChatsTable | None = Field(default=None, alias="real-chats")
@@ -71,50 +259,48 @@ class Preset(Table):
     def _is_whole(self) -> "Preset":
         if self.finetuning.source == "moods" and self.moods is None:
             raise ValueError("finetuning.source is moods: add the table moods")
-        if self.finetuning.source == "datasets" and self.bring.finetuning is None:
-            raise ValueError("finetuning.source is datasets: add the table bring.finetuning")
         if (sets := self.bring.finetuning) is not None:
             named = [f"{name}_{version}" for name in sets.names for version in sets.versions]
             # Files are named so: two that are named alike would share one folder.
-            for files in (named, [f"{each}_{trait}" for each in named for trait in self.traits]):
-                if twice := next((each for each in files if files.count(each) > 1), None):
+            for names in (named, [f"{name}_{trait}" for name in named for trait in self.traits]):
+                if twice := next((name for name in names if names.count(name) > 1), None):
                     raise ValueError(f"bring.finetuning: two pieces would both be called {twice}: rename a set")
         if self.bring.chats is not None and self.real_chats is None:
             raise ValueError("bring.chats needs the table real-chats")
         for key, names in {"traits": self.traits, "full.traits": self.full.traits}.items():
             if len({name.casefold() for name in names}) < len(names):
-                raise ValueError(f"{key}: a name stands there twice, upper and lower case being one: each has a folder")
+                raise ValueError(f"{key}: a name is there twice (upper and lower case count as one): each has a folder")
         for layer in (*self.layers.layers, self.cosines.layer):
             if not 0 <= layer < self.model.n_layers:
                 raise ValueError(f"layer {layer} is none of the model's {self.model.n_layers}, counted from 0")
         return self
 
     def trait(self, name: str) -> Trait:
-        """One of the traits: that of `trait-files` where it stands there, else the bundled one."""
-        found = load_trait(self.trait_files.get(name, name))
-        if found.name != name:
-            raise ValueError(f"trait-files.{name}: the file holds the trait {found.name!r}: name it so.")
-        return found
+        """One of the traits: from the file that `trait-files` names for it, else the bundled one."""
+        trait = load_trait(self.trait_files.get(name, name))
+        if trait.name != name:
+            raise ValueError(f"trait-files.{name}: the file holds the trait {trait.name!r}: name it so.")
+        return trait
 
     def in_full(self) -> "Preset":
         """The preset with the traits, moods and description of its table `full`."""
-        moods, own = self.moods, {"traits": self.traits, "description": self.description}
+        moods = self.moods
         if moods is not None and self.full.moods:
-            moods = moods.model_copy(update={"moods": self.full.moods})
-        taken = {name: getattr(self.full, name) or value for name, value in own.items()}
-        return self.model_copy(update={**taken, "moods": moods})
+            moods = {**moods, "moods": list(self.full.moods)}
+        changes = {"traits": self.full.traits or self.traits, "moods": moods}
+        return self.model_copy(update={**changes, "description": self.full.description or self.description})
 
     def settings(self) -> dict[str, Any]:
         """What a folder is made with and may not change: all but traits, moods, prices and words."""
-        found = self.model_dump(mode="json", exclude=_NOT_SETTINGS)
-        if found["moods"]:
-            del found["moods"]["moods"]
-        return found
+        settings = self.model_dump(mode="json", exclude=_NOT_SETTINGS)
+        if settings["moods"]:
+            del settings["moods"]["moods"]
+        return settings
 
 
 def shipped_presets() -> tuple[str, ...]:
     """The names of the presets that ship with the package."""
-    return tuple(sorted(each.name.removesuffix(".toml") for each in _SHIPPED.iterdir() if each.name.endswith(".toml")))
+    return tuple(sorted(path.name.removesuffix(".toml") for path in _SHIPPED.iterdir() if path.name.endswith(".toml")))
 
 
 def load_preset(name_or_path: str | Path) -> Preset:
@@ -122,10 +308,9 @@ def load_preset(name_or_path: str | Path) -> Preset:
 
     Raises FileNotFoundError where there is none, ValueError that names file, key, what was expected and what came.
     """
-    name = str(name_or_path)
+    name, path = str(name_or_path), Path(name_or_path)
     if name in shipped_presets():
         return _read(_SHIPPED.joinpath(f"{name}.toml").read_text(encoding="utf-8"), f"preset {name}")
-    path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(
             f"No preset {name!r}: give one of {', '.join(shipped_presets())}, or the path of a preset's TOML file."
@@ -145,19 +330,19 @@ def _read(text: str, source: str) -> Preset:
         # As JSON, in whose strict mode a list may become a tuple, and a number never a text.
         return Preset.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise ValueError(_sentence(error, values, source)) from error
+        raise ValueError(_sentence(error, source)) from error
 
 
-def _sentence(error: ValidationError, values: dict[str, Any], source: str) -> str:
+def _sentence(error: ValidationError, source: str) -> str:
     # A misspelt key is also a missing one: its own sentence says more.
-    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
     key = ".".join(place) or "the whole"
     if first["type"] == "extra_forbidden":
-        known = _keys_at(place[:-1])
-        close = difflib.get_close_matches(place[-1], known, n=1)
+        keys = _keys_at(place[:-1])
+        close = difflib.get_close_matches(place[-1], keys, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        return f"{source}, key {key}: expected one of {', '.join(known)}, got the unknown key {place[-1]!r}{hint}."
+        return f"{source}, key {key}: expected one of {', '.join(keys)}, got the unknown key {place[-1]!r}{hint}."
     if first["type"] == "missing":
         return f"{source}, key {key}: expected a value, got none."
     if first["type"] == "value_error":
@@ -173,5 +358,5 @@ def _keys_at(place: list[str]) -> list[str]:
         fields = {field.alias or name: field for name, field in table.model_fields.items()}
         annotation = fields[part].annotation
         options = [annotation, *get_args(annotation)]
-        table = next(each for each in options if isinstance(each, type) and issubclass(each, BaseModel))
+        table = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
     return [field.alias or name for name, field in table.model_fields.items()]

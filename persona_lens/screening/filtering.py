@@ -2,7 +2,6 @@
 
 The paper finds a projection filter and a judge complementary (arXiv:2507.21509, section K), and checks a ranking by
 finetuning on its highest, random and lowest samples (section L).
-Knows nothing about models.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from persona_lens.rollouts.rows import Rollout
 from persona_lens.screening.result import By, Screening
 from persona_lens.screening.samples import Sample
 from persona_lens.storage.files import ensure_writable, write_whole
-from persona_lens.traits.trait import Trait
+from persona_lens.traits.trait import Trait, load_trait
 
 if TYPE_CHECKING:
     import pandas
@@ -30,7 +29,12 @@ Thresholds = float | Threshold | Mapping[str, float | Threshold]
 
 
 def judge_samples(
-    found: Screening, judge: Judge, trait: Trait, rows: Sequence[int] | None = None, *, progress: bool = True
+    screening: Screening,
+    trait: Trait | str,
+    *,
+    judge: Judge,
+    rows: Sequence[int] | None = None,
+    progress: bool = True,
 ) -> "pandas.Series":
     """A judge's trait scores, 0 to 100, of samples by their numbers (default: all); NaN where it gave none.
 
@@ -38,10 +42,11 @@ def judge_samples(
     """
     import pandas
 
-    rows = found.rows.index.tolist() if rows is None else list(rows)
+    trait = load_trait(trait) if isinstance(trait, str) else trait
+    rows = screening.rows.index.tolist() if rows is None else list(rows)
     name = hashlib.sha256(judge.name(trait).encode()).hexdigest()[:8]
-    rollouts = [_rollout(sample, trait) for sample in found.samples(rows)]
-    output = found.folder / f"judge-{name}.jsonl"
+    rollouts = [_rollout(sample, trait) for sample in screening.samples(rows)]
+    output = screening.folder / f"judge-{name}.jsonl"
     scored = score_rollouts(rollouts, trait, judge=judge, output_file=output, progress=progress)
     return pandas.Series([row.trait_score for row in scored], index=rows, name="judge", dtype=float)
 
@@ -66,7 +71,7 @@ def _rollout(sample: Sample, trait: Trait) -> Rollout:
 
 
 def count_flagged(
-    found: Screening,
+    screening: Screening,
     thresholds: Thresholds,
     *,
     judged: "pandas.Series | None" = None,
@@ -83,44 +88,46 @@ def count_flagged(
 
     if isinstance(thresholds, Mapping) and not thresholds:
         raise ValueError("There is no threshold to flag by: give one for a vector, such as that of benign chats.")
-
-    over: Any = flag_samples(found, thresholds, by=by)
-    names = _named(found, thresholds)
-    known: Any = pandas.DataFrame({name: found.score(name, by).notna() for name in names}).all(axis=1)
-    rows: Any = found.rows
+    datasets: Any = screening.rows["dataset"]
+    flagged: Any = flag_samples(screening, thresholds, by=by)
+    names = _by_vector(screening, thresholds)
+    scored: Any = pandas.DataFrame({name: screening.score(name, by).notna() for name in names}).all(axis=1)
     table = []
-    for dataset in found.datasets:
-        chosen: Any = rows.index[rows["dataset"] == dataset]
-        row = {"dataset": dataset, "n": len(chosen), "unscored": int((~known[chosen]).sum())}
-        row["projection"] = int(over[chosen].sum())
+    for dataset in screening.datasets:
+        rows: Any = datasets.index[datasets == dataset]
+        above = flagged[rows].to_numpy()
+        counts = {"n": len(rows), "unscored": int((~scored[rows]).sum()), "projection": int(above.sum())}
         if judged is not None:
-            told = (judged.reindex(chosen) >= judge_threshold).to_numpy()
-            above = over[chosen].to_numpy()
-            row |= {"judge": int(told.sum()), "union": int((told | above).sum()), "both": int((told & above).sum())}
-        table.append(row)
+            taken = (judged.reindex(rows) >= judge_threshold).to_numpy()
+            counts |= {
+                "judge": int(taken.sum()),
+                "union": int((taken | above).sum()),
+                "both": int((taken & above).sum()),
+            }
+        table.append({"dataset": dataset, **counts})
     return pandas.DataFrame(table)
 
 
-def flag_samples(found: Screening, thresholds: Thresholds, *, by: By | None = None) -> "pandas.Series":
+def flag_samples(screening: Screening, thresholds: Thresholds, *, by: By | None = None) -> "pandas.Series":
     """Whether each sample's score is above a threshold, on any of the vectors that have one."""
     import pandas
 
-    over = pandas.Series(False, index=found.rows.index, name="flagged")
-    for name, threshold in _named(found, thresholds).items():
+    flagged = pandas.Series(False, index=screening.rows.index, name="flagged")
+    for name, threshold in _by_vector(screening, thresholds).items():
         value = threshold.value if isinstance(threshold, Threshold) else threshold
-        over |= found.score(name, by) > value  # a missing score exceeds nothing
-    return over
+        flagged |= screening.score(name, by) > value  # a missing score exceeds nothing
+    return flagged
 
 
-def _named(found: Screening, thresholds: Thresholds) -> dict[str, float | Threshold]:
+def _by_vector(screening: Screening, thresholds: Thresholds) -> dict[str, float | Threshold]:
     if isinstance(thresholds, Mapping):
-        return {found.vector(name): each for name, each in thresholds.items()}
-    return {found.vector(): thresholds}
+        return {screening.vector(name): threshold for name, threshold in thresholds.items()}
+    return {screening.vector(): thresholds}
 
 
 def write_split(
-    found: Screening,
-    output: str | os.PathLike[str],
+    screening: Screening,
+    output_dir: str | os.PathLike[str],
     n: int,
     *,
     vector: str | None = None,
@@ -134,23 +141,22 @@ def write_split(
     a score). Rows have `messages`, `id`, `dataset`, `line` and `score`. Raises ValueError where there are fewer than
     2n samples, so that highest and lowest would overlap.
     """
-    ranked: Any = found.ranking(vector, by)
+    ranked: Any = screening.ranking(vector, by)
     ranked = ranked[ranked["family"] == ranked.index]
     if rows is not None:
         ranked = ranked[ranked.index.isin(list(rows))]
     if n < 1 or len(ranked) < 2 * n:
         raise ValueError(f"A split of {n} needs {2 * n} different samples with a score, got {len(ranked)}: lower n.")
-    drawn = np.random.default_rng(seed).choice(len(ranked), size=n, replace=False)
-    chosen = {"high": ranked.iloc[:n], "random": ranked.iloc[np.sort(drawn)], "low": ranked.iloc[-n:]}
-    folder = Path(output)
+    drawn = np.sort(np.random.default_rng(seed).choice(len(ranked), size=n, replace=False))
+    folder = Path(output_dir)
     ensure_writable(folder / "high.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     paths: dict[str, Path] = {}
-    for name, part in chosen.items():
+    for name, part in {"high": ranked.iloc[:n], "random": ranked.iloc[drawn], "low": ranked.iloc[-n:]}.items():
         lines = [
             {"messages": sample.conversation, "id": sample.id, "dataset": sample.dataset, "line": sample.line}
             | {"score": float(score)}
-            for sample, score in zip(found.samples(part.index.tolist()), part["score"], strict=True)
+            for sample, score in zip(screening.samples(part.index.tolist()), part["score"], strict=True)
         ]
         paths[name] = folder / f"{name}.jsonl"
         write_whole(paths[name], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())

@@ -1,16 +1,15 @@
-"""Samples: one response each with the prompt that it answers, streamed out of files and data sets of chats.
+"""Samples: one response each with the prompt that it answers, streamed from files and data sets of chats.
 
-What is no sample comes out as a rejection that says where it stood and why, so that nothing is lost silently. Rows come
-one at a time, and a file may be larger than the memory.
-Knows nothing about tokenizers or models.
+A row that is no sample comes out as a rejection that says where it stood and why, so that nothing is lost silently.
+Rows come one at a time, and a file may be larger than the memory.
 """
 
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from persona_lens.chat.batches import Message
 from persona_lens.chat.rows import SUFFIXES, Table, Unreadable, chat_rows, messages_of, name_of
@@ -36,16 +35,16 @@ class Sample:
         line: Where it stands in its data set, counted from 1.
         messages: The prompt: what the response answers.
         response: The text that is screened.
-        base_response: The base model's own response, where the data has one.
+        base_response: The base model's own response, where there is one.
     """
 
     row: int
     dataset: str
     id: str
     line: int
-    messages: tuple[Message, ...]
-    response: str
-    base_response: str | None = None
+    messages: tuple[Message, ...] = field(repr=False)
+    response: str = field(repr=False)
+    base_response: str | None = field(default=None, repr=False)
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -64,35 +63,22 @@ class Rejection:
     content: Any
 
 
-class Turns(NamedTuple):
-    """Which response of a chat of many turns is its sample."""
-
-    first: bool = False
-    """The first one, as for logs of real chats (arXiv:2507.21509, section L); else the last."""
-    needs_base: bool = False
-    """Whether a row without a base response is of no use."""
-
-
 def named_datasets(data: Data) -> dict[str, Rows]:
     """The data sets by name: a file's is its stem, rows without a name are `data`.
 
     Raises ValueError for no data and for a file of another kind, FileNotFoundError for one that is not there.
     """
     if isinstance(data, Mapping):
-        named: dict[str, Rows] = dict(cast(Mapping[str, Rows], data))
-    elif isinstance(data, str | os.PathLike):
-        named = {Path(data).stem: data}
+        named = dict(cast(Mapping[str, Rows], data))
     else:
-        named = {"data": data}
+        named = {Path(data).stem if isinstance(data, str | os.PathLike) else "data": data}
     if not named:
         raise ValueError("There is nothing to screen: pass at least one data set.")
-    for rows in named.values():
-        if isinstance(rows, str | os.PathLike):
-            path = Path(rows)
-            if not path.is_file():
-                raise FileNotFoundError(f"No file {path}.")
-            if path.suffix not in SUFFIXES:
-                raise ValueError(f"Data is read from {', '.join(SUFFIXES)} files, got {path}: convert it to one.")
+    for path in [Path(rows) for rows in named.values() if isinstance(rows, str | os.PathLike)]:
+        if not path.is_file():
+            raise FileNotFoundError(f"No file {path}.")
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"Data is read from {', '.join(SUFFIXES)} files, got {path}: convert it to one.")
     return named
 
 
@@ -112,39 +98,43 @@ def fingerprint(rows: Rows) -> str:
     return digest.hexdigest()[:16]
 
 
-def stream_samples(datasets: Mapping[str, Rows], turns: Turns) -> Iterator[Sample | Rejection]:
+def stream_samples(
+    datasets: Mapping[str, Rows], *, first_turn: bool = False, needs_base: bool = False
+) -> Iterator[Sample | Rejection]:
     """Every row of every data set in its order, as a sample or a rejection.
 
+    A chat's sample is its last response, or with `first_turn` its first, as for logs of real chats (arXiv:2507.21509,
+    section L). With `needs_base` a row without a base response is rejected.
     Raises ValueError for a file that cannot be read as a whole, such as a Parquet file without messages.
     """
     row = 0
     for dataset, rows in datasets.items():
         for line, content in chat_rows(rows):
-            yield _sample(row, dataset, line, content, turns)
+            yield _sample(row, dataset, line, content, first_turn, needs_base)
             row += 1
 
 
-def _sample(row: int, dataset: str, line: int, content: Any, turns: Turns) -> Sample | Rejection:
+def _sample(row: int, dataset: str, line: int, content: Any, first_turn: bool, needs_base: bool) -> Sample | Rejection:
     if isinstance(content, Unreadable):
         return Rejection(dataset, line, "malformed", content.reason, content.text)
     try:
-        given = list(content.messages) if isinstance(content, Transcript) else messages_of(content)
-        spoken = [place for place, message in enumerate(given) if _role(message) == "assistant"]
+        turns = list(content.messages) if isinstance(content, Transcript) else messages_of(content)
+        spoken = [
+            place
+            for place, message in enumerate(turns)
+            if isinstance(message, Mapping) and message.get("role") == "assistant"
+        ]
         if not spoken:
             return Rejection(dataset, line, "no response", "no turn of the assistant to screen", content)
-        place = spoken[0 if turns.first else -1]
-        chat = Transcript(given[: place + 1]).messages
+        # Only what comes up to the response is checked: what follows may be no chat.
+        chat = Transcript(turns[: spoken[0 if first_turn else -1] + 1]).messages
         fields = content if isinstance(content, Mapping) else {}
-        named = name_of(fields, ID_KEYS) or f"{dataset}:{line}"
-        base = fields.get(BASE_KEY) if turns.needs_base else None
-        # Half of a surrogate pair is a string, and no text.
-        "\n".join([named, base if isinstance(base, str) else "", *(each["content"] for each in chat)]).encode()
+        name = name_of(fields, ID_KEYS) or f"{dataset}:{line}"
+        base = fields.get(BASE_KEY) if needs_base else None
+        # Half of a surrogate pair is a string, but it cannot be written.
+        "\n".join([name, base if isinstance(base, str) else ""]).encode()
     except ValueError as error:
         return Rejection(dataset, line, "malformed", str(error), content)
-    if turns.needs_base and not (isinstance(base, str) and base.strip()):
+    if needs_base and not (isinstance(base, str) and base.strip()):
         return Rejection(dataset, line, "no base response", f"{BASE_KEY} is {type(base).__name__} or empty", content)
-    return Sample(row, dataset, named, line, tuple(chat[:-1]), chat[-1]["content"], base)
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
+    return Sample(row, dataset, name, line, tuple(chat[:-1]), chat[-1]["content"], base)

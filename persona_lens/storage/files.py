@@ -11,15 +11,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from persona_lens.storage.locks import unfinished_file
 
 if TYPE_CHECKING:
     import numpy as np
+
+Result = TypeVar("Result")
 
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What may go wrong in taking a file apart that someone else has written: a reader makes one sentence of it."""
@@ -215,6 +217,25 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path} is not JSON that can be read ({error}): take it from a copy, or move it away."
         ) from error
+
+
+def read_result(path: Path, version: int, parse: Callable[[dict[str, Any]], Result], what: str, made_by: str) -> Result:
+    """What `parse` makes of a JSON file with a `format_version`; `made_by` names what writes such files.
+
+    Raises FileNotFoundError where there is no file, ValueError where it is damaged or of another version.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"No {what} at {path}: make one with {made_by}.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format_version"] == version:
+            return parse(record)
+    except DAMAGE as error:
+        raise ValueError(f"{path} is not a whole {what} ({error}): make it again with {made_by}.") from error
+    raise ValueError(
+        f"{path} has format version {record['format_version']}, and this persona_lens reads {version}: install the "
+        "persona_lens that wrote it, or a newer one."
+    )
 
 
 LARGEST = 3.4028234663852886e38

@@ -81,7 +81,8 @@ def writes_output(function: Callable[Arguments, Result]) -> Callable[Arguments, 
 
     @wraps(function)
     def held(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        output: Any = given.bind_partial(*args, **kwargs).arguments.get("output")
+        arguments = given.bind_partial(*args, **kwargs).arguments
+        output: Any = arguments.get("output_dir", arguments.get("output"))
         with writes_folder(None if output is None else Path(output)):
             return function(*args, **kwargs)
 
