@@ -160,7 +160,7 @@ def finetune_as(
         output=output,
         learning_rate=settings.learning_rate,
         epochs=settings.epochs,
-        batch_rows=settings.batch_rows,
+        batch_size=settings.batch_rows,
         accumulation=settings.accumulation,
         max_length=settings.max_length,
         seed=settings.seed,
