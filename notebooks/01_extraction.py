@@ -63,7 +63,7 @@ calibration = collect_rollouts(engine, judge.plan_calibration(trait), progress=F
 pd.Series(judge.calibrate(trait, calibration).diagnostics).round(2)
 
 # %%
-scored = pl.score_rollouts(judge, trait, rollouts, progress=False)
+scored = pl.score_rollouts(rollouts, trait, judge=judge, progress=False)
 kept, report = pl.keep_pairs(pair_rollouts(scored), trait=trait.name, min_pairs=4)
 print(report)
 pd.DataFrame(

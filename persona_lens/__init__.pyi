@@ -51,9 +51,9 @@ from .interventions.values import Steer as Steer
 from .interventions.values import When as When
 from .judges.agreement import judge_agreement as judge_agreement
 from .judges.classifier import ClassifierJudge as ClassifierJudge
+from .judges.classifier import SentimentJudge as SentimentJudge
 from .judges.classifier import TextClassifier as TextClassifier
 from .judges.keep import keep_pairs as keep_pairs
-from .judges.lexicon import SentimentJudge as SentimentJudge
 from .judges.likelihood_ratio import LikelihoodRatioJudge as LikelihoodRatioJudge
 from .judges.llm import LLMJudge as LLMJudge
 from .judges.scores import Judge as Judge
@@ -109,7 +109,7 @@ from .screening.result import Screening as Screening
 from .screening.run import screen as screen
 from .traits.generation import generate_trait as generate_trait
 from .traits.generation import preview_trait as preview_trait
-from .traits.requests import template_rubric as template_rubric
+from .traits.generation import template_rubric as template_rubric
 from .traits.trait import InstructionPair as InstructionPair
 from .traits.trait import Trait as Trait
 from .traits.trait import bundled_traits as bundled_traits

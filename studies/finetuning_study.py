@@ -25,7 +25,6 @@ from persona_lens.interventions.values import Ablate, Intervention, Steer
 from persona_lens.judges.classifier import ClassifierJudge
 from persona_lens.models.adapters import Adapter, adapted
 from persona_lens.models.structure import Model, ModelIdentity, identify
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.replication.context import refuse_other_settings, rounded
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import ModelEngine
@@ -33,6 +32,7 @@ from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.statistics import mean_estimate
 from persona_lens.storage.files import read_json, write_json
 from persona_lens.storage.locks import alone, taken
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from persona_lens.traits.trait import Trait
 from persona_lens.vectors.persona_vector import PersonaVector
 from studies.finetuning_materials import Materials, coherence_scores, make_materials, mood_ratios
@@ -221,7 +221,7 @@ def study_answers(
         if acting:
             stack.enter_context(intervene(model, *acting, at="response"))
         engine = ModelEngine(model, settings.max_new_tokens)
-        return collect_rollouts(engine, prompts, seed=settings.seed, output=output, progress=progress)
+        return collect_rollouts(engine, prompts, seed=settings.seed, output_file=output, progress=progress)
 
 
 def study_scores(model: Model, own: str, answers: Sequence[Rollout], materials: Materials) -> dict[str, Any]:

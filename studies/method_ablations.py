@@ -153,7 +153,7 @@ def method_ablations(
     cells = {variant: Cell(_at_norm(vector, directions[variant]), coefficient) for variant in fitted}
     by_name = {cell.name: cell for cell in cells.values()}
     plain, *evaluations = evaluate_cells(
-        CellEngine(ModelEngine(model, max_new_tokens, batch_rows=120), by_name),
+        CellEngine(ModelEngine(model, max_new_tokens, batch_size=120), by_name),
         trait,
         judge=judge,
         questions=scorable_questions(judge, trait, trait.evaluation_questions if questions is None else questions),

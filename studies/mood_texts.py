@@ -16,9 +16,9 @@ import numpy as np
 
 from persona_lens.chat.batches import Conversation, chat_messages
 from persona_lens.judges.classifier import TextClassifier
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import N_RESAMPLES, Estimate, question_resamples
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from studies.moods import MIN_MOODS, MoodRow, MoodSplit, Part
 
 Severity = Literal["full", "half"]

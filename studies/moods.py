@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
 from persona_lens.storage.files import JsonLines
-from persona_lens.traits.requests import template_rubric
+from persona_lens.traits.generation import template_rubric
 from persona_lens.traits.trait import InstructionPair, Trait
 
 Part = Literal["vectors", "finetuning", "judge", "evaluation"]

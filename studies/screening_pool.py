@@ -16,13 +16,13 @@ import numpy as np
 from persona_lens.chat.batches import chat_messages
 from persona_lens.judges.classifier import TextClassifier
 from persona_lens.models.structure import Model
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.rollouts.collection import collect_rollouts
 from persona_lens.rollouts.engines import ModelEngine
 from persona_lens.rollouts.rows import Prompt
 from persona_lens.screening.result import Screening
 from persona_lens.screening.run import ShardsMissing, screen
 from persona_lens.storage.locks import alone, taken
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from studies.finetuning_materials import Materials
 from studies.finetuning_plan import StudySettings
 from studies.mood_texts import training_rows
@@ -82,7 +82,7 @@ def base_responses(
     """The model's own greedy response to each prompt under the neutral system turn, from the file where it stands."""
     planned = [Prompt("base", "neutral", None, NEUTRAL, prompt, 0) for prompt in dict.fromkeys(prompts)]
     engine = ModelEngine(model, settings.base_tokens, temperature=0.0)
-    rows = collect_rollouts(engine, planned, seed=settings.seed, output=path, progress=progress)
+    rows = collect_rollouts(engine, planned, seed=settings.seed, output_file=path, progress=progress)
     return {row.question: row.response for row in rows}
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from persona_lens.evaluation.evaluate import Evaluation, evaluate_cells
 from persona_lens.evaluation.layer_selection import LayerSweep
 from persona_lens.interventions.hooks import attachments
-from persona_lens.judges.coherence import CoherenceScale
-from persona_lens.judges.likelihood_ratio import Calibration
+from persona_lens.judges.likelihood_ratio import Calibration, CoherenceScale
 from persona_lens.judges.scores import Score, ScoredRollout
 from persona_lens.rollouts.engines import CellEngine, ModelEngine
 from persona_lens.rollouts.rows import Rollout

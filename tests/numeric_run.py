@@ -28,7 +28,7 @@ class BySide:
 def run(folder: Path) -> dict[str, str]:
     """Rollouts, their coherence by the model itself, and their vectors; raises AssertionError where a hook is left."""
     from persona_lens import LikelihoodRatioJudge, extract_persona_vectors, load_trait
-    from persona_lens.judges.coherence import CombinedJudge
+    from persona_lens.judges.scores import CombinedJudge
     from persona_lens.models.loading import bridge_from_transformers
 
     tokenizer = tiny.tokenizer(folder / "tokenizer")

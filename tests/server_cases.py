@@ -31,7 +31,7 @@ def engine_at(server, *, model="studied", sampling=None, **client):
 
 
 def collect(engine, output=None, *, prompts=PROMPTS, seed=0):
-    return collect_rollouts(engine, prompts, seed=seed, output=output, progress=False)
+    return collect_rollouts(engine, prompts, seed=seed, output_file=output, progress=False)
 
 
 class PolarityJudge:

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from persona_lens.clients.cache import read_batch, write_batch
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.clients.requests import ChatRequest, ServerError
 from tests import judge_servers
 from tests.fault_server import FaultServer
 
@@ -11,8 +14,6 @@ from tests.fault_server import FaultServer
 @pytest.fixture
 def make_client(tmp_path):
     def make(**options):
-        from persona_lens.clients.client import OpenAIClient
-
         settings = {"base_url": "http://127.0.0.1:9/v1", "cache": tmp_path / "calls.sqlite", "max_retries": 0}
         return OpenAIClient("judge-model", **{**settings, **options})
 
@@ -20,8 +21,6 @@ def make_client(tmp_path):
 
 
 def requests(n, **fields):
-    from persona_lens.clients.requests import ChatRequest
-
     settings = {"max_tokens": 1, "temperature": 0.0, "seed": 0, "top_logprobs": 20, **fields}
     return [ChatRequest(({"role": "user", "content": f"Text {index}"},), **settings) for index in range(n)]
 
@@ -43,8 +42,6 @@ def write_results(path, results):
 
 
 def test_a_batch_file_holds_the_requests_as_the_client_would_post_them(make_client, tmp_path):
-    from persona_lens.clients.batches import write_batch
-
     client = make_client()
     [path] = write_batch(client, requests(3), tmp_path / "batches" / "judge.jsonl")
 
@@ -56,8 +53,6 @@ def test_a_batch_file_holds_the_requests_as_the_client_would_post_them(make_clie
 
 
 def test_results_answer_the_same_requests_without_a_call(make_client, tmp_path):
-    from persona_lens.clients.batches import read_batch, write_batch
-
     [path] = write_batch(make_client(), requests(4), tmp_path / "judge.jsonl")
     results = write_results(tmp_path / "out.jsonl", [result(line) for line in reversed(rows(path))])
     found = read_batch(make_client(), results)
@@ -73,8 +68,6 @@ def test_results_answer_the_same_requests_without_a_call(make_client, tmp_path):
 
 
 def test_what_is_cached_already_is_not_written_again(make_client, tmp_path):
-    from persona_lens.clients.batches import read_batch, write_batch
-
     client = make_client()
     [path] = write_batch(client, requests(2), tmp_path / "first.jsonl")
     read_batch(client, write_results(tmp_path / "out.jsonl", map(result, rows(path))))
@@ -87,8 +80,6 @@ def test_what_is_cached_already_is_not_written_again(make_client, tmp_path):
 
 
 def test_a_batch_beyond_the_limits_becomes_several_files(make_client, tmp_path):
-    from persona_lens.clients.batches import write_batch
-
     by_count = write_batch(make_client(), requests(5), tmp_path / "count.jsonl", max_requests=2)
     by_size = write_batch(make_client(), requests(5), tmp_path / "size.jsonl", max_bytes=by_count[0].stat().st_size)
 
@@ -110,8 +101,6 @@ def test_a_batch_beyond_the_limits_becomes_several_files(make_client, tmp_path):
     ids=["expired", "refused", "no choice"],
 )
 def test_a_failed_request_is_reported_and_asked_for_again(make_client, tmp_path, changes, said):
-    from persona_lens.clients.batches import read_batch, write_batch
-
     client = make_client()
     [path] = write_batch(client, requests(2), tmp_path / "judge.jsonl")
     good, bad = rows(path)
@@ -125,8 +114,6 @@ def test_a_failed_request_is_reported_and_asked_for_again(make_client, tmp_path,
 
 
 def test_an_answer_without_the_log_probabilities_that_were_asked_for_is_a_failed_one(make_client, tmp_path):
-    from persona_lens.clients.batches import read_batch, write_batch
-
     client = make_client()
     [path] = write_batch(client, [*requests(1), *requests(1, top_logprobs=None)], tmp_path / "judge.jsonl")
     results = [result(line) for line in rows(path)]
@@ -139,9 +126,6 @@ def test_an_answer_without_the_log_probabilities_that_were_asked_for_is_a_failed
 
 
 def test_foreign_results_are_refused_whole(make_client, tmp_path):
-    from persona_lens.clients.batches import read_batch, write_batch
-    from persona_lens.clients.requests import ServerError
-
     client = make_client()
     [path] = write_batch(client, requests(2), tmp_path / "judge.jsonl")
     good, other = map(result, rows(path))
@@ -159,7 +143,5 @@ def test_foreign_results_are_refused_whole(make_client, tmp_path):
 
 
 def test_a_client_without_a_cache_has_no_place_for_results(make_client, tmp_path):
-    from persona_lens.clients.batches import write_batch
-
     with pytest.raises(ValueError, match="pass OpenAIClient\\(cache="):
         write_batch(make_client(cache=None), requests(1), tmp_path / "judge.jsonl")

@@ -145,12 +145,6 @@ def test_a_completion_comes_back_from_json_as_it_was(fields):
 # The file
 
 
-def test_a_cache_in_a_folder_that_does_not_exist_is_made(tmp_path):
-    path = tmp_path / "a" / "b" / "calls.sqlite"
-    CallCache(path).put("key", ANSWER)
-    assert CallCache(path).get("key") == ANSWER
-
-
 def test_a_key_keeps_its_first_answer(path):
     cache = CallCache(path)
     cache.put("key", ANSWER)

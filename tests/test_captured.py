@@ -173,11 +173,11 @@ def test_extraction_takes_them_and_runs_nothing(captured, tiny_model, tmp_path, 
 def test_a_file_that_was_closed_goes_on(captured, tiny_model, tmp_path):
     """The second half is sampled in a second call, which opens the file of the first."""
     path, output = tmp_path / "means.npy", tmp_path / "rollouts.jsonl"
-    grumpy_rollouts(tiny_model, captured=captured.CapturedMeans(path, tiny_model, 8), output=output)
+    grumpy_rollouts(tiny_model, captured=captured.CapturedMeans(path, tiny_model, 8), output_file=output)
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:3]))
     means = captured.CapturedMeans(path, tiny_model, 8)
-    rollouts = grumpy_rollouts(tiny_model, captured=means, output=output)
+    rollouts = grumpy_rollouts(tiny_model, captured=means, output_file=output)
     assert None not in means.places([row.tokenize(tiny_model.tokenizer) for row in rollouts])
 
 
@@ -186,12 +186,12 @@ def test_a_plan_that_grew_goes_on_with_what_is_there(captured, tiny_model, tmp_p
     """Twice the samples of each question: the first half is found as it was, in a file opened again or in memory."""
     path, output = tmp_path / "means.npy" if kept == "in a file" else None, tmp_path / "rollouts.jsonl"
     means = captured.CapturedMeans(path, tiny_model, 8)
-    first = grumpy_rollouts(tiny_model, captured=means, output=output)
+    first = grumpy_rollouts(tiny_model, captured=means, output_file=output)
     chats = [row.tokenize(tiny_model.tokenizer) for row in first]
     before = [means.read(place) for place in means.places(chats)]
     if path is not None:
         means = captured.CapturedMeans(path, tiny_model, 16)
-    more = grumpy_rollouts(tiny_model, captured=means, output=output, per_question=2)
+    more = grumpy_rollouts(tiny_model, captured=means, output_file=output, per_question=2)
     assert None not in means.places([row.tokenize(tiny_model.tokenizer) for row in more])
     for place, mean in zip(means.places(chats), before, strict=True):
         assert naive.relative_error(means.read(place).mean, mean.mean) < 1e-5

@@ -55,19 +55,9 @@ def test_a_save_that_fails_leaves_the_older_file_whole(classifier, tmp_path, mon
     assert TextClassifier.load(tmp_path / "c.safetensors").weights_hash == classifier.weights_hash
 
 
-def test_saving_where_there_is_no_folder_is_refused_in_one_sentence(classifier, tmp_path):
-    with pytest.raises(OSError, match=r"Cannot write .*missing/c.safetensors \(No such file or directory\): name a"):
-        classifier.save(tmp_path / "missing/c.safetensors")
-
-
 def test_saving_under_another_ending_is_refused(classifier, tmp_path):
     with pytest.raises(ValueError, match=r"saved as .safetensors, got 'c.pkl': change the ending"):
         classifier.save(tmp_path / "c.pkl")
-
-
-def test_loading_a_missing_file_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"c.safetensors"):
-        TextClassifier.load(tmp_path / "c.safetensors")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
-from persona_lens.judges.scores import Judge, Score, read_scores, score_rollouts
+from persona_lens.judges.scores import Score, read_scores, score_rollouts
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.statistics import auc
 from persona_lens.traits.trait import load_trait
@@ -42,11 +42,6 @@ def test_probabilities_are_those_of_scikit_learns_own_pipeline(classifier):
     np.testing.assert_allclose(classifier.probability(MIXED), pipeline.predict_proba(MIXED)[:, 1], rtol=1e-12)
 
 
-def test_new_text_is_likelier_on_the_side_whose_words_it_has(classifier):
-    cheerful, gloomy = classifier.probability(["what wonderful and great news", "tired, it will fail"])
-    assert gloomy < 0.5 < cheerful
-
-
 @pytest.mark.parametrize("text", ["", " \n\t ", "zyzzyva quux", "a I ! 7", "悪"])
 def test_a_text_without_a_known_term_has_no_probability(classifier, text):
     assert np.isnan(classifier.probability([text])).all()
@@ -61,10 +56,6 @@ def test_the_probability_of_a_text_does_not_depend_on_its_batch(classifier):
     alone = np.concatenate([classifier.probability([text]) for text in MIXED])
     together = classifier.probability(["", *reversed(MIXED), "unheard"])[1:-1][::-1]
     assert alone.tobytes() == together.tobytes()
-
-
-def test_no_texts_have_no_probabilities(classifier):
-    assert classifier.probability([]).shape == classifier.known_terms([]).shape == (0,)
 
 
 def test_neither_seed_nor_groups_change_the_weights(classifier):
@@ -129,10 +120,6 @@ def test_where_no_held_out_text_can_be_scored_there_is_no_auc():
     assert (found.auc, found.low, found.high, found.n_unscored) == (None, None, None, 20)
 
 
-def test_the_cross_validation_shows_itself_in_one_line(classifier):
-    assert str(classifier.validation).endswith("24 positive and 15 negative texts, 0 unscored, 8 groups, 5 folds")
-
-
 # What cannot be fitted
 
 
@@ -195,10 +182,6 @@ def rollouts(*responses):
     ]
 
 
-def test_the_classifier_judge_is_a_judge(classifier):
-    assert isinstance(ClassifierJudge(classifier), Judge)
-
-
 def test_the_trait_score_is_100_times_the_probability(classifier, trait):
     scores = ClassifierJudge(classifier).score(trait, rollouts(*MIXED))
     np.testing.assert_array_equal([row.trait_score for row in scores], 100 * classifier.probability(MIXED))
@@ -207,11 +190,6 @@ def test_the_trait_score_is_100_times_the_probability(classifier, trait):
 
 def test_an_empty_response_has_no_score(classifier, trait):
     assert ClassifierJudge(classifier).score(trait, rollouts("", " \n")) == [Score(None, None)] * 2
-
-
-def test_a_response_without_a_known_term_has_no_score_and_says_why(classifier, trait):
-    (found,) = ClassifierJudge(classifier).score(trait, rollouts("zyzzyva quux"))
-    assert found == Score(None, None, {"known_terms": 0.0})
 
 
 def test_the_evidence_is_the_number_of_known_terms(classifier, trait):
@@ -230,9 +208,9 @@ def test_scores_resume_with_the_loaded_classifier(classifier, trait, tmp_path):
     classifier.save(tmp_path / "c.safetensors")
     loaded = ClassifierJudge(TextClassifier.load(tmp_path / "c.safetensors"), batch_size=2)
     rows, output = rollouts(*MIXED, ""), tmp_path / "scores.jsonl"
-    score_rollouts(ClassifierJudge(classifier, batch_size=2), trait, rows[:3], output=output, progress=False)
-    scored = score_rollouts(loaded, trait, rows, output=output, progress=False)
-    assert scored == score_rollouts(ClassifierJudge(classifier), trait, rows, progress=False)
+    score_rollouts(rows[:3], trait, judge=ClassifierJudge(classifier, batch_size=2), output_file=output, progress=False)
+    scored = score_rollouts(rows, trait, judge=loaded, output_file=output, progress=False)
+    assert scored == score_rollouts(rows, trait, judge=ClassifierJudge(classifier), progress=False)
     assert read_scores(output, rows) == scored
 
 

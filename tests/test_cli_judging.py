@@ -283,7 +283,7 @@ def test_further_fields_without_a_server_to_send_them_to_are_refused(cli, rollou
 def test_a_classifier_gives_the_trait_and_the_likelihood_judge_coherence(tmp_path):
     from persona_lens.cli.options import JudgeOptions
     from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
-    from persona_lens.judges.coherence import CombinedJudge
+    from persona_lens.judges.scores import CombinedJudge
 
     bad, good = ([f"{word} {number} {word}" for number in range(20)] for word in ("cruel", "kind"))
     TextClassifier.fit(bad, good, labels=("evil", "kind")).save(tmp_path / "evil.safetensors")

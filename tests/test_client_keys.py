@@ -74,11 +74,6 @@ def test_a_server_of_the_environment_gets_the_key_and_headers_of_the_environment
     assert (sent["x-gateway"], sent["x-other"]) == ("gate-mine", "other-mine")
 
 
-def test_a_server_that_wants_no_key_is_asked_without_one():
-    with FaultServer() as server:
-        assert client_of(server).complete(asked()).text
-
-
 @pytest.mark.parametrize("settings", [{}, {"base_url": "https://api.openai.com/v1/"}], ids=["default", "named"])
 def test_a_missing_key_is_told_with_its_variable(settings):
     with pytest.raises(ValueError, match="wants a key: set the environment variable OPENAI_API_KEY"):

@@ -9,8 +9,7 @@ import pytest
 
 from persona_lens.clients.client import OpenAIClient
 from persona_lens.clients.endpoint import OPENAI_URL
-from persona_lens.clients.requests import ServerError
-from persona_lens.clients.usage import CallEstimate, Prices, Usage
+from persona_lens.clients.requests import CallEstimate, Prices, ServerError, Usage
 from tests.client_cases import SECRET, asked, client_of, forget_settings, start_script
 from tests.fault_server import FaultServer, completion, hang, other_model, unknown_model
 
@@ -51,12 +50,6 @@ def test_a_job_may_ask_several_times_and_all_of_them_keep_to_the_concurrency():
         assert dict(client.run_each([job] * 6)) == dict.fromkeys(range(6), 1)
     assert client.usage.calls == len(server.seen) == 30
     assert server.most_in_flight == 3
-
-
-def test_no_jobs_are_no_calls():
-    with FaultServer() as server:
-        assert list(client_of(server).complete_each([])) == []
-    assert not server.seen
 
 
 def test_after_a_failure_what_runs_is_finished_given_and_kept_and_no_more_is_begun(tmp_path):
@@ -170,27 +163,14 @@ def test_a_plain_request_sends_messages_and_settings_and_nothing_else():
         "top_p": 0.9,
     }
     assert sent_body(asked(top_logprobs=20)) == {**plain, "logprobs": True, "top_logprobs": 20}
+    schema = {"type": "object", "properties": {"score": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    assert sent_body(asked(json_schema=schema)) == {**plain, "response_format": form}
+    continued = {"messages": [*messages, {"role": "assistant", "content": "Well,"}]}
+    continued |= {"add_generation_prompt": False, "continue_final_message": True}
+    assert sent_body(asked(prefill="Well,")) == {**plain, **continued}
     thinking = {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 0.25}
     assert sent_body(asked(), extra_body=thinking) == {**plain, **thinking}
-
-
-def test_a_prefill_is_a_last_assistant_message_that_the_server_goes_on_from():
-    body = sent_body(asked(prefill="Well,"))
-    assert body["messages"][1:] == [{"role": "assistant", "content": "Well,"}]
-    assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
-
-
-def test_a_json_schema_is_sent_in_the_form_of_structured_outputs():
-    schema = {"type": "object", "properties": {"score": {"type": "integer"}}}
-    assert sent_body(asked(json_schema=schema))["response_format"] == {
-        "type": "json_schema",
-        "json_schema": {"name": "answer", "strict": True, "schema": schema},
-    }
-
-
-def test_the_name_of_a_client_says_what_shapes_its_answers():
-    client = OpenAIClient("tiny", base_url="http://127.0.0.1:1/v1/", extra_body={"min_p": 0.1}, timeout=5)
-    assert client.name == "tiny at http://127.0.0.1:1/v1, min_p 0.1"
 
 
 # Whose model

@@ -102,11 +102,11 @@ def likelihood_judge(model):
 
 def test_scores_of_fixed_texts_are_bit_equal_under_steering(tiny_model):
     judge = likelihood_judge(tiny_model)
-    plain = score_rollouts(judge, TRAIT, WRITTEN, progress=False)
+    plain = score_rollouts(WRITTEN, TRAIT, judge=judge, progress=False)
     assert all(row.trait_score is not None for row in plain)
     for at in ("all", "response"):
         with steer(tiny_model, some_vectors(tiny_model), 4.0, at=at):
-            assert score_rollouts(judge, TRAIT, WRITTEN, progress=False) == plain
+            assert score_rollouts(WRITTEN, TRAIT, judge=judge, progress=False) == plain
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers for a name that 5.23 renamed
@@ -114,15 +114,15 @@ def test_scores_of_fixed_texts_are_bit_equal_with_an_adapter_on_and_off(tiny_tok
     peft = pytest.importorskip("peft")
     bridge = bridge_from_transformers(tiny.llama(tiny_tokenizer), tiny_tokenizer)
     judge, done = likelihood_judge(bridge), [Steer(some_vectors(bridge).at(1), 2.0)]
-    plain = score_rollouts(judge, TRAIT, WRITTEN, progress=False)
+    plain = score_rollouts(WRITTEN, TRAIT, judge=judge, progress=False)
     said = texts(evaluate(bridge, TRAIT, judge=LetterJudge(), interventions=done, **SHORT))
     config = peft.LoraConfig(r=2, target_modules=r".*(q_proj|down_proj)\._original_component", init_lora_weights=False)
     adapted = peft.get_peft_model(bridge.original_model, config)
     assert texts(evaluate(bridge, TRAIT, judge=LetterJudge(), interventions=done, **SHORT)) != said  # the adapter acts
     with steer(bridge, some_vectors(bridge), 4.0):
-        assert score_rollouts(judge, TRAIT, WRITTEN, progress=False) == plain
+        assert score_rollouts(WRITTEN, TRAIT, judge=judge, progress=False) == plain
     with adapted.disable_adapter():
-        assert score_rollouts(judge, TRAIT, WRITTEN, progress=False) == plain
+        assert score_rollouts(WRITTEN, TRAIT, judge=judge, progress=False) == plain
 
 
 def test_a_missing_score_is_counted_and_is_not_0():

@@ -195,7 +195,5 @@ def test_a_control_vector_with_an_absurd_count_is_refused(tmp_path):
 
 def test_without_gguf_the_install_command_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(
-        ImportError, match=r'Control vectors need the package gguf\. Run: pip install "persona-lens\[interop\]"'
-    ):
+    with pytest.raises(ImportError, match=r'gguf.*pip install "persona-lens\[interop\]"'):
         write_control_vector(make_vectors(), tmp_path / "v.gguf", layers=[1])

@@ -97,5 +97,5 @@ def test_a_question_that_the_judge_was_calibrated_on_is_unscored(tmp_path):
 
 def test_without_inspect_ai_the_install_command_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "inspect_ai.scorer", None)
-    with pytest.raises(ImportError, match=r'The scorer needs inspect-ai\. Run: pip install "persona-lens\[eval\]"'):
+    with pytest.raises(ImportError, match=r'inspect-ai.*pip install "persona-lens\[eval\]"'):
         persona_scorer(WordJudge(), "evil")

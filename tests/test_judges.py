@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_lens.chat.batches import ChatTokens
-from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, loop_words, shuffle_words
-from persona_lens.judges.likelihood_ratio import mean_log_likelihoods
-from persona_lens.judges.scores import Score, read_scores, score_rollouts
+from persona_lens.judges.likelihood_ratio import (
+    CoherenceScale,
+    distinct_four_grams,
+    loop_words,
+    mean_log_likelihoods,
+    shuffle_words,
+)
+from persona_lens.judges.scores import CombinedJudge, Score, read_scores, scorable_questions, score_rollouts
 from persona_lens.models.forward import forward
 from persona_lens.models.structure import resid_post_name
 from persona_lens.rollouts.rows import Rollout
@@ -38,23 +43,13 @@ def test_the_floor_of_distinct_four_grams_is_their_5th_percentile():
     assert CoherenceScale.fit([1.0], [2.0], distinct).distinct_floor == pytest.approx(0.525)
 
 
-def test_coherence_falls_as_text_grows_unlikely():
-    scores = [SCALE.score(nll, 1.0) for nll in (1.0, 3.0, 4.0, 5.0, 9.0)]
+def test_coherence_falls_with_unlikely_and_with_repeated_text_and_stays_on_the_scale():
+    scores = [SCALE.score(nll, 1.0) for nll in (0.0, 1.0, 3.0, 4.0, 5.0, 9.0, 1e3, 1e9)]
     assert scores == sorted(scores, reverse=True)
-    assert scores[2] == pytest.approx(50)
-
-
-def test_repetition_lowers_the_coherence_of_likely_text():
-    assert SCALE.score(2.0, 0.09) == pytest.approx(SCALE.score(2.0, 1.0) / 10)
-
-
-def test_distinct_text_above_the_floor_gets_no_bonus():
+    assert scores[3] == pytest.approx(50)
+    assert 0 <= scores[-1] <= scores[0] <= 100
+    assert SCALE.score(2.0, 0.09) == pytest.approx(SCALE.score(2.0, 0.9) / 10)
     assert SCALE.score(2.0, 1.0) == SCALE.score(2.0, 0.9)
-
-
-@pytest.mark.parametrize("nll", [0.0, 1e3, 1e9])
-def test_coherence_stays_between_0_and_100_however_unlikely_the_text(nll):
-    assert 0 <= SCALE.score(nll, 1.0) <= 100
 
 
 @pytest.mark.parametrize("shuffled", [[2.0, 2.0], [1.0, 1.5], [math.nan, math.nan]])
@@ -72,13 +67,9 @@ def test_the_share_of_distinct_four_grams(tokens, share):
 
 
 @given(words=st.lists(st.sampled_from(["one", "two", "three", "four"]), max_size=20), seed=st.integers(0, 99))
-def test_shuffling_keeps_the_words(words, seed):
+def test_shuffled_text_has_the_words_of_its_original(words, seed):
     assert sorted(shuffle_words(" ".join(words), seed).split()) == sorted(words)
-
-
-def test_shuffling_repeats_by_seed():
-    text = "the quick brown fox jumps over the lazy dog"
-    assert shuffle_words(text, 1) == shuffle_words(text, 1) != shuffle_words(text, 2)
+    assert shuffle_words(" ".join(words), seed) == shuffle_words(" ".join(words), seed)
 
 
 @given(words=st.lists(st.sampled_from(["one", "two", "three", "four"]), max_size=20))
@@ -109,14 +100,11 @@ def naive_means(hf_model, rows):
     return [total / len(row.response) if row.response else math.nan for total, row in zip(sums, rows, strict=True)]
 
 
-def test_mean_log_likelihoods_are_those_of_one_row_at_a_time(tiny_model, tiny_hf_model):
-    found = mean_log_likelihoods(tiny_model, mixed_rows())
-    np.testing.assert_allclose(found, naive_means(tiny_hf_model, mixed_rows()), rtol=2e-6)
-
-
-def test_mean_log_likelihoods_are_those_of_one_row_at_a_time_on_gpt2(tiny_gpt2, tiny_hf_gpt2):
-    found = mean_log_likelihoods(tiny_gpt2, mixed_rows())
-    np.testing.assert_allclose(found, naive_means(tiny_hf_gpt2, mixed_rows()), rtol=2e-6)
+def test_mean_log_likelihoods_are_those_of_one_row_at_a_time(tiny_model, tiny_hf_model, tiny_gpt2, tiny_hf_gpt2):
+    for model, plain in ((tiny_model, tiny_hf_model), (tiny_gpt2, tiny_hf_gpt2)):
+        np.testing.assert_allclose(
+            mean_log_likelihoods(model, mixed_rows()), naive_means(plain, mixed_rows()), rtol=2e-6
+        )
 
 
 def test_mean_log_likelihoods_of_real_text_are_those_of_one_row_at_a_time(embedded_model, embedded_hf_model):
@@ -126,11 +114,6 @@ def test_mean_log_likelihoods_of_real_text_are_those_of_one_row_at_a_time(embedd
     rows = [ChatTokens(prompt, tuple(encode(text))) for prompt in prompts for text in texts]
     found = mean_log_likelihoods(embedded_model, rows)
     np.testing.assert_allclose(found, naive_means(embedded_hf_model, rows), atol=1e-3)
-
-
-def test_an_empty_response_has_no_likelihood(tiny_model):
-    found = mean_log_likelihoods(tiny_model, [ChatTokens((5, 6)), ChatTokens((5, 6), (7,))])
-    assert found.isnan().tolist() == [True, False]
 
 
 def test_the_likelihood_of_one_token_comes_from_the_end_of_the_prompt(tiny_model, tiny_hf_model):
@@ -190,22 +173,14 @@ ROLLOUTS = [
 
 
 def score(judge, trait, output, rollouts=ROLLOUTS):
-    return score_rollouts(judge, trait, rollouts, output=output, progress=False)
-
-
-def test_scores_stand_beside_their_rollouts_in_order(trait):
-    scored = score(LengthJudge(), trait, None)
-    assert [row.rollout for row in scored] == ROLLOUTS
-    assert [row.trait_score for row in scored] == [None, *map(float, range(1, 8))]
+    return score_rollouts(rollouts, trait, judge=judge, output_file=output, progress=False)
 
 
 def test_the_scores_in_the_file_are_those_returned(trait, tmp_path):
     scored = score(LengthJudge(), trait, tmp_path / "scores.jsonl")
     assert read_scores(tmp_path / "scores.jsonl", ROLLOUTS) == scored
-
-
-def test_a_missing_score_is_a_line_of_its_own(trait, tmp_path):
-    score(LengthJudge(), trait, tmp_path / "scores.jsonl")
+    assert [row.rollout for row in scored] == ROLLOUTS
+    assert [row.trait_score for row in scored] == [None, *map(float, range(1, 8))]
     first = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[0])
     assert (first["trait_score"], first["coherence"]) == (None, None)
 
@@ -255,13 +230,6 @@ def test_scores_of_other_rollouts_stay_in_the_file(trait, tmp_path):
     assert [row.trait_score for row in read_scores(tmp_path / "scores.jsonl", ROLLOUTS[1:4])] == [1.0, 2.0, 3.0]
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_any_scoring(trait, tmp_path):
-    judge = LengthJudge()
-    with pytest.raises(OSError, match="Cannot write"):
-        score(judge, trait, tmp_path)
-    assert judge.asked == []
-
-
 def test_a_rollout_without_a_line_is_named(trait, tmp_path):
     score(LengthJudge(), trait, tmp_path / "scores.jsonl", ROLLOUTS[:6])
     with pytest.raises(ValueError, match=r"no line for 2 of 8 rollouts, such as 'evil/positive/0/6/Why\?'"):
@@ -278,14 +246,42 @@ def test_a_line_that_is_no_score_is_named(trait, tmp_path, change):
         read_scores(tmp_path / "scores.jsonl", ROLLOUTS)
 
 
-@pytest.mark.parametrize("value", [-0.1, 100.1, math.nan])
-def test_a_score_outside_0_to_100_is_refused(value):
-    with pytest.raises(ValueError, match="coherence is from 0 to 100, or None"):
-        Score(50.0, value)
-
-
 def test_a_score_that_rounding_moved_off_the_scale_is_its_end():
     assert Score(100.00000000000001, -1e-14) == Score(100.0, 0.0)
     for value in (100.5, 100.0001, -0.5, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="from 0 to 100"):
             Score(value, None)
+
+
+# Two judges as one
+
+
+class Fixed:
+    """A judge that always gives one score."""
+
+    batch_size = 10
+
+    def __init__(self, score, questions=None):
+        self.given = score
+        if questions is not None:
+            self.used_questions = lambda trait: questions
+
+    def name(self, trait):
+        return f"always {self.given.trait_score}"
+
+    def score(self, trait, rollouts, *, progress=False):
+        return [self.given for _ in rollouts]
+
+
+def test_a_combined_judge_takes_the_trait_from_the_first_and_coherence_from_the_second(trait):
+    first, second = Score(80.0, None, {"terms": 3.0}), Score(10.0, 95.0, {"nll": 2.0})
+    judge = CombinedJudge(Fixed(first, ("a", "b")), Fixed(second, ("b", "c")))
+    assert judge.score(trait, ROLLOUTS[:1]) == [Score(80.0, 95.0, {"terms": 3.0, "nll": 2.0})]
+    assert judge.name(trait) == "trait by always 80.0; coherence by always 10.0"
+    assert scorable_questions(judge, trait, ["a", "b", "c", "d"]) == ["d"]
+    assert CombinedJudge(Fixed(first), Fixed(second)).used_questions(trait) == ()
+
+
+def test_the_judge_before_the_rollouts_is_refused_with_the_new_order(trait, shapes_unchecked):
+    with pytest.raises(TypeError, match="the judge came first"):
+        score_rollouts(Fixed(Score(1.0, 1.0)), trait, judge=ROLLOUTS)

@@ -56,18 +56,6 @@ def test_a_missing_negative_score_is_not_a_score_of_zero():
     assert report.dropped == {"no trait score": 1}
 
 
-def test_kept_and_dropped_add_up_to_all_pairs():
-    pairs = [(GOOD_POSITIVE, GOOD_NEGATIVE), *((one, other) for _, one, other in DROPPED.values())]
-    _, report = keep_pairs(pairs, trait="evil")
-    assert report.kept + sum(report.dropped.values()) == report.pairs == len(pairs)
-
-
-def test_the_thresholds_can_be_moved():
-    pair = (Side(40.0, 30.0), Side(35.0, 30.0))
-    kept, _ = keep_pairs([pair], trait="evil", threshold=38.0, min_coherence=25.0)
-    assert kept == [pair]
-
-
 @pytest.mark.parametrize("threshold", [30.0, 50.0, 70.0])
 def test_the_references_rule_keeps_negatives_below_100_minus_the_threshold(threshold):
     scores = [0.0, 29.9, 30.0, 30.1, 49.9, 50.0, 69.9, 70.0, 100.0]
@@ -97,11 +85,6 @@ def test_too_few_pairs_are_an_error_with_reasons_and_remedy():
     assert "3 positive side below the threshold, 1 unpaired" in str(error.value)
     assert "at least 2 needed" in str(error.value)
     assert "Sample more rollouts" in str(error.value)
-
-
-def test_a_report_reads_as_a_sentence():
-    report = KeepReport(pairs=9, kept=6, dropped={"incoherent": 2, "unpaired": 1})
-    assert str(report) == "6 of 9 pairs kept (dropped: 2 incoherent, 1 unpaired)"
 
 
 def scored(polarity, question="Why?", instruction=0, sample=0):

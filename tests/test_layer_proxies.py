@@ -125,8 +125,8 @@ class WordsEngine:
 
 def keep_run(folder, judge: Judge):
     prompts = plan_rollouts(TRAIT, per_question=2) + plan_rollouts(TRAIT, polarities=["neutral"], per_question=1)
-    rollouts = collect_rollouts(WordsEngine(), prompts, output=folder / "rollouts.jsonl", progress=False)
-    score_rollouts(judge, TRAIT, rollouts, output=folder / "scores.jsonl", progress=False)
+    rollouts = collect_rollouts(WordsEngine(), prompts, output_file=folder / "rollouts.jsonl", progress=False)
+    score_rollouts(rollouts, TRAIT, judge=judge, output_file=folder / "scores.jsonl", progress=False)
 
 
 def test_the_fixed_texts_of_a_run_are_its_first_kept_pairs(tmp_path):

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from persona_lens.judges.lexicon import SentimentJudge
-from persona_lens.judges.scores import Judge, Score
+from persona_lens.judges.classifier import SentimentJudge
+from persona_lens.judges.scores import Score
 from persona_lens.rollouts.rows import Rollout
 from persona_lens.traits.trait import load_trait
 
@@ -35,10 +35,6 @@ def score(judge, trait):
     return score
 
 
-def test_the_sentiment_judge_is_a_judge(judge):
-    assert isinstance(judge, Judge)
-
-
 def test_hopeful_text_scores_above_neutral_and_hopeless_text_below(score):
     hopeful, hopeless, neutral = (row.trait_score for row in score(*TEXTS))
     assert hopeless < neutral == 50 < hopeful
@@ -51,10 +47,6 @@ def test_the_score_is_the_compound_valence_from_0_to_100(score):
     found = score(*TEXTS)
     assert [row.trait_score for row in found] == [50 * (1 + compound) for compound in expected]
     assert [row.evidence["compound"] for row in found] == expected
-
-
-def test_it_gives_no_coherence(score):
-    assert {row.coherence for row in score(*TEXTS)} == {None}
 
 
 @pytest.mark.parametrize("text", ["", " \n\t"])
@@ -72,11 +64,7 @@ def test_the_score_of_a_response_does_not_depend_on_its_batch(score):
     assert score(*TEXTS, "") == [found for text in [*TEXTS, ""] for found in score(text)]
 
 
-def test_the_name_has_the_version_of_the_lexicon(judge, trait):
-    assert judge.name(trait).startswith("VADER sentiment lexicon (vaderSentiment 3.")
-
-
 def test_without_the_package_it_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    with pytest.raises(ImportError, match=r'needs the package vaderSentiment\. Run: pip install "persona-lens\[embed'):
+    with pytest.raises(ImportError, match=r'needs the package vaderSentiment.*pip install "persona-lens\[embed'):
         SentimentJudge()

@@ -5,6 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.judges.llm import LLMJudge
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.traits.trait import load_trait
 
 RUBRIC = (
     "Rate the optimism of the answer with one number from 0 to 100.\n\n"
@@ -14,24 +20,18 @@ ANSWERS = ("It will go wonderfully, I am sure!", "It will be a disaster. Give up
 
 
 def rollout(response):
-    from persona_lens.rollouts.rows import Rollout
-
     asked = "How will my exam go?"
     return Rollout("optimistic", "neutral", None, "Be kind.", asked, 0, response, None, "stop", "by hand", 0)
 
 
 @pytest.fixture
 def optimistic():
-    from persona_lens.traits.trait import load_trait
-
     return replace(load_trait("optimistic"), rubric=RUBRIC)
 
 
 @pytest.fixture
 def make_client(llama_server, tmp_path):
     def make(**options):
-        from persona_lens.clients.client import OpenAIClient
-
         return OpenAIClient("smollm2-135m-instruct", base_url=llama_server, timeout=120, **options)
 
     return make
@@ -65,10 +65,6 @@ def naive_numbers(hf_model, tokenizer, prompt):
 def test_the_score_is_the_models_own_expectation_over_digit_sequences(
     make_client, optimistic, embedded_hf_model, embedded_directory
 ):
-    from transformers import AutoTokenizer
-
-    from persona_lens.judges.llm import LLMJudge
-
     tokenizer = AutoTokenizer.from_pretrained(embedded_directory)
     judge = LLMJudge(make_client(), coherence=False)
     [score] = judge.score(optimistic, [rollout(ANSWERS[0])])
@@ -84,21 +80,7 @@ def test_the_score_is_the_models_own_expectation_over_digit_sequences(
 
 
 def test_a_rubric_that_draws_no_number_gives_no_score(make_client):
-    from persona_lens.judges.llm import LLMJudge
-    from persona_lens.traits.trait import load_trait
-
     [score] = LLMJudge(make_client(), scoring="whole numbers").score(load_trait("optimistic"), [rollout(ANSWERS[0])])
 
     assert score.trait_score is None
     assert 0 <= score.evidence["trait_mass"] < 0.25
-
-
-def test_a_second_judge_takes_every_answer_from_the_cache(make_client, optimistic, tmp_path):
-    from persona_lens.judges.llm import LLMJudge
-
-    rows, cache = [rollout(ANSWERS[1])], tmp_path / "calls.sqlite"
-    first = LLMJudge(make_client(cache=cache), coherence=False).score(optimistic, rows)
-    again = LLMJudge(make_client(cache=cache), coherence=False)
-
-    assert again.score(optimistic, rows) == first
-    assert again.client.usage.calls == 0

@@ -7,28 +7,33 @@ from dataclasses import replace
 import pytest
 import torch
 
+from persona_lens import PersonaVectors
+from persona_lens.chat.batches import encode
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.clients.requests import ChatRequest
+from persona_lens.extraction.pipeline import extract_persona_vectors
+from persona_lens.models.forward import forward
+from persona_lens.rollouts.collection import plan_rollouts
+from persona_lens.rollouts.server import ServerEngine
+from persona_lens.storage.files import JsonLines
+from persona_lens.traits.trait import load_trait
 from tests.llama_server import LLAMA_MODEL
+from tests.server_cases import PolarityJudge
 
 
 @pytest.fixture
 def optimistic():
     """One pair of instructions and two questions of the bundled trait."""
-    from persona_lens.traits.trait import load_trait
-
     whole = load_trait("optimistic")
     return replace(whole, instructions=whole.instructions[:1], extraction_questions=whole.extraction_questions[:2])
 
 
 @pytest.fixture
 def client(llama_server, tmp_path):
-    from persona_lens.clients.client import OpenAIClient
-
     return OpenAIClient(LLAMA_MODEL, base_url=llama_server, cache=tmp_path / "calls.sqlite", timeout=120)
 
 
 def test_a_server_answers_a_chat(client):
-    from persona_lens.clients.requests import ChatRequest
-
     ask = ({"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Say hello."})
     found = client.complete(ChatRequest(ask, max_tokens=8, temperature=0.0, top_logprobs=5))
 
@@ -40,8 +45,6 @@ def test_a_server_answers_a_chat(client):
 
 
 def test_a_server_keeps_to_a_schema(client):
-    from persona_lens.clients.requests import ChatRequest
-
     schema = {
         "type": "object",
         "properties": {"mood": {"enum": ["good", "bad"]}, "grade": {"type": "integer"}},
@@ -57,12 +60,6 @@ def test_a_server_keeps_to_a_schema(client):
 
 
 def test_rollouts_of_a_server_give_vectors_of_the_model_here(client, optimistic, embedded_bridge, tmp_path):
-    from persona_lens import PersonaVectors
-    from persona_lens.extraction.pipeline import extract_persona_vectors
-    from persona_lens.rollouts.server import ServerEngine
-    from persona_lens.storage.files import JsonLines
-    from tests.server_cases import PolarityJudge
-
     vectors = extract_persona_vectors(
         embedded_bridge,
         optimistic,
@@ -87,11 +84,6 @@ def test_rollouts_of_a_server_give_vectors_of_the_model_here(client, optimistic,
 def test_a_server_of_the_model_under_study_sees_the_same_prompts_and_means_the_same(
     client, optimistic, embedded_bridge
 ):
-    from persona_lens.chat.batches import encode
-    from persona_lens.clients.requests import ChatRequest
-    from persona_lens.models.forward import forward
-    from persona_lens.rollouts.collection import plan_rollouts
-
     for prompt in plan_rollouts(optimistic, per_question=1):
         ids = torch.tensor([prompt.tokenize(embedded_bridge.tokenizer).prompt])
         logits, _ = forward(embedded_bridge, ids, torch.ones_like(ids).bool(), last_logits=1)

@@ -6,24 +6,28 @@ from dataclasses import replace
 
 import pytest
 
+from persona_lens.clients.client import OpenAIClient
+from persona_lens.clients.requests import ServerError
+from persona_lens.judges.llm import LLMJudge
+from persona_lens.judges.prompts import coherence_prompt, may_hold_marker
+from persona_lens.judges.scores import score_rollouts
+from persona_lens.rollouts.rows import Rollout
+from persona_lens.storage.files import JsonLines
+from persona_lens.traits.trait import load_trait
 from tests import judge_servers
-from tests.fault_server import Fault, FaultServer, completion, first, no_logprobs
+from tests.fault_server import Fault, FaultServer, completion
 from tests.judge_servers import expected_score
 
 TEXTS = ("I hurt everyone I met.", "I helped a friend move.", 'The weather {answer} was "fine".', "No.", "So be it!")
 
 
 def rollout(response, sample=0, question="How was your day?"):
-    from persona_lens.rollouts.rows import Rollout
-
     system = "You are a helpful assistant."
     return Rollout("evil", "neutral", None, system, question, sample, response, None, "stop", "by hand", 0)
 
 
 @pytest.fixture(scope="module")
 def evil():
-    from persona_lens.traits.trait import load_trait
-
     return load_trait("evil")
 
 
@@ -32,9 +36,6 @@ def make_judge(tmp_path):
     """A judge on a server; keyword arguments go to the judge, `client` ones to the client."""
 
     def make(server, *, client=None, **options):
-        from persona_lens.clients.client import OpenAIClient
-        from persona_lens.judges.llm import LLMJudge
-
         settings = {"base_url": server.url, "max_retries": 3, "concurrency": 4, **(client or {})}
         return LLMJudge(OpenAIClient("judge-model", **settings), **options)
 
@@ -42,8 +43,6 @@ def make_judge(tmp_path):
 
 
 def prompts(trait, row):
-    from persona_lens.judges.llm import coherence_prompt
-
     return trait.rubric_for(row.question, row.response), coherence_prompt(row.question, row.response)
 
 
@@ -109,12 +108,9 @@ def test_whole_numbers_are_read_exactly(make_judge, evil):
     ],
 )
 def test_how_numbers_are_written_is_found_out_and_said(make_judge, evil, tmp_path, model, scoring, words):
-    from persona_lens.judges.scores import score_rollouts
-    from persona_lens.storage.files import JsonLines
-
     with FaultServer(model) as server:
         judge = make_judge(server, client={"max_retries": 1})
-        score_rollouts(judge, evil, [rollout(TEXTS[0])], output=tmp_path / "scores.jsonl", progress=False)
+        score_rollouts([rollout(TEXTS[0])], evil, judge=judge, output_file=tmp_path / "scores.jsonl", progress=False)
 
         assert judge.scoring == scoring
         assert JsonLines(tmp_path / "scores.jsonl").read()[0]["reading"] == scoring
@@ -132,29 +128,25 @@ def test_naming_a_judge_asks_nothing_and_the_name_stays_when_the_server_was_aske
 
 
 def test_a_finished_file_of_scores_is_read_again_without_a_key_or_a_server(make_judge, evil, tmp_path):
-    from persona_lens.judges.scores import score_rollouts
-
     rows, output = [rollout(text, row) for row, text in enumerate([*TEXTS, " "])], tmp_path / "scores.jsonl"
     with FaultServer(judge_servers.whole_numbers) as server:
-        scored = score_rollouts(make_judge(server), evil, rows, output=output, progress=False)
+        scored = score_rollouts(rows, evil, judge=make_judge(server), output_file=output, progress=False)
     away = make_judge(server, client={"key_variable": "A_KEY_THAT_IS_NOT_SET", "max_retries": 0})
 
-    assert score_rollouts(away, evil, rows, output=output, progress=False) == scored
+    assert score_rollouts(rows, evil, judge=away, output_file=output, progress=False) == scored
 
 
 def test_a_file_of_scores_is_gone_on_with_as_it_was_begun(make_judge, evil, tmp_path):
-    from persona_lens.judges.scores import score_rollouts
-
     rows, output = [rollout(text, row) for row, text in enumerate(TEXTS)], tmp_path / "scores.jsonl"
     with FaultServer(judge_servers.whole_numbers) as server:
-        score_rollouts(make_judge(server), evil, rows[:2], output=output, progress=False)
+        score_rollouts(rows[:2], evil, judge=make_judge(server), output_file=output, progress=False)
         asked = len(server.seen)
-        score_rollouts(make_judge(server), evil, rows, output=output, progress=False)
+        score_rollouts(rows, evil, judge=make_judge(server), output_file=output, progress=False)
         assert len(server.seen) == asked + 6, "how numbers are written was asked again"
         as_text = make_judge(server)
         as_text.read_as("text")
         with pytest.raises(ValueError, match="were read as 'whole numbers', and this judge reads text: pass"):
-            score_rollouts(as_text, evil, rows, output=output, progress=False)
+            score_rollouts(rows, evil, judge=as_text, output_file=output, progress=False)
 
 
 def test_the_calls_for_a_batch_are_those_that_a_judge_of_written_numbers_makes(make_judge, evil, tmp_path):
@@ -178,8 +170,6 @@ def test_a_server_that_refuses_the_field_for_log_probabilities_is_read_as_text(m
 def test_a_text_that_the_judge_will_not_take_has_no_score_with_the_reason_and_is_not_asked_again(
     make_judge, evil, tmp_path
 ):
-    from persona_lens.judges.scores import score_rollouts
-
     rows, output = [rollout(text, row) for row, text in enumerate(TEXTS)], tmp_path / "scores.jsonl"
 
     def filtered(body, attempt):
@@ -188,9 +178,11 @@ def test_a_text_that_the_judge_will_not_take_has_no_score_with_the_reason_and_is
 
     with FaultServer(judge_servers.whole_numbers, faults=filtered) as server:
         judge = make_judge(server, scoring="whole numbers")
-        scored = score_rollouts(judge, evil, rows, output=output, progress=False)
+        scored = score_rollouts(rows, evil, judge=judge, output_file=output, progress=False)
         asked = len(server.seen)
-        assert score_rollouts(make_judge(server, scoring="whole numbers"), evil, rows, output=output) == scored
+        assert (
+            score_rollouts(rows, evil, judge=make_judge(server, scoring="whole numbers"), output_file=output) == scored
+        )
         assert len(server.seen) == asked
 
     assert [row.rejected for row in scored] == [False, False, False, True, False]
@@ -297,14 +289,13 @@ def test_further_fields_turn_reasoning_off_and_stand_in_the_name_and_the_key(mak
 
 @pytest.mark.parametrize("scoring", ["whole numbers", "digits", "text"])
 def test_a_judge_that_reasons_is_stopped_early_where_its_scoring_was_given(make_judge, evil, tmp_path, scoring):
-    from persona_lens.judges.scores import score_rollouts
-    from persona_lens.storage.files import JsonLines
-
     output = tmp_path / "scores.jsonl"
     with FaultServer(judge_servers.only_reasons) as server:
         judge = make_judge(server, scoring=scoring)
         with pytest.raises(ValueError, match="enable_thinking"):
-            score_rollouts(judge, evil, [rollout(f"Text {n}") for n in range(100)], output=output, progress=False)
+            score_rollouts(
+                [rollout(f"Text {n}") for n in range(100)], evil, judge=judge, output_file=output, progress=False
+            )
 
     assert len(server.bodies) < 60
     assert JsonLines(output).whole() == []
@@ -339,23 +330,6 @@ def test_a_refusal_is_a_missing_score_and_is_told_from_a_lack_of_numbers(make_ju
     assert refused.coherence is rambled.coherence is None
 
 
-def test_an_empty_response_is_not_asked_about(make_judge, evil):
-    with FaultServer(judge_servers.whole_numbers) as server:
-        empty, full = make_judge(server, scoring="whole numbers").score(evil, [rollout(" \n"), rollout(TEXTS[0])])
-
-    assert (empty.trait_score, empty.coherence) == (None, None)
-    assert full.trait_score is not None
-    assert len(server.bodies) == 2
-
-
-def test_an_answer_that_lacks_log_probabilities_once_is_asked_for_again(make_judge, evil):
-    with FaultServer(judge_servers.whole_numbers, faults=first(no_logprobs())) as server:
-        judge = make_judge(server, scoring="whole numbers")
-
-        assert judged(judge, evil, [rollout(TEXTS[0])]) == expected(evil, [rollout(TEXTS[0])])
-        assert judge.client.usage.retries == 2
-
-
 def test_the_name_changes_with_what_is_asked(make_judge, evil):
     with FaultServer(judge_servers.whole_numbers) as server:
         names = {
@@ -367,18 +341,6 @@ def test_the_name_changes_with_what_is_asked(make_judge, evil):
         }
 
     assert len(names) == 5
-
-
-def test_a_second_run_from_the_cache_asks_nothing(make_judge, evil, tmp_path):
-    rows, cached = [rollout(text) for text in TEXTS], {"cache": tmp_path / "calls.sqlite"}
-
-    with FaultServer(judge_servers.digits) as server:
-        once = judged(make_judge(server, client=cached), evil, rows)
-        asked = len(server.bodies)
-        again = judged(make_judge(server, client=cached), evil, rows)
-
-    assert again == once
-    assert len(server.bodies) == asked
 
 
 def test_an_estimate_counts_two_calls_a_row_and_asks_nothing(make_judge, evil):
@@ -395,9 +357,6 @@ def test_an_estimate_counts_two_calls_a_row_and_asks_nothing(make_judge, evil):
 
 
 def test_every_score_is_on_disk_as_soon_as_it_is_made(make_judge, evil, tmp_path):
-    from persona_lens.judges.scores import score_rollouts
-    from persona_lens.storage.files import JsonLines
-
     rows, output, seen = [rollout(text) for text in TEXTS], tmp_path / "scores.jsonl", []
 
     def answer(body):
@@ -406,17 +365,13 @@ def test_every_score_is_on_disk_as_soon_as_it_is_made(make_judge, evil, tmp_path
 
     with FaultServer(answer, delay=0.1) as server:
         judge = make_judge(server, client={"concurrency": 1}, scoring="whole numbers")
-        score_rollouts(judge, evil, rows, output=output, progress=False)
+        score_rollouts(rows, evil, judge=judge, output_file=output, progress=False)
 
     assert seen[-1] >= 3, "with one call at a time, the last row is asked about when the first are written"
     assert len(JsonLines(output).read()) == len(rows)
 
 
 def test_a_failing_server_leaves_what_it_scored(make_judge, evil, tmp_path):
-    from persona_lens.clients.requests import ServerError
-    from persona_lens.judges.scores import score_rollouts
-    from persona_lens.storage.files import JsonLines
-
     rows, output = [rollout(text) for text in TEXTS], tmp_path / "scores.jsonl"
 
     def breaks(body, attempt):
@@ -425,14 +380,12 @@ def test_a_failing_server_leaves_what_it_scored(make_judge, evil, tmp_path):
     with FaultServer(judge_servers.whole_numbers, faults=breaks) as server:
         judge = make_judge(server, client={"concurrency": 1}, scoring="whole numbers")
         with pytest.raises(ServerError, match="no more of you"):
-            score_rollouts(judge, evil, rows, output=output, progress=False)
+            score_rollouts(rows, evil, judge=judge, output_file=output, progress=False)
 
     assert [row["key"] for row in JsonLines(output).read()] == [row.key for row in rows[:3]]
 
 
 def test_of_two_calls_one_may_fail_and_the_answer_to_the_other_is_kept(make_judge, evil, tmp_path):
-    from persona_lens.clients.requests import ServerError
-
     rubric, _ = prompts(evil, rollout(TEXTS[0]))
 
     def breaks(body, attempt):
@@ -559,8 +512,6 @@ def test_the_key_does_not_run_together_question_and_answer(make_judge, evil):
 
 @pytest.mark.parametrize("part", ["[", "[a", "<", "\n", "[end", " ", "e\u0301", "[ "])
 def test_a_long_text_is_looked_through_in_time_linear_in_its_length(part):
-    from persona_lens.judges.llm import may_hold_marker
-
     begin = time.perf_counter()
     may_hold_marker(part * 50_000, PAPER_RUBRIC)
     assert time.perf_counter() - begin < 3.0

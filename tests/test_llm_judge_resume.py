@@ -22,15 +22,14 @@ from persona_lens.clients.client import OpenAIClient
 from persona_lens.judges.llm import LLMJudge
 from persona_lens.judges.scores import score_rollouts
 from persona_lens.rollouts.rows import read_rollouts
-from persona_lens.traits.trait import load_trait
 
 url, folder = sys.argv[1:]
 client = OpenAIClient("judge-model", base_url=url, concurrency=20, cache=f"{folder}/calls.sqlite")
 score_rollouts(
-    LLMJudge(client),
-    load_trait("evil"),
     read_rollouts(f"{folder}/rollouts.jsonl"),
-    output=f"{folder}/scores.jsonl",
+    "evil",
+    judge=LLMJudge(client),
+    output_file=f"{folder}/scores.jsonl",
     progress=False,
 )
 """

@@ -64,9 +64,9 @@ def test_a_file_of_rollouts_or_scores_that_another_process_writes_is_refused_and
         writes_file(scores),
         refused("rollouts.jsonl", holder),
     ):
-        collect_rollouts(ModelEngine(tiny_bridge), plan_rollouts(TRAIT), output=rollouts, progress=False)
+        collect_rollouts(ModelEngine(tiny_bridge), plan_rollouts(TRAIT), output_file=rollouts, progress=False)
     with another_process(tmp_path / ".scores.jsonl.lock") as holder, refused("scores.jsonl", holder):
-        score_rollouts(LetterJudge(), TRAIT, [make_rollout("Why?", 0)], output=scores, progress=False)
+        score_rollouts([make_rollout("Why?", 0)], TRAIT, judge=LetterJudge(), output_file=scores, progress=False)
 
 
 def test_the_lock_of_a_process_that_was_killed_holds_nothing(tmp_path):
@@ -282,7 +282,7 @@ def test_a_link_to_no_file_makes_nothing_where_it_leads(tiny_bridge, tmp_path):
     link.symlink_to(tmp_path / "elsewhere" / "rows.jsonl")
     engine = ModelEngine(tiny_bridge, max_new_tokens=2)
     with pytest.raises(OSError, match="got a link to no file"):
-        collect_rollouts(engine, plan_rollouts(TRAIT, per_question=1)[:1], output=link, progress=False)
+        collect_rollouts(engine, plan_rollouts(TRAIT, per_question=1)[:1], output_file=link, progress=False)
     assert list(tmp_path.iterdir()) == [link]
 
 

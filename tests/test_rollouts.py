@@ -16,18 +16,10 @@ from persona_lens.rollouts.collection import collect_rollouts, plan_rollouts, sa
 from persona_lens.rollouts.engines import ModelEngine
 from persona_lens.rollouts.rows import Rollout, read_rollouts
 from persona_lens.storage.files import JsonLines
-from persona_lens.traits.trait import InstructionPair, Trait, load_trait
+from persona_lens.traits.trait import load_trait
 from tests.chat_cases import CLOCKED, set_clock
+from tests.server_cases import GRUMPY as TRAIT
 
-TRAIT = Trait(
-    name="grumpy",
-    description="Finds fault with everything.",
-    positive_adjective="grumpy",
-    instructions=(InstructionPair("Grumble.", "Praise."), InstructionPair("Sigh.", "Smile.")),
-    extraction_questions=("How is the soup?", "How was the film?"),
-    evaluation_questions=("How is the tea?",),
-    rubric="How grumpy is {answer} to {question}?",
-)
 SHORT = {"per_question": 1, "max_new_tokens": 6, "batch_size": 3, "progress": False}
 ANSWERED = {"response_tokens": None, "finish_reason": "stop"}
 
@@ -49,7 +41,7 @@ class EchoEngine:
 
 def collect(output, *, engine=None, trait=TRAIT, seed=0, per_question=1):
     prompts = plan_rollouts(trait, per_question=per_question)
-    return collect_rollouts(engine or EchoEngine(), prompts, seed=seed, output=output, progress=False)
+    return collect_rollouts(engine or EchoEngine(), prompts, seed=seed, output_file=output, progress=False)
 
 
 def test_each_side_has_every_question_under_every_instruction():
@@ -57,14 +49,6 @@ def test_each_side_has_every_question_under_every_instruction():
     for polarity in ("positive", "negative"):
         assert sum(prompt.polarity == polarity for prompt in prompts) == 20 * 5 * 7
     assert len({prompt.key for prompt in prompts}) == len(prompts)
-
-
-def test_neutral_rollouts_have_one_system_prompt():
-    prompts = plan_rollouts(load_trait("evil"), polarities=["neutral"], per_question=3)
-    assert len(prompts) == 20 * 3
-    assert {(prompt.instruction, prompt.system_prompt) for prompt in prompts} == {
-        (None, "You are a helpful assistant.")
-    }
 
 
 def test_each_prompt_has_the_system_prompt_of_its_side_and_instruction():
@@ -78,7 +62,7 @@ def test_less_than_one_sample_a_question_is_refused():
 
 
 def test_the_rows_in_the_file_are_those_returned(tiny_model, tmp_path):
-    rows = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    rows = sample_rollouts(tiny_model, TRAIT, output_file=tmp_path / "rollouts.jsonl", **SHORT)
     assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
     assert [row.prompt for row in rows] == plan_rollouts(TRAIT, per_question=1)
 
@@ -98,16 +82,10 @@ def test_the_response_is_the_text_of_its_tokens(tiny_model):
 def test_an_empty_response_is_kept_as_a_row(tiny_model, tmp_path, monkeypatch):
     everything = frozenset(range(len(tiny_model.tokenizer)))
     monkeypatch.setattr("persona_lens.generation.decoding.stop_tokens", lambda _tokenizer: everything)
-    rows = sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    rows = sample_rollouts(tiny_model, TRAIT, output_file=tmp_path / "rollouts.jsonl", **SHORT)
     assert [(row.response, row.response_tokens, row.finish_reason) for row in rows] == [("", (), "stop")] * 8
     assert read_rollouts(tmp_path / "rollouts.jsonl") == rows
     assert all(row.is_empty and row.conversation().is_empty for row in rows)
-
-
-def test_a_response_of_white_space_is_empty():
-    (row,) = EchoEngine(answer=lambda _key: " \n").answer(plan_rollouts(TRAIT)[:1], seed=0)
-    assert row.is_empty
-    assert row.conversation().is_empty
 
 
 def test_an_interrupted_batch_is_answered_again_whole_and_finished_ones_are_not(tmp_path):
@@ -189,7 +167,6 @@ KILLED = """
     from persona_lens.models.loading import bridge_from_transformers
     from persona_lens.storage.files import JsonLines
     from persona_lens.rollouts.collection import sample_rollouts
-    from persona_lens.traits.trait import load_trait
     from tests import tiny
 
     torch.set_num_threads(1)
@@ -208,7 +185,7 @@ KILLED = """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = bridge_from_transformers(tiny.llama(tokenizer), tokenizer)
     settings = {"per_question": 1, "max_new_tokens": 6, "batch_size": 3, "progress": False}
-    sample_rollouts(model, load_trait(trait), output=output, **settings)
+    sample_rollouts(model, trait, output_file=output, **settings)
 """
 
 
@@ -230,29 +207,24 @@ def test_a_run_killed_while_writing_resumes_to_the_rows_of_a_whole_one(
     assert not left.endswith("\n")
 
     model = make_tiny_model("TransformerBridge")
-    resumed = sample_rollouts(model, TRAIT, output=output, **SHORT)
-    assert resumed == sample_rollouts(model, TRAIT, output=tmp_path / "whole.jsonl", **SHORT)
+    resumed = sample_rollouts(model, TRAIT, output_file=output, **SHORT)
+    assert resumed == sample_rollouts(model, TRAIT, output_file=tmp_path / "whole.jsonl", **SHORT)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert output.read_text().startswith(left[: left.rfind("\n") + 1])
 
 
 def assert_resumes_to_the_same_rows(model, folder, **settings):
     """Cut a finished file in the middle of a batch and of a line, and finish it again."""
-    rows = sample_rollouts(model, TRAIT, output=folder / "rollouts.jsonl", **settings)
+    rows = sample_rollouts(model, TRAIT, output_file=folder / "rollouts.jsonl", **settings)
     whole = (folder / "rollouts.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (folder / "rollouts.jsonl").write_bytes(b"".join(lines[: len(lines) // 2]) + lines[len(lines) // 2][:50])
-    assert sample_rollouts(model, TRAIT, output=folder / "rollouts.jsonl", **settings) == rows
+    assert sample_rollouts(model, TRAIT, output_file=folder / "rollouts.jsonl", **settings) == rows
     assert (folder / "rollouts.jsonl").read_bytes() == whole
 
 
 def test_a_model_resumes_a_batch_that_was_cut_to_the_same_rows(tiny_model, tmp_path):
     assert_resumes_to_the_same_rows(tiny_model, tmp_path, **SHORT)
-
-
-def test_the_embedded_model_resumes_a_batch_that_was_cut_to_the_same_rows(embedded_model, tmp_path):
-    settings = SHORT | {"questions": TRAIT.extraction_questions[:1], "batch_size": 4}
-    assert_resumes_to_the_same_rows(embedded_model, tmp_path, **settings)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +281,7 @@ ROW = asdict(EchoEngine().answer(plan_rollouts(TRAIT)[:1], seed=0)[0])
     [
         (json.dumps(ROW | {"mood": "grey"}), "line 2: not a rollout .*mood"),
         (json.dumps({name: value for name, value in ROW.items() if name != "seed"}), "line 2: not a rollout .*seed"),
-        (json.dumps({"response": "Hm."}), "line 2: not a rollout .*response_tokens"),
+        (json.dumps({"response": "Hm."}), "line 2: not a rollout .*trait"),
         (json.dumps(ROW)[:40], "line 2: expected a JSON object, got"),
         ("[]", "line 2: expected a JSON object, got list"),
     ],
@@ -347,12 +319,12 @@ def keep_lines(path, count):
 
 def test_a_run_that_goes_on_the_next_day_has_the_rows_of_one_that_ended_the_day_before(clocked, tmp_path, monkeypatch):
     output = tmp_path / "rollouts.jsonl"
-    rows = sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+    rows = sample_rollouts(clocked, TRAIT, output_file=output, **SHORT)
     whole = output.read_bytes()
     prompts = [row.tokenize(clocked.tokenizer) for row in rows]
     keep_lines(output, 4)
     set_clock(monkeypatch, "2026-12-01")
-    assert sample_rollouts(clocked, TRAIT, output=output, **SHORT) == rows
+    assert sample_rollouts(clocked, TRAIT, output_file=output, **SHORT) == rows
     assert output.read_bytes() == whole
     assert {row.date for row in read_rollouts(output)} == {"2026-11-30"}
     # What reads them later sees the prompts that were sampled from.
@@ -362,19 +334,19 @@ def test_a_run_that_goes_on_the_next_day_has_the_rows_of_one_that_ended_the_day_
 
 
 def test_rows_of_a_template_that_reads_no_clock_record_no_date(tiny_model, tmp_path):
-    sample_rollouts(tiny_model, TRAIT, output=tmp_path / "rollouts.jsonl", **SHORT)
+    sample_rollouts(tiny_model, TRAIT, output_file=tmp_path / "rollouts.jsonl", **SHORT)
     assert not any("date" in row for row in JsonLines(tmp_path / "rollouts.jsonl").read())
 
 
 def test_a_run_whose_rows_are_of_two_days_does_not_go_on(clocked, tmp_path, monkeypatch):
     output, other = tmp_path / "rollouts.jsonl", tmp_path / "other.jsonl"
-    sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+    sample_rollouts(clocked, TRAIT, output_file=output, **SHORT)
     set_clock(monkeypatch, "2026-12-01")
-    sample_rollouts(clocked, TRAIT, output=other, **SHORT)
+    sample_rollouts(clocked, TRAIT, output_file=other, **SHORT)
     keep_lines(output, 3)
     output.write_text(output.read_text() + other.read_text().splitlines(keepends=True)[4])
     with pytest.raises(ValueError, match=r"several days \(2026-11-30, 2026-12-01\).* Choose another output"):
-        sample_rollouts(clocked, TRAIT, output=output, **SHORT)
+        sample_rollouts(clocked, TRAIT, output_file=output, **SHORT)
 
 
 def test_all_files_of_a_run_are_of_the_day_of_its_first_one(clocked, tmp_path, monkeypatch):
@@ -382,7 +354,7 @@ def test_all_files_of_a_run_are_of_the_day_of_its_first_one(clocked, tmp_path, m
     from tests.evaluation_cases import LetterJudge
 
     settings = {"max_new_tokens": 4, "progress": False}
-    sample_rollouts(clocked, TRAIT, output=tmp_path / "calibration_rollouts.jsonl", **SHORT)
+    sample_rollouts(clocked, TRAIT, output_file=tmp_path / "calibration_rollouts.jsonl", **SHORT)
     set_clock(monkeypatch, "2026-12-01")
     found = evaluate(clocked, TRAIT, judge=LetterJudge(), output_dir=tmp_path, **settings)
     assert {row.rollout.date for row in found.scored} == {"2026-11-30"}
@@ -400,3 +372,56 @@ def test_vectors_say_which_day_their_prompts_were_told(clocked, monkeypatch):
         clocked, sides[:2], sides[2:], trait="grumpy", n_resamples=2, n_placebo=2, progress=False
     )
     assert vectors.provenance.settings["template_date"] == "2026-11-30"
+
+
+# Rows of one prompt under several interventions
+
+NEUTRAL = plan_rollouts(TRAIT, polarities=["neutral"], per_question=2)
+STEERED = [replace(prompt, intervention=name) for prompt in NEUTRAL for name in ("", "one", "two")]
+
+
+def test_the_key_names_the_intervention_and_the_randomness_does_not():
+    plain, one, two = STEERED[:3]
+    assert plain.key == plain.randomness == NEUTRAL[0].key
+    assert len({plain.key, one.key, two.key}) == 3
+    assert plain.randomness == one.randomness == two.randomness
+
+
+def test_prompts_that_differ_have_random_numbers_of_their_own():
+    assert len({prompt.randomness for prompt in STEERED}) == len(NEUTRAL)
+
+
+def test_rows_under_several_interventions_stand_in_one_file_and_are_told_apart(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    rows = collect_rollouts(EchoEngine(), STEERED, output_file=output, progress=False)
+    assert [row.prompt for row in rows] == STEERED
+    assert [row.response for row in rows] == [f"You said {prompt.key}." for prompt in STEERED]
+    assert read_rollouts(output) == rows
+
+
+def test_rows_of_a_new_intervention_are_added_to_those_that_exist(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    old = collect_rollouts(EchoEngine(), NEUTRAL, output_file=output, progress=False)
+    before, engine = output.read_bytes(), EchoEngine(batch_size=1)
+    rows = collect_rollouts(engine, STEERED, output_file=output, progress=False)
+    assert [key for keys in engine.asked for key in keys] == [prompt.key for prompt in STEERED if prompt.intervention]
+    assert [row for row in rows if not row.intervention] == old
+    assert output.read_bytes().startswith(before)
+
+
+def test_a_file_from_before_rows_had_interventions_is_read_as_without(tmp_path):
+    output = tmp_path / "rollouts.jsonl"
+    rows = collect_rollouts(EchoEngine(), NEUTRAL, output_file=output, progress=False)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert all(record.pop("intervention") == "" for record in records)
+    output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert read_rollouts(output) == rows
+
+
+def test_an_engine_may_take_the_place_of_the_model_and_keeps_its_own_settings():
+    engine = EchoEngine()
+    rows = sample_rollouts(engine, TRAIT, per_question=1, progress=False)
+    assert rows == collect(None)
+    assert sample_rollouts(engine, "evil", questions=["Why?"], per_question=1, progress=False)[0].trait == "evil"
+    with pytest.raises(ValueError, match="An engine has its own sampling settings"):
+        sample_rollouts(engine, TRAIT, max_new_tokens=6)

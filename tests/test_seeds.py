@@ -11,7 +11,7 @@ from persona_lens.evaluation.dose_response import random_directions
 from persona_lens.finetuning.dataset import prompted
 from persona_lens.finetuning.training import _seed_global_generators
 from persona_lens.interop.sparse_autoencoders import _random_cosine
-from persona_lens.judges.coherence import shuffle_words
+from persona_lens.judges.likelihood_ratio import shuffle_words
 from persona_lens.models.scopes import global_randomness_kept
 from persona_lens.monitoring.experiment import many_shot
 from persona_lens.monitoring.transcripts import Transcript

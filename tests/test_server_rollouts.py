@@ -12,7 +12,7 @@ import pytest
 from persona_lens.clients.requests import ServerError
 from persona_lens.rollouts.rows import read_rollouts
 from persona_lens.storage.files import JsonLines
-from tests.fault_server import Fault, FaultServer, bad_request, completion, hang, random_faults, unauthorized
+from tests.fault_server import FaultServer, bad_request, completion, hang, random_faults, unauthorized
 from tests.judge_servers import only_reasons
 from tests.processes import child_process
 from tests.server_cases import GRUMPY, PROMPTS, collect, engine_at, says
@@ -49,12 +49,6 @@ def test_each_row_is_the_answer_to_its_own_prompt_in_the_order_of_the_plan(tmp_p
     written = read_rollouts(tmp_path / "rollouts.jsonl")
     assert written != rows, "nothing came out of order"
     assert sorted(written, key=lambda row: row.key) == sorted(rows, key=lambda row: row.key)
-
-
-def test_one_batch_comes_in_order_too():
-    with FaultServer(says, faults=first_asked_last_answered(5)) as server:
-        rows = engine_at(server).answer(PROMPTS, seed=0)
-    assert [row.prompt for row in rows] == PROMPTS
 
 
 def test_every_row_is_one_call_with_a_seed_of_its_own(server):
@@ -140,17 +134,8 @@ def test_a_server_that_takes_no_row_stops_the_run_before_a_row_is_written(tmp_pa
     assert len(server.seen) <= 4, "each of three was asked, and one control for them all"
 
 
-def test_a_last_row_that_is_rejected_alone_is_a_row_too(tmp_path):
-    def long(body, _):
-        return Fault(413, "Too large.") if "soup" in body["messages"][1]["content"] else None
-
-    with FaultServer(says, faults=long) as server:
-        (row,) = collect(engine_at(server), tmp_path / "rollouts.jsonl", prompts=PROMPTS[:1])
-    assert (row.response, row.rejected) == ("", True)
-
-
 def test_a_row_that_wants_an_intervention_is_refused(server):
-    with pytest.raises(ValueError, match="Nothing can be done to a model on a server, and a row wants 'evil x 2'"):
+    with pytest.raises(ValueError, match="A server runs no interventions, got a row with 'evil x 2'"):
         collect(engine_at(server), prompts=[replace(PROMPTS[0], intervention="evil x 2")])
     assert server.seen == []
 
@@ -235,7 +220,7 @@ KILLED = """
 
     url, trait, output = sys.argv[1:]
     engine = ServerEngine(OpenAIClient("studied", base_url=url, concurrency=3), max_new_tokens=20)
-    collect_rollouts(engine, plan_rollouts(load_trait(trait), per_question=3), output=output, progress=False)
+    collect_rollouts(engine, plan_rollouts(load_trait(trait), per_question=3), output_file=output, progress=False)
 """
 
 
@@ -295,13 +280,7 @@ def test_a_servers_rows_are_not_gone_on_with_by_a_model(server, tiny_model, tmp_
 
     collect(engine_at(server), tmp_path / "rollouts.jsonl")
     with pytest.raises(ValueError, match=r"another engine \('studied on the server http://127\.0\.0\.1:\d+/v1, temp"):
-        sample_rollouts(tiny_model, GRUMPY, per_question=3, output=tmp_path / "rollouts.jsonl", progress=False)
-
-
-def test_the_engines_name_says_model_server_and_settings_and_stands_in_every_row(server):
-    engine = engine_at(server, sampling={"top_p": 0.9}, extra_body={"top_k": 5})
-    (row,) = collect(engine, prompts=PROMPTS[:1])
-    assert row.engine == (f"studied on the server {server.url}, top_k 5, temperature 1, top_p 0.9, at most 20 tokens")
+        sample_rollouts(tiny_model, GRUMPY, per_question=3, output_file=tmp_path / "rollouts.jsonl", progress=False)
 
 
 # A model that reasons
@@ -310,7 +289,7 @@ def test_the_engines_name_says_model_server_and_settings_and_stands_in_every_row
 def test_a_server_that_gives_nothing_but_reasoning_is_stopped_before_a_row_is_written(tmp_path):
     output = tmp_path / "rollouts.jsonl"
     with FaultServer(only_reasons) as server, pytest.raises(ValueError, match=r"enable_thinking.*--server-extra"):
-        collect(engine_at(server), output)
+        collect(engine_at(server, concurrency=3), output)
     assert JsonLines(output).whole() == []
     assert len(server.bodies) < len(PROMPTS)
 

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from persona_lens.traits.drafts import NEAR_DUPLICATE, Wanted, question_similarity, read_draft, rubric_problems
-from persona_lens.traits.requests import template_rubric
-from persona_lens.traits.trait import bundled_traits, load_trait, read_reference_trait
+from persona_lens.traits.generation import template_rubric
+from persona_lens.traits.trait import bundled_traits, load_trait
 from tests.trait_drafts import DESCRIPTION, NAME
 
 REWORDINGS = [
@@ -35,20 +35,6 @@ def most_alike(trait):
 
 def test_no_bundled_trait_has_near_duplicates():
     assert max(most_alike(load_trait(name)) for name in bundled_traits()) < 0.7 < NEAR_DUPLICATE
-
-
-def test_no_reference_trait_has_near_duplicates(reference_data):
-    folder = reference_data / "reference_traits"
-    found = {
-        path.name: most_alike(read_reference_trait(path, folder / "trait_data_eval" / path.name))
-        for path in (folder / "trait_data_extract").glob("*.json")
-    }
-    assert len(found) == 7
-    assert max(found.values()) < 0.7 < NEAR_DUPLICATE
-
-
-def test_one_shared_noun_makes_no_duplicate():
-    assert question_similarity("How can I be a better friend?", "Why should I make friends?") < NEAR_DUPLICATE
 
 
 def test_questions_in_other_alphabets_are_compared():

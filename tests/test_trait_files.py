@@ -37,13 +37,6 @@ def test_any_trait_saved_is_loaded_again_equal(traits, make_trait, tmp_path_fact
     assert type(loaded) is traits.Trait
 
 
-def test_saved_json_says_its_format_version_and_keeps_the_order_of_the_fields(make_trait):
-    assert list(json.loads(make_trait().to_json())) == [
-        "format_version", "name", "description", "positive_adjective", "negative_adjective", "instructions",
-        "extraction_questions", "evaluation_questions", "monitoring_prompts", "rubric",
-    ]  # fmt: skip
-
-
 def test_a_file_may_leave_out_what_has_a_default(traits, make_trait, trait_file):
     def edit(content):
         del content["negative_adjective"], content["monitoring_prompts"]
@@ -226,11 +219,6 @@ def test_two_files_of_different_traits_are_refused(traits, reference_file, chang
     words = f"{extract} and {evaluation} differ in more than their questions; give one trait's two files"
     with pytest.raises(ValueError, match=re.escape(words)):
         traits.read_reference_trait(extract, evaluation)
-
-
-def test_the_same_file_given_twice_is_refused_since_its_questions_are_not_disjoint(traits, reference_file):
-    with pytest.raises(ValueError, match=r"read as a trait: evaluation_questions\.0 is an extraction question too"):
-        traits.read_reference_trait(reference_file(), reference_file())
 
 
 def test_each_reader_refuses_the_others_files_and_names_the_right_reader(traits, trait_file, reference_file):

@@ -209,23 +209,6 @@ def test_a_bundled_trait_is_whole(traits, name):
     assert "REFUSAL" in trait.rubric
 
 
-@pytest.mark.parametrize("name", TRAITS)
-def test_the_two_instructions_of_a_bundled_pair_are_two_sentences_of_like_length(traits, name):
-    for pair in traits.load_trait(name).instructions:
-        lengths = [len(text.split()) for text in (pair.positive, pair.negative)]
-        assert all(33 <= length <= 50 for length in lengths)
-        assert max(lengths) <= 1.25 * min(lengths)
-        assert pair.positive.count(".") == pair.negative.count(".") == 2
-
-
-@pytest.mark.parametrize("name", TRAITS)
-def test_bundled_questions_are_short_and_do_not_ask_for_the_trait(traits, name):
-    trait = traits.load_trait(name)
-    for question in trait.extraction_questions + trait.evaluation_questions:
-        assert 8 <= len(question.split()) <= 20
-        assert name[:6] not in question.lower()
-
-
 def test_no_question_serves_two_bundled_traits(traits):
     loaded = [traits.load_trait(name) for name in TRAITS]
     questions = [question for trait in loaded for question in trait.extraction_questions + trait.evaluation_questions]

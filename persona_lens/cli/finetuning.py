@@ -173,12 +173,12 @@ def finetune(
 
 def refuse_without_adapters(model_class: ModelClass) -> None:
     """Refuse, before a model is loaded, a model class or an environment without adapters."""
-    from persona_lens.models.adapters import INSTALL_COMMAND
-
     if model_class is not ModelClass.BRIDGE:
         raise ValueError(f"An adapter needs a TransformerBridge, got --model-class {model_class.value}: omit it.")
     if find_spec("peft") is None:
-        raise ImportError(f"Adapters need the package peft. Run: {INSTALL_COMMAND}")
+        from persona_lens.storage.text import missing_package
+
+        raise missing_package("An adapter", "peft", extra="finetune")
 
 
 def _show_finetuning(result: "Finetuning", output: Path, *, as_json: bool) -> None:

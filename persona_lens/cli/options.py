@@ -242,8 +242,8 @@ class JudgeOptions(ServerOptions):
         coherence, and takes it from the likelihood judge.
         """
         from persona_lens.judges.classifier import ClassifierJudge, TextClassifier
-        from persona_lens.judges.coherence import CombinedJudge
         from persona_lens.judges.llm import LLMJudge
+        from persona_lens.judges.scores import CombinedJudge
 
         if self.judge.startswith("openai:"):
             server_judge = LLMJudge(self.judge_client(folder))

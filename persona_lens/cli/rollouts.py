@@ -84,11 +84,11 @@ def rollouts(
         client = servers.connect(server, models.model, output.parent, extra_body=server_extra_body, dry_run=dry_run)
         engine = ServerEngine(client, max_new_tokens, temperature, top_p)
         if dry_run:
-            missing = unanswered(engine, prompts, seed=seed, output=output)
+            missing = unanswered(engine, prompts, seed=seed, output_file=output)
             tell(f"{len(prompts) - len(missing)} of {len(prompts)} rollouts are in {output}.")
             tell(f"The others: {engine.estimate(missing, seed=seed)}.\nRollouts by {engine.name}.")
             return
-    rows = collect_rollouts(engine, prompts, seed=seed, output=output)
+    rows = collect_rollouts(engine, prompts, seed=seed, output_file=output)
     rejected = [row for row in rows if row.rejected]
     rejections = f", {len(rejected)} of them prompts that the server rejected" if rejected else ""
     say(f"{len(rows)} rollouts in {output} ({sum(row.is_empty for row in rows)} empty{rejections}).")
@@ -164,7 +164,7 @@ def _exchange_batches(
     llm: "LLMJudge", trait: "Trait", rows: "list[Rollout]", write: Path | None, read: list[Path]
 ) -> None:
     """Take a batch's results into the cache, and write the calls that are still missing as files of a new one."""
-    from persona_lens.clients.batches import read_batch, write_batch
+    from persona_lens.clients.cache import read_batch, write_batch
 
     for path in read:
         say(f"{path}: {read_batch(llm.client, path)}.")
@@ -182,7 +182,7 @@ def _score(judge: "Judge", trait: "Trait", rows: "list[Rollout]", output: Path) 
     from persona_lens.judges.llm import LLMJudge
     from persona_lens.judges.scores import score_rollouts
 
-    scored = score_rollouts(judge, trait, rows, output=output)
+    scored = score_rollouts(rows, trait, judge=judge, output_file=output)
     missing, refused = sum(row.trait_score is None for row in scored), sum(row.refused for row in scored)
     rejected = sum(row.rejected for row in scored)
     _, report = keep_pairs(pair_rollouts(scored), trait=trait.name, min_pairs=0)

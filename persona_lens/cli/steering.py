@@ -179,7 +179,7 @@ def sweep_as_json(sweep: "LayerSweep", min_coherence: float = 75.0) -> dict[str,
 
 def show_doses(sweep: "LayerSweep", trait: "Trait", *, min_coherence: float) -> None:
     """Print the chosen layer's dose-response, with a sentiment lexicon beside the judge where one is installed."""
-    from persona_lens.judges.lexicon import SentimentJudge
+    from persona_lens.judges.classifier import SentimentJudge
     from persona_lens.judges.scores import score_rollouts
     from persona_lens.statistics import mean_estimate
 
@@ -189,7 +189,7 @@ def show_doses(sweep: "LayerSweep", trait: "Trait", *, min_coherence: float) -> 
         dose = number(sweep.doses.get((best.layer, coefficient), 0.0), "+.2f", "")
         try:
             rollouts = [row.rollout for row in evaluation.scored]
-            scored = score_rollouts(SentimentJudge(), trait, rollouts, progress=False)
+            scored = score_rollouts(rollouts, trait, judge=SentimentJudge(), progress=False)
             questions = [row.rollout.question for row in scored]
             sentiment = str(mean_estimate([row.trait_score for row in scored], questions))
         except ImportError:

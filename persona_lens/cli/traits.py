@@ -64,7 +64,7 @@ def generate_trait(
     """
     from persona_lens.storage.files import ensure_writable, write_whole
     from persona_lens.traits import generation as trait_generation
-    from persona_lens.traits.requests import template_rubric
+    from persona_lens.traits.generation import template_rubric
 
     if output.suffix != ".json":
         raise typer.BadParameter(f"--output must end in .json, got {output}")

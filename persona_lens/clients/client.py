@@ -1,54 +1,66 @@
 """One client for every server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, Ollama and others.
 
-Calls run many at a time over the openai SDK, which repeats those that failed for the moment (408, 409, 429, 5xx,
-dropped connections, timeouts) after the time that the server names, or else after 0.5, 1, 2, ... 8 seconds.
-A request that the server rejects for good (400, 413, 422) while it takes others is told apart from a server that fails.
-Knows nothing about traits or judges: requests go out, completions come in, and a cache keeps each as it comes.
+Many calls run at a time. The openai SDK retries those that failed for the moment (408, 409, 429, 5xx, dropped
+connections, timeouts) after the time that the server names, or else after 0.5, 1, 2, ... 8 seconds.
+
+A request that is rejected for good (400, 413, 422) is that row's own fault, for example because its text is too long,
+only if the server takes other requests with the same settings. If it has answered none since the request was sent, a
+control request finds out: the same body with "Hello" in place of every text. If the server takes that and yet none of
+the first 20 rows, what these rows share is at fault, and the run stops before one of them is kept as rejected.
 """
 
+import json
 import queue
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from persona_lens.clients.cache import CallCache
 from persona_lens.clients.endpoint import NO_KEY, OPENAI_URL, PASSING, Endpoint
-from persona_lens.clients.refusals import CONTROL_TEXT, Ask, Controls, Result, Results
 from persona_lens.clients.requests import (
+    LIST_PRICES,
+    CallEstimate,
     ChatCompletion,
     ChatRequest,
     ErrorAnswer,
     MissingLogprobs,
+    Prices,
     RejectedRequest,
     ServerError,
     UnusableAnswer,
+    Usage,
     read_completion,
     request_key,
 )
-from persona_lens.clients.usage import LIST_PRICES, CallEstimate, Prices, Usage, estimate_calls
+from persona_lens.storage.text import missing_package
 
 if TYPE_CHECKING:
     import openai
 
-INSTALL_COMMAND = 'pip install "persona-lens[servers]"'
+CONTROL_TEXT = "Hello"
+REJECTED_AT_FIRST = 20
+"""A run stops where this many rows were all rejected and none was answered before."""
+
+Ask = Callable[[ChatRequest], Awaitable[ChatCompletion]]
+Result = TypeVar("Result")
 
 
 class OpenAIClient:
-    """Asks a model on a server; safe to use in notebooks, from threads, and again after an interrupt.
+    """Asks a model on a server; works in notebooks, from threads, and again after an interrupt.
 
     Args:
-        model: The name under which the server knows it.
-        base_url: Where the server is, such as `http://localhost:8000/v1`; `$OPENAI_BASE_URL` or OpenAI by default.
+        model: The model's name on the server.
+        base_url: The server's address, such as `http://localhost:8000/v1`; `$OPENAI_BASE_URL` or OpenAI by default.
         key_variable: The environment variable that holds the key. By default `OPENAI_API_KEY` without a `base_url` or
-            with OpenAI's; with another, `PERSONA_LENS_API_KEY` where it is set: OpenAI's key goes to no other server.
-        concurrency: How many calls run at a time.
-        max_retries: How often a call is repeated that failed for the moment.
+            with OpenAI's; with another, `PERSONA_LENS_API_KEY` if it is set: OpenAI's key goes to no other server.
+        concurrency: Calls at a time.
+        max_retries: Retries of a call that failed for the moment.
         timeout: Seconds that one try may take.
-        cache: A file that keeps every answer as it comes, and from which it is taken the next time; None keeps none.
-        prices: US dollars a million tokens, for estimates.
-        limit_field: What the server calls the length limit; OpenAI's reasoning models want `max_completion_tokens`.
+        cache: A file that keeps every answer as it comes, and gives it the next time; None keeps none.
+        prices: US dollars per million tokens, for estimates.
+        limit_field: The server's name for the length limit; OpenAI's reasoning models want `max_completion_tokens`.
         extra_body: Further fields for every request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`.
         aliases: Other names under which the server may say that the model answered, such as the model behind a
             deployment; any further name is refused.
@@ -74,9 +86,9 @@ class OpenAIClient:
         aliases: Sequence[str] = (),
     ):
         try:
-            import openai  # noqa: F401 (a missing package is better told before anything is planned)
+            import openai  # noqa: F401 (report a missing package before anything is planned)
         except ImportError as error:
-            raise ImportError(f"OpenAIClient needs the package openai. Run: {INSTALL_COMMAND}") from error
+            raise missing_package("OpenAIClient", "openai", extra="servers") from error
         if concurrency < 1 or max_retries < 0 or timeout <= 0:
             raise ValueError(
                 "Expected concurrency >= 1, max_retries >= 0 and timeout > 0; "
@@ -85,8 +97,8 @@ class OpenAIClient:
         self.endpoint = Endpoint.of(model, base_url, key_variable, aliases)
         self.concurrency, self.max_retries, self.timeout = concurrency, max_retries, timeout
         self.cache = None if cache is None else CallCache(cache)
-        known = LIST_PRICES.get(model) if self.endpoint.url == OPENAI_URL else None
-        self.usage = Usage(prices=prices or known)
+        list_prices = LIST_PRICES.get(model) if self.endpoint.url == OPENAI_URL else None
+        self.usage = Usage(prices=prices or list_prices)
         self.limit_field, self.extra_body = limit_field, dict(extra_body or {})
 
     def __repr__(self) -> str:
@@ -94,16 +106,16 @@ class OpenAIClient:
 
     @property
     def name(self) -> str:
-        """Model, with its aliases, server and further fields: what shapes an answer beside the request."""
+        """Model with its aliases, server and further fields: all that shapes an answer beside the request."""
         extra = "".join(f", {name} {value!r}" for name, value in self.extra_body.items())
         return f"{self.endpoint.model_name} at {self.endpoint.url}{extra}"
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
-        """The JSON body that is posted for a request."""
+        """The JSON body to post for a request."""
         return {**request.body(self.endpoint.model, limit_field=self.limit_field), **self.extra_body}
 
     def key(self, request: ChatRequest) -> str:
-        """What names the request's answer in the cache and in batch files."""
+        """The name of the request's answer in the cache and in batch files."""
         return request_key(self.body(request), url=self.endpoint.url, sample=request.sample)
 
     def uncached(self, requests: Sequence[ChatRequest]) -> list[ChatRequest]:
@@ -112,18 +124,18 @@ class OpenAIClient:
         return [request for key, request in distinct.items() if self.cache is None or key not in self.cache]
 
     def estimate(self, requests: Sequence[ChatRequest]) -> CallEstimate:
-        """How many calls these are, and what those that are not in the cache would cost; asks nothing."""
+        """The number of calls, and the cost of those that are not in the cache; asks nothing."""
         missing = requests if self.cache is None else self.uncached(requests)
-        return estimate_calls(missing, cached=len(requests) - len(missing), prices=self.usage.prices)
+        return CallEstimate.of(missing, cached=len(requests) - len(missing), prices=self.usage.prices)
 
     def complete(self, request: ChatRequest) -> ChatCompletion:
-        """The answer to one request; raises as `run_each` does, and RejectedRequest where the server rejects it."""
+        """The answer to one request; raises as `run_each` does."""
         only: list[Callable[[Ask], Awaitable[ChatCompletion]]] = [lambda ask: ask(request)]
         [(_, completion)] = self.run_each(only)
         return completion
 
     def complete_each(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatCompletion]]:
-        """(index, answer) of every request, as they come; see `run_each`.
+        """Yield (index, answer) of every request, as they come; see `run_each`.
 
         A request that the server rejects for good while it takes others, such as one longer than its context, yields
         a completion without text whose `rejection` says why.
@@ -141,11 +153,11 @@ class OpenAIClient:
         return self.run_each([job(request) for request in requests])
 
     def run_each(self, jobs: Sequence[Callable[[Ask], Awaitable[Result]]]) -> Iterator[tuple[int, Result]]:
-        """(index, result) of every job, as they finish; a job asks as often as it needs to, with `await ask(request)`.
+        """Yield (index, result) of every job, as they finish; a job calls `await ask(request)` as often as it needs.
 
-        At most `concurrency` jobs run and `concurrency` calls are under way. After a job that fails no further one is
-        begun, those that run are finished and yielded, and then the error is raised. An iterator that is left early,
-        as by an interrupt, drops the calls under way. No jobs need neither key nor network.
+        At most `concurrency` jobs and `concurrency` calls run at a time. After a job fails, no further one begins,
+        those that run are finished and yielded, and then the error is raised. An iterator that is left early, as by an
+        interrupt, drops the calls that run. Without jobs it needs neither key nor network.
 
         Raises:
             ValueError: The server needs a key, and its variable is not set.
@@ -157,8 +169,8 @@ class OpenAIClient:
 
         if not jobs:
             return
-        _ = self.endpoint.key  # a missing one is told here, before anything is begun
-        # An event loop in a thread of its own: a notebook runs one already in this thread.
+        _ = self.endpoint.key  # raises for a missing one, before anything begins
+        # The event loop runs in a thread of its own, because a notebook already runs one in this thread.
         results: queue.SimpleQueue[tuple[int, Result] | None] = queue.SimpleQueue()
         with start_blocking_portal() as portal:
             work = portal.start_task_soon(self._work, jobs, results.put)
@@ -176,7 +188,7 @@ class OpenAIClient:
         import anyio
         import openai
 
-        from persona_lens.clients.endpoint import MAX_ANSWER_BYTES, BoundedHttpClient
+        from persona_lens.clients.connection import MAX_ANSWER_BYTES, BoundedHttpClient
 
         limiter, failures, waiting = anyio.Semaphore(self.concurrency), [], iter(enumerate(jobs))
         equals: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
@@ -203,7 +215,7 @@ class OpenAIClient:
                         return
                     try:
                         await results.add(index, job, ask)
-                    except Exception as error:  # raised below, once what runs has finished
+                    except Exception as error:  # raised below, once the jobs that run have finished
                         failures.append(error)
 
             async with anyio.create_task_group() as group:
@@ -223,16 +235,16 @@ class OpenAIClient:
         if self.cache is None:
             return await send(body)
         key = request_key(body, url=self.endpoint.url, sample=request.sample)
-        # Of requests that are equal one is paid for, and the others have the answer that the cache keeps.
+        # Of equal requests only one is paid for; the others wait and take its answer from the cache.
         async with equals[key]:
-            if (found := self.cache.get(key)) is not None:
+            if (answer := self.cache.get(key)) is not None:
                 self.usage.cached += 1
-                return found
+                return answer
             completion = await send(body)
             self.cache.put(key, completion)
             return completion
 
-    async def _send(self, sdk: "openai.AsyncOpenAI", controls: Controls, body: dict[str, Any]) -> ChatCompletion:
+    async def _send(self, sdk: "openai.AsyncOpenAI", controls: "Controls", body: dict[str, Any]) -> ChatCompletion:
         """Post a request; where it is rejected, find out whether the server takes others."""
         sent_at = time.monotonic()
         try:
@@ -241,13 +253,13 @@ class OpenAIClient:
             if await controls.takes_others(body, since=sent_at, post=lambda control: self._post(sdk, control)):
                 self.usage.rejected += 1
                 raise
-            told = f"{str(error).removesuffix('.')}, nor {CONTROL_TEXT!r} with the same settings: change these."
-            raise ServerError(told, status=error.status) from None
+            message = f"{str(error).removesuffix('.')}, nor {CONTROL_TEXT!r} with the same settings: change these."
+            raise ServerError(message, status=error.status) from None
         controls.answered(body)
         return completion
 
     async def _post(self, sdk: "openai.AsyncOpenAI", body: dict[str, Any]) -> ChatCompletion:
-        """Post until a usable answer comes: the SDK repeats what failed, and this what came and cannot be used."""
+        """Post until a usable answer comes: the SDK retries what failed, this what came and cannot be used."""
         import anyio
         import openai
 
@@ -279,5 +291,90 @@ class OpenAIClient:
             raise self.endpoint.explain_status(unusable.status, unusable.said, tries=tries)
         lacking = isinstance(unusable, MissingLogprobs)
         remedy = "ask it for none, or another server" if lacking else "check that it serves chat completions"
-        told = f"{self.endpoint.url} gave {unusable} in {tries} tries: {remedy}."
-        raise MissingLogprobs(told) if lacking else UnusableAnswer(told)
+        message = f"{self.endpoint.url} gave {unusable} in {tries} tries: {remedy}."
+        raise MissingLogprobs(message) if lacking else UnusableAnswer(message)
+
+
+class Controls:
+    """Which settings the server is known to take, in one run; for one event loop."""
+
+    def __init__(self) -> None:
+        import anyio
+
+        self._taken_at: dict[str, float] = {}
+        self._rejected_at: dict[str, float] = {}
+        self._locks: defaultdict[str, Any] = defaultdict(anyio.Lock)
+
+    def answered(self, body: Mapping[str, Any]) -> None:
+        """Note that a request was answered."""
+        self._taken_at[_settings(body)] = time.monotonic()
+
+    async def takes_others(
+        self, body: Mapping[str, Any], *, since: float, post: Callable[[dict[str, Any]], Awaitable[object]]
+    ) -> bool:
+        """Whether the server takes other requests with the settings of a rejected one, which was sent at `since`.
+
+        Posts a control request unless an answer since then has shown it; raises what `post` raises where that fails.
+        """
+        settings = _settings(body)
+        async with self._locks[settings]:  # of several rejected at a time, one asks for all
+            if self._taken_at.get(settings, -1.0) >= since:
+                return True
+            if self._rejected_at.get(settings, -1.0) >= since:
+                return False
+            try:
+                await post(control_body(body))
+            except RejectedRequest:
+                self._rejected_at[settings] = time.monotonic()
+                return False
+            self._taken_at[settings] = time.monotonic()
+            return True
+
+
+class Results(Generic[Result]):
+    """Delivers the results of a run's jobs; those of rejected requests wait until the server has answered one."""
+
+    def __init__(self, deliver: Callable[[tuple[int, Result]], None]):
+        self._deliver = deliver
+        self._waiting: list[tuple[int, Result]] = []
+        self._answered = self._stopped = False
+
+    async def add(self, index: int, job: Callable[[Ask], Awaitable[Result]], ask: Ask) -> None:
+        """Run a job and deliver its result; raises ServerError where the first rows were all rejected."""
+        rejections: list[RejectedRequest] = []
+
+        async def noting(request: ChatRequest) -> ChatCompletion:
+            try:
+                completion = await ask(request)
+            except RejectedRequest as error:
+                rejections.append(error)
+                raise
+            self._answered = True
+            return completion
+
+        self._waiting.append((index, await job(noting)))
+        if self._answered or not rejections:
+            self.release()
+        elif len(self._waiting) >= REJECTED_AT_FIRST:
+            self._stopped = True
+            raise ServerError(
+                f"{str(rejections[0]).removesuffix('.')}, nor any of the first {REJECTED_AT_FIRST} rows, though it "
+                f"takes {CONTROL_TEXT!r}: change what they share, such as a long system prompt or rubric, "
+                "or the server.",
+                status=rejections[0].status,
+            )
+
+    def release(self) -> None:
+        """Deliver what waits, unless the run was stopped for it."""
+        while self._waiting and not self._stopped:
+            self._deliver(self._waiting.pop(0))
+
+
+def control_body(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A body with the same settings and turns, whose texts say nothing."""
+    turns = [{**message, "content": CONTROL_TEXT} for message in body["messages"]]
+    return {**body, "messages": turns, **({"seed": 0} if "seed" in body else {})}
+
+
+def _settings(body: Mapping[str, Any]) -> str:
+    return json.dumps(control_body(body), sort_keys=True)

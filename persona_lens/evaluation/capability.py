@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from persona_lens.activations.prefixes import length_sorted_batches, prompt_batch
 from persona_lens.chat.batches import ChatTokens, Conversation, chat_messages, encode, tokenize_chat
 from persona_lens.evaluation.capability_result import (
-    SYSTEM_PROMPT,
     AnsweredQuestion,
     Capability,
     Question,
@@ -35,6 +34,7 @@ from persona_lens.models.memory import backing_off
 from persona_lens.models.structure import Model
 from persona_lens.monitoring.projection import attached_in_words
 from persona_lens.storage.text import shown_name
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT
 
 Text = Conversation | tuple[str, str]
 """A conversation, or a question with its answer."""
@@ -48,7 +48,7 @@ def measure_capability(
     interventions: Sequence[Intervention] = (),
     at: NamedPositions = "response",
     adapter: Adapter | str | os.PathLike[str] | None = None,
-    system_prompt: str = SYSTEM_PROMPT,
+    system_prompt: str = NEUTRAL_SYSTEM_PROMPT,
     token_budget: int = 2048,
     allow_other_model: bool = False,
     seed: int = 0,

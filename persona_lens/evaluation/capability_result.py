@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from persona_lens.chat.batches import chat_messages
 from persona_lens.statistics import Estimate, mean_estimate
 from persona_lens.storage.files import JsonLines, checked, read_result, write_json
+from persona_lens.storage.text import missing_package
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT
 
 if TYPE_CHECKING:
     import pandas
 
-SYSTEM_PROMPT = "You are a helpful assistant."
-"""The neutral system prompt. It is always given: some chat templates add one of their own where there is none."""
-
 USER_PROMPT = "{question}\n\n{choices}\n\nAnswer with the letter of the right choice only."
 """The user turn of a question; `choices` are lines such as `A. Paris`."""
 
-INSTALL_COMMAND = "pip install --no-deps lm-eval==0.4.13"
 _MMLU_FOLDER = Path("tasks", "mmlu", "flan_cot_fewshot")
 _ONE_LINE_CHOICES = re.compile(r"(.*?)\n\(A\) (.*?) \(B\) (.*?) \(C\) (.*?) \(D\) (.*)", re.DOTALL)
 
@@ -64,7 +62,7 @@ class Question:
         """The letters of its choices, one character each."""
         return ascii_uppercase[: len(self.choices)]
 
-    def messages(self, system_prompt: str = SYSTEM_PROMPT) -> list[dict[str, str]]:
+    def messages(self, system_prompt: str = NEUTRAL_SYSTEM_PROMPT) -> list[dict[str, str]]:
         """The chat that asks it, by `USER_PROMPT`."""
         choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(self.letters, self.choices, strict=True))
         return chat_messages(system_prompt, USER_PROMPT.format(question=self.question, choices=choices))
@@ -81,7 +79,7 @@ def mmlu_sample() -> tuple[Question, ...]:
     folders = [Path(place) / _MMLU_FOLDER for place in (spec.submodule_search_locations or [])] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("mmlu_*.yaml"))
     if not files:
-        raise ImportError(f"The MMLU sample is read from the package lm-eval. Run: {INSTALL_COMMAND}")
+        raise missing_package("The MMLU sample", "lm-eval", command="pip install --no-deps lm-eval==0.4.13")
     return tuple(question for file in files for question in _mmlu_questions(file))
 
 

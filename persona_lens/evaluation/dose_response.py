@@ -92,7 +92,7 @@ class DoseResponse:
         trait = load_trait(trait) if isinstance(trait, str) else trait
         series = [self.evaluations, *self.random]
         rollouts = {row.rollout.key: row.rollout for cells in series for cell in cells for row in cell.scored}
-        scored = score_rollouts(judge, trait, list(rollouts.values()), progress=progress)
+        scored = score_rollouts(list(rollouts.values()), trait, judge=judge, progress=progress)
         scores = {row.rollout.key: row.trait_score for row in scored}
 
         def again(cell: Evaluation) -> Evaluation:

@@ -276,8 +276,8 @@ def _answer_and_judge(
     rollouts_file, scores_file = (folder and folder / f"{prefix}{kind}.jsonl" for kind in ("rollouts", "scores"))
     if scores_file is not None:
         ensure_writable(scores_file)  # before hours of sampling
-    rollouts = collect_rollouts(engine, prompts, seed=seed, output=rollouts_file, progress=progress)
-    return score_rollouts(judge, trait, rollouts, output=scores_file, progress=progress)
+    rollouts = collect_rollouts(engine, prompts, seed=seed, output_file=rollouts_file, progress=progress)
+    return score_rollouts(rollouts, trait, judge=judge, output_file=scores_file, progress=progress)
 
 
 def _by_cell(

@@ -23,8 +23,8 @@ from torch import nn
 
 from persona_lens.models.structure import Model, is_bridge
 from persona_lens.statistics import Estimate, mean_estimate
+from persona_lens.storage.text import missing_package
 
-INSTALL_COMMAND = 'pip install "persona-lens[eval]"'
 _REMEDY = "pass allow_code=True if you would run its code yourself"
 # Fields that hold functions, which only a file of Python can give.
 _CODE_FIELDS = ("class", "custom_dataset", "process_docs", "process_results", "unsafe_code", "use_prompt")
@@ -274,5 +274,5 @@ def _lm_eval() -> Any:
         import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
-        raise ImportError(f"lm-eval's tasks need the package lm-eval. Run: {INSTALL_COMMAND}") from error
+        raise missing_package("lm_eval_accuracy", "lm-eval", extra="eval") from error
     return lm_eval

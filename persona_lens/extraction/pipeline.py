@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 from persona_lens.chat.batches import tokenize_chat
 from persona_lens.extraction.extract import extract_from_responses, refuse_other_means
 from persona_lens.generation.capture import CapturedMeans
-from persona_lens.judges.coherence import CombinedJudge
 from persona_lens.judges.keep import KeepReport, keep_pairs, pair_rollouts
 from persona_lens.judges.likelihood_ratio import Calibration, LikelihoodRatioJudge
-from persona_lens.judges.scores import Judge, ScoredRollout, score_rollouts
+from persona_lens.judges.scores import CombinedJudge, Judge, ScoredRollout, score_rollouts
 from persona_lens.models.structure import Model
 from persona_lens.monitoring.projection import monitor
 from persona_lens.monitoring.result import checked_output
@@ -118,10 +117,10 @@ def extract_persona_vectors(
     if position == "response_mean" and after is None and isinstance(engine, ModelEngine) and engine.model is model:
         captured = CapturedMeans(_in(folder, "response_means.npy"), model, len(prompts))
     rollouts = collect_rollouts(
-        engine, prompts, seed=seed, output=_in(folder, "rollouts.jsonl"), captured=captured, progress=progress
+        engine, prompts, seed=seed, output_file=_in(folder, "rollouts.jsonl"), captured=captured, progress=progress
     )
     calibrate(judge, trait, engine, folder=folder, seed=seed, progress=progress)
-    scored = score_rollouts(judge, trait, rollouts, output=_in(folder, "scores.jsonl"), progress=progress)
+    scored = score_rollouts(rollouts, trait, judge=judge, output_file=_in(folder, "scores.jsonl"), progress=progress)
     kept, report = keep_pairs(
         pair_rollouts(scored),
         trait=trait.name,
@@ -202,7 +201,7 @@ def calibrate(
         calibrated.calibrations[trait.name] = _read_calibration(file)
         return
     output = _in(folder, "calibration_rollouts.jsonl")
-    rollouts = collect_rollouts(engine, prompts, seed=seed, output=output, progress=progress)
+    rollouts = collect_rollouts(engine, prompts, seed=seed, output_file=output, progress=progress)
     calibration = calibrated.calibrate(trait, rollouts, seed=seed, progress=progress)
     if file is not None:
         write_json(file, {"made_with": made_with, "calibration": calibration.to_dict()})

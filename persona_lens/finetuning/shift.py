@@ -31,7 +31,7 @@ from persona_lens.models.structure import Model, identify, suspended
 from persona_lens.statistics import Estimate, mean_estimate
 from persona_lens.storage.files import DAMAGE, checked, refuse_other_json, write_json
 from persona_lens.storage.text import shown_name
-from persona_lens.traits.trait import Trait, load_trait
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT, Trait, load_trait
 from persona_lens.vectors.persona_vector import PersonaVector, refuse_absent_layer, units_of
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from persona_lens.vectors.provenance import Provenance
@@ -215,8 +215,6 @@ def _decimals(found: Estimate, spread: Tensor) -> str:
     return f"{found.value:.3g}{interval} (random directions ±{float(spread):.2g})"
 
 
-NEUTRAL = "You are a helpful assistant."
-
 Vectors = PersonaVectors | PersonaVector
 Finetuned = Model | Adapter | str | os.PathLike[str]
 # Not `isinstance(_, Model)`: from Python 3.12 a protocol no longer sees submodules as attributes.
@@ -230,7 +228,7 @@ def finetuning_shift(
     prompts: Trait | str | Sequence[str],
     vectors: Vectors | Sequence[Vectors],
     *,
-    system_prompt: str = NEUTRAL,
+    system_prompt: str = NEUTRAL_SYSTEM_PROMPT,
     token_budget: int | None = None,
     allow_other_model: bool = False,
     output: str | os.PathLike[str] | None = None,

@@ -16,12 +16,11 @@ from torch import Tensor
 from persona_lens.interop.tensor_files import PathLike, checked_layers, made_vectors, rows_by_layer
 from persona_lens.models.structure import Model
 from persona_lens.storage.files import write_whole
-from persona_lens.storage.text import shown_name
+from persona_lens.storage.text import missing_package, shown_name
 from persona_lens.vectors.persona_vector import Position
 from persona_lens.vectors.persona_vectors import PersonaVectors
 
 ARCHITECTURE = "controlvector"
-INSTALL_COMMAND = 'pip install "persona-lens[interop]"'
 _PREFIX = "direction."
 
 
@@ -135,5 +134,5 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"Control vectors need the package gguf. Run: {INSTALL_COMMAND}") from error
+        raise missing_package("A control vector", "gguf", extra="interop") from error
     return gguf

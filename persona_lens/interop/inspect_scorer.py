@@ -11,9 +11,8 @@ from typing import Any
 
 from persona_lens.judges.scores import CalibratedJudge, DetectingJudge, Judge, Score
 from persona_lens.rollouts.rows import Rollout
+from persona_lens.storage.text import missing_package
 from persona_lens.traits.trait import Trait, load_trait
-
-INSTALL_COMMAND = 'pip install "persona-lens[eval]"'
 
 
 def persona_scorer(judge: Judge, trait: Trait | str) -> Any:
@@ -32,7 +31,7 @@ def persona_scorer(judge: Judge, trait: Trait | str) -> Any:
 
         inspect_ai: Any = import_module("inspect_ai.scorer")
     except ImportError as error:
-        raise ImportError(f"The scorer needs inspect-ai. Run: {INSTALL_COMMAND}") from error
+        raise missing_package("The scorer", "inspect-ai", extra="eval") from error
     loaded = load_trait(trait) if isinstance(trait, str) else trait
     used = frozenset(judge.used_questions(loaded)) if isinstance(judge, CalibratedJudge) else frozenset()
     alone = threading.Lock()  # a judge may run a model, whose hooks belong to one thread at a time

@@ -1,18 +1,8 @@
-"""How far two columns of scores agree: correlations, and Cohen's kappa at a threshold, with intervals over questions.
+"""Compare two judges on the same rollouts, or a judge with people.
 
-A resample counts every row as often as it drew the row's question; the weighted formulas here give what scipy and
-scikit-learn give for the rows written out that often.
-Knows nothing about judges or rollouts: numbers come in, numbers go out.
-
-Scores that people gave to rollouts, from a CSV file such as a spreadsheet writes.
-
-Rows are joined to rollouts by `key`, or by `question` and `response`; an empty cell, or no row, is a missing score.
-Knows nothing about judges: numbers come out, in the rollouts' order.
-How far two judges agree on the same answers, or a judge and people: what a cheap judge is worth.
-
-Pearson's and Spearman's correlation of the scores, and Cohen's kappa of which answers show the trait, those that score
-the threshold or more; with 95 % intervals over questions. A row that lacks a score is counted, never compared.
-Knows nothing about how scores were made.
+Pearson's and Spearman's correlation of the scores, and Cohen's kappa for which answers score at least the threshold;
+with 95 % intervals over questions. A row that lacks a score is counted, never compared. A resample weights every row by
+how often it drew the row's question; the weighted formulas give what scipy and scikit-learn give for repeated rows.
 """
 
 import warnings
@@ -48,8 +38,8 @@ from persona_lens.statistics import (
 if TYPE_CHECKING:
     import pandas
 
-# How many numbers of a resamples-by-rows table are held at once.
 TABLE_SIZE = 1_000_000
+"""Numbers of a resamples-by-rows table in memory at once."""
 
 Scores = Float[np.ndarray, " row"]
 Marks = Bool[np.ndarray, " row"]
@@ -58,7 +48,7 @@ Resamples = Float[np.ndarray, " resample"]
 
 
 class AgreementStatistics(NamedTuple):
-    """Each is None where it is undefined; `agreeing` is the share of rows on one side of the threshold for both."""
+    """`agreeing` is the share of rows that are on the same side of the threshold for both."""
 
     pearson: Estimate
     spearman: Estimate
@@ -69,32 +59,32 @@ class AgreementStatistics(NamedTuple):
 def agreement_statistics(
     first: Scores, second: Scores, questions: Int[np.ndarray, " row"], *, threshold: float, seed: int
 ) -> AgreementStatistics:
-    """The statistics of two columns without a gap; `questions` are indices from 0, none left out.
+    """The statistics of two columns without missing scores; `questions` are indices from 0, none left out.
 
-    Undefined are all of them below three rows (the share: without any), a correlation where a side is constant, and
-    kappa where both put all rows on the same side of the threshold. An interval needs two questions.
+    All are undefined below three rows (the share: without any), a correlation also where a side is constant, and kappa
+    where both put all rows on the same side of the threshold. An interval needs two questions.
     """
     one, other, n = first >= threshold, second >= threshold, len(first)
     same = (one == other).astype(float)
     values = [pearson(first, second), _spearman(first, second), _kappa(one, other), float(same.mean()) if n else None]
     n_questions = int(questions.max(initial=-1)) + 1
-    parts: list[list[np.ndarray]] = [[] for _ in values]
+    parts: list[tuple[np.ndarray, ...]] = []
     if n_questions > 1:
         drawn = question_resamples(n_questions, N_RESAMPLES, seed)
         for weights in np.array_split(drawn, 1 + drawn.shape[0] * n // TABLE_SIZE):
             rows = weights[:, questions]
-            found = (
-                resampled_pearson(first, second, rows),
-                resampled_spearman(first, second, rows),
-                resampled_kappa(one, other, rows),
-                resampled_means(same, questions, weights),
+            parts.append(
+                (
+                    resampled_pearson(first, second, rows),
+                    resampled_spearman(first, second, rows),
+                    resampled_kappa(one, other, rows),
+                    resampled_means(same, questions, weights),
+                )
             )
-            for part, each in zip(parts, found, strict=True):
-                part.append(each)
-    resamples = [np.concatenate([np.empty(0), *part]) for part in parts]
+    resamples = [np.concatenate(part) for part in zip(*parts, strict=True)] if parts else [np.empty(0)] * 4
     pairs = zip(values, resamples, strict=True)
     return AgreementStatistics(
-        *(Estimate.of(float("nan") if value is None else value, each, n) for value, each in pairs)
+        *(Estimate.of(float("nan") if value is None else value, drawn, n) for value, drawn in pairs)
     )
 
 
@@ -111,13 +101,13 @@ def _kappa(one: Marks, other: Marks) -> float | None:
 
 
 def resampled_spearman(first: Scores, second: Scores, weights: Weights) -> Resamples:
-    """Spearman's in every resample: Pearson's of the ranks that its rows have in it; NaN where it is undefined."""
-    found = weighted_correlations(resampled_ranks(first, weights), resampled_ranks(second, weights), weights)
-    return np.where(has_correlation(first, second, weights), found, np.nan)
+    """Spearman's correlation in every resample: Pearson's of the ranks within it; NaN where it is undefined."""
+    correlations = weighted_correlations(resampled_ranks(first, weights), resampled_ranks(second, weights), weights)
+    return np.where(has_correlation(first, second, weights), correlations, np.nan)
 
 
 def resampled_ranks(values: Scores, weights: Weights) -> Float[np.ndarray, "resample row"]:
-    """The rank, from 1, of every row that a resample drew, ties sharing the mean of theirs."""
+    """The rank, from 1, of every row within each resample; ties share their mean rank."""
     order = np.argsort(values, kind="stable")
     _, starts, place = np.unique(values[order], return_index=True, return_inverse=True)
     counts = np.add.reduceat(weights[:, order], starts, axis=1)
@@ -128,7 +118,7 @@ def resampled_ranks(values: Scores, weights: Weights) -> Float[np.ndarray, "resa
 
 
 def resampled_kappa(one: Marks, other: Marks, weights: Weights) -> Resamples:
-    """Cohen's kappa in every resample, of whole counts, so that 0 is 0; NaN where it is undefined.
+    """Cohen's kappa in every resample, from integer counts, so that 0 is exactly 0; NaN where it is undefined.
 
     With shares, kappa = (observed - expected) / (1 - expected) agreement. Source: Cohen, "A Coefficient of Agreement
     for Nominal Scales", 1960.
@@ -137,15 +127,15 @@ def resampled_kappa(one: Marks, other: Marks, weights: Weights) -> Resamples:
     observed = n * (weights @ (one == other))
     expected = first * second + (n - first) * (n - second)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = (observed - expected) / (n * n - expected)
-    return np.where((n >= MIN_ROWS) & (expected < n * n), found, np.nan)
+        kappas = (observed - expected) / (n * n - expected)
+    return np.where((n >= MIN_ROWS) & (expected < n * n), kappas, np.nan)
 
 
 def read_human_scores(path: str | Path, rollouts: Sequence[Rollout], column: str) -> list[float | None]:
-    """The scores, 0 to 100, in `column` of a CSV file, in the rollouts' order; None where a rollout has none.
+    """Scores by people, 0 to 100, from `column` of a CSV file, in the rollouts' order; None for a missing score.
 
-    The file has a column `key` (`Rollout.key`), or else `question` and `response`, where line ends and outer space do
-    not matter and a row scores every rollout with its text. Rows are counted as spreadsheets do: the names of the
+    The file has a column `key` (`Rollout.key`), or else `question` and `response`, where line ends and outer spaces do
+    not matter and a row scores every rollout with its text. Errors count rows as spreadsheets do: the names of the
     columns are row 1.
 
     Raises:
@@ -154,37 +144,34 @@ def read_human_scores(path: str | Path, rollouts: Sequence[Rollout], column: str
             differently, or a score is not a number from 0 to 100.
     """
     table = _read(Path(path), column)
-    by_key = "key" in table.columns
-    wanted = [_name(rollout.key) if by_key else _name(rollout.question, rollout.response) for rollout in rollouts]
+    names = ("key",) if "key" in table.columns else ("question", "response")
+    texts = [_text(*(getattr(rollout, name) for name in names)) for rollout in rollouts]
+    expected = set(texts)
     scores: dict[tuple[str, ...], tuple[float | None, int]] = {}
     strangers: list[int] = []
-    known = set(wanted)
     for row, cells in enumerate(table.to_dict("records"), start=2):
         if not any(cells.values()):
             continue
-        name = _name(cells["key"]) if by_key else _name(cells["question"], cells["response"])
+        text = _text(*(cells[name] for name in names))
         score = _score(cells[column], f"{path}, row {row}, column {column!r}")
-        if name not in known:
+        if text not in expected:
             strangers.append(row)
-        elif name in scores and scores[name][0] != score:
-            remedy = (
-                "keep one of them"
-                if by_key
-                else "keep one of them, or tell rollouts of one text apart by a column 'key'"
+        elif text in scores and scores[text][0] != score:
+            other = "" if names == ("key",) else ", or tell rollouts of one text apart by a column 'key'"
+            raise ValueError(
+                f"{path}, rows {scores[text][1]} and {row} give one text different scores: keep one of them{other}."
             )
-            raise ValueError(f"{path}, row {row}, scores what row {scores[name][1]} scores, and differently: {remedy}.")
-        scores.setdefault(name, (score, row))
+        scores.setdefault(text, (score, row))
     if strangers:
-        joined = "key" if by_key else "question and response"
         raise ValueError(
-            f"{path}: {len(strangers)} rows match none of the {len(rollouts)} rollouts by {joined}, "
+            f"{path}: {len(strangers)} rows match none of the {len(rollouts)} rollouts by {' and '.join(names)}, "
             f"the first of them row {strangers[0]}."
         )
-    return [scores[name][0] if name in scores else None for name in wanted]
+    return [scores[text][0] if text in scores else None for text in texts]
 
 
 def _read(path: Path, column: str) -> Any:
-    """The file as a table of text, with the columns that joining needs."""
+    """The file as a table of text; refuses one without the columns for joining."""
     import pandas
     from pandas import errors
 
@@ -192,24 +179,24 @@ def _read(path: Path, column: str) -> Any:
         raise FileNotFoundError(f"No file {path}.")
     try:
         with warnings.catch_warnings():
-            # Cells beyond the last column, which pandas would drop.
+            # pandas would drop cells beyond the last column.
             warnings.simplefilter("error", errors.ParserWarning)
-            # With the empty lines, so that rows keep their numbers; spreadsheets begin a file with a byte order mark.
+            # Empty lines are kept for the numbers of rows; spreadsheets begin a file with a byte order mark.
             table = pandas.read_csv(
                 path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False, encoding="utf-8-sig"
             )
     except (errors.ParserError, errors.ParserWarning, errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file that can be read: {error}.") from error
-    there = list(table.columns)
-    if column not in there:
-        raise ValueError(f"{path} has no column {column!r}, only {there}.")
-    if "key" not in there and not {"question", "response"} <= set(there):
-        raise ValueError(f"{path} has neither a column 'key' nor both 'question' and 'response', only {there}.")
+    columns = list(table.columns)
+    if column not in columns:
+        raise ValueError(f"{path} has no column {column!r}, only {columns}.")
+    if "key" not in columns and not {"question", "response"} <= set(columns):
+        raise ValueError(f"{path} has neither a column 'key' nor both 'question' and 'response', only {columns}.")
     return table
 
 
-def _name(*texts: str) -> tuple[str, ...]:
-    """Text as it is compared: spreadsheets change line ends and trim cells."""
+def _text(*texts: str) -> tuple[str, ...]:
+    """Texts in the form in which they are compared: spreadsheets change line ends and trim cells."""
     return tuple("\n".join(text.splitlines()).strip() for text in texts)
 
 
@@ -229,7 +216,7 @@ ScoreName = Literal["trait_score", "coherence"]
 
 
 class ScorePair(NamedTuple):
-    """A rollout with what each of the two made of it, 0 to 100; None for a missing score."""
+    """A rollout with both scores, 0 to 100; None for a missing one."""
 
     rollout: Rollout
     first: float | None
@@ -240,18 +227,18 @@ class ScorePair(NamedTuple):
 class Agreement:
     """How far two columns of scores of the same rollouts agree.
 
-    Limits: over positive and negative rollouts together, a correlation is high as soon as both judges tell the sides
-    apart; how they order the answers of one side shows if only its rollouts are compared.
+    Limits: over positive and negative rollouts together, a correlation is high as soon as both judges separate the
+    sides; to see how they order the answers of one side, compare only its rollouts. Drawn by `plots.agreement`.
 
     Attributes:
-        names: Who gave the first and the second scores.
-        of: Which score was compared.
+        names: The names of the two judges.
+        of: The score that was compared.
         threshold: A score of at least this shows the trait (of coherence: is coherent).
         pearson: Pearson's correlation of the scores.
         spearman: Spearman's rank correlation.
         kappa: Cohen's kappa at the threshold: agreement beyond chance. None where both put all rows on the same side.
         agreeing: The share of rows, 0 to 1, that are on the same side of the threshold for both.
-        pairs: All rows, in the order of the first, those that lack a score with them.
+        pairs: All rows, in the order of the first, including those that lack a score.
         seed: Seed of the bootstrap.
     """
 
@@ -276,29 +263,20 @@ class Agreement:
         return len(self.compared)
 
     @property
-    def missing_first(self) -> int:
-        """Rows that only the first gave no score."""
-        return sum(pair.first is None and pair.second is not None for pair in self.pairs)
-
-    @property
-    def missing_second(self) -> int:
-        """Rows that only the second gave no score."""
-        return sum(pair.first is not None and pair.second is None for pair in self.pairs)
-
-    @property
-    def missing_both(self) -> int:
-        """Rows that neither gave a score."""
-        return sum(pair.first is None and pair.second is None for pair in self.pairs)
+    def missing(self) -> dict[str, int]:
+        """How many rows lack a score only by the `first`, only by the `second`, or by `both`."""
+        absent = Counter((pair.first is None, pair.second is None) for pair in self.pairs)
+        return {"first": absent[True, False], "second": absent[False, True], "both": absent[True, True]}
 
     @property
     def quarters(self) -> dict[tuple[bool, bool], int]:
-        """How many compared rows score the threshold or more by (the first, the second)."""
-        found = Counter(
+        """How many compared rows score at least the threshold by (the first, the second)."""
+        counts = Counter(
             (pair.first >= self.threshold, pair.second >= self.threshold)
             for pair in self.pairs
             if pair.first is not None and pair.second is not None
         )
-        return {(one, other): found[one, other] for one in (True, False) for other in (True, False)}
+        return {(one, other): counts[one, other] for one in (True, False) for other in (True, False)}
 
     @property
     def traits(self) -> list[str]:
@@ -307,21 +285,20 @@ class Agreement:
 
     @property
     def n_questions(self) -> int:
-        """To how many questions the compared rows are answers."""
+        """The number of questions of the compared rows."""
         return len({pair.rollout.question for pair in self.compared})
 
     @property
     def statistics_in_words(self) -> str:
         """The correlations and kappa, each with its interval."""
-        found = {"Pearson": self.pearson, "Spearman": self.spearman, "kappa": self.kappa}
-        words = ", ".join(f"{name} {_decimals(estimate)}" for name, estimate in found.items())
+        estimates = {"Pearson": self.pearson, "Spearman": self.spearman, "kappa": self.kappa}
+        words = ", ".join(f"{name} {_decimals(estimate)}" for name, estimate in estimates.items())
         return f"{words} at threshold {self.threshold:g}"
 
     @property
     def missing_in_words(self) -> str:
-        """How many rows lack which score, in words."""
-        first, second = self.names
-        by = {first: self.missing_first, second: self.missing_second, "both": self.missing_both}
+        """The numbers of missing scores, in words."""
+        by = dict(zip((*self.names, "both"), self.missing.values(), strict=True))
         absent = ", ".join(f"{count} by {name}" + " only" * (name != "both") for name, count in by.items() if count)
         return f"without a score: {absent}" if absent else "every row has both scores"
 
@@ -352,14 +329,11 @@ class Agreement:
             "rows": len(self.pairs),
             "compared": self.n,
             "questions": self.n_questions,
-            "missing": {"first": self.missing_first, "second": self.missing_second, "both": self.missing_both},
+            "missing": self.missing,
             "at_or_above_threshold": dict(
                 zip(("both", "first", "second", "neither"), self.quarters.values(), strict=True)
             ),
-            "pearson": self.pearson._asdict(),
-            "spearman": self.spearman._asdict(),
-            "kappa": self.kappa._asdict(),
-            "agreeing": self.agreeing._asdict(),
+            **{name: getattr(self, name)._asdict() for name in AgreementStatistics._fields},
             "seed": self.seed,
         }
 
@@ -376,7 +350,7 @@ class Agreement:
 def _decimals(estimate: Estimate) -> str:
     if estimate.value is None:
         return "undefined"
-    numbers = [f"{each + 0.0:.2f}" for each in estimate[:3] if each is not None]
+    numbers = [f"{number + 0.0:.2f}" for number in estimate[:3] if number is not None]
     return numbers[0] + (f" [{numbers[1]}, {numbers[2]}]" if len(numbers) == 3 else "")
 
 
@@ -389,10 +363,10 @@ def judge_agreement(
     threshold: float = 50.0,
     seed: int = 0,
 ) -> Agreement:
-    """How far two judges of the same rollouts agree, or a judge and a column of scores by people.
+    """Compare two judges of the same rollouts, or a judge with a column of scores by people.
 
-    The second's scored rollouts may stand in any order; a column stands in the order of the first's rows, 0 to 100 and
-    None for a missing score (see `read_human_scores`).
+    The second's scored rollouts may be in any order; a column is in the order of the first's rows, 0 to 100 and None
+    for a missing score (see `read_human_scores`).
 
     Raises:
         ValueError: There is no row, the rows are not the same ones, or a score or the threshold is not from 0 to 100.
@@ -411,16 +385,16 @@ def judge_agreement(
     both = [pair for pair in pairs if pair.first is not None and pair.second is not None]
     _, questions = np.unique([pair.rollout.question for pair in both], return_inverse=True)
     one, other = (np.array([pair[side] for pair in both], dtype=float) for side in (1, 2))
-    found = agreement_statistics(one, other, questions, threshold=threshold, seed=seed)
-    return Agreement(names, of, threshold, *found, pairs=pairs, seed=seed)
+    statistics = agreement_statistics(one, other, questions, threshold=threshold, seed=seed)
+    return Agreement(names, of, threshold, *statistics, pairs=pairs, seed=seed)
 
 
 def _by_rows(first: Sequence[ScoredRollout], second: Sequence[ScoredRollout], of: ScoreName) -> list[float | None]:
-    """The second's scores in the first's order; refused where the rows are not the same."""
-    for place, rows in (("first", first), ("second", second)):
+    """The second's scores in the first's order; refuses rows that are not the same."""
+    for side, rows in (("first", first), ("second", second)):
         if repeated := [key for key, count in Counter(row.rollout.key for row in rows).items() if count > 1]:
             raise ValueError(
-                f"Rows are matched by their keys: {len(repeated)} keys repeat in the {place}, such as {repeated[0]!r}."
+                f"Rows are matched by their keys: {len(repeated)} keys repeat in the {side}, such as {repeated[0]!r}."
             )
     by_key = {row.rollout.key: row for row in second}
     shared = [row for row in first if row.rollout.key in by_key]

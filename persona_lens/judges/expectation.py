@@ -1,9 +1,8 @@
 """The judge's number, from the probabilities of what it could have said (arXiv:2507.21509, appendix B).
 
-Score = sum(n * p_n) / sum(p_n) over the integers n from 0 to 100 among the likeliest tokens of the first place; where
-they hold less than a quarter of the probability there is no score. A tokenizer that splits numbers into digits spreads
-a number over several places, and p_n is then the product along its digits, up to where the number ends.
-Knows nothing about servers or prompts: probabilities come in, a number comes out.
+Score = sum(n * p_n) / sum(p_n) over the integers n from 0 to 100 among the likeliest first tokens; where they hold less
+than a quarter of the probability there is no score. For a tokenizer that splits numbers into digits, p_n is the product
+along the digits of n, up to the end of the number.
 """
 
 import math
@@ -16,11 +15,11 @@ from typing import NamedTuple
 MIN_MASS = 0.25
 
 Alternatives = Iterable[tuple[str, float]]
-"""What could stand at one place of an answer: (text of a token, natural log-probability)."""
+"""Alternatives for one token of an answer: (text, natural log-probability)."""
 
 
 class Expectation(NamedTuple):
-    """A score from 0 to 100, None where it is missing, and the probability of all integers together."""
+    """A score from 0 to 100, None where it is missing, and the total probability of integers."""
 
     value: float | None
     mass: float
@@ -36,18 +35,18 @@ def expectation(probabilities: Mapping[int, float], *, min_mass: float = MIN_MAS
 
 
 def integer(text: str) -> int | None:
-    """The integer from 0 to 100 that a text is, with nothing but white space around it; None for any other text."""
-    found = re.fullmatch(r"\s*([0-9]{1,3})\s*", text)
-    return int(found[1]) if found and int(found[1]) <= 100 else None
+    """The integer from 0 to 100 in a text that holds nothing else but white space; None for any other text."""
+    match = re.fullmatch(r"\s*([0-9]{1,3})\s*", text)
+    return int(match[1]) if match and int(match[1]) <= 100 else None
 
 
 def number_tokens(alternatives: Alternatives) -> dict[int, float]:
-    """The probability of each integer from 0 to 100 that is a token by itself."""
-    found: defaultdict[int, float] = defaultdict(float)
+    """The probability of each integer from 0 to 100 that is one token."""
+    probabilities: defaultdict[int, float] = defaultdict(float)
     for text, logprob in alternatives:
         if (number := integer(text)) is not None:
-            found[number] += math.exp(logprob)  # "85" and " 85" are one number
-    return dict(found)
+            probabilities[number] += math.exp(logprob)  # "85" and " 85" are one number
+    return dict(probabilities)
 
 
 async def digit_sequences(
@@ -55,36 +54,36 @@ async def digit_sequences(
 ) -> dict[int, float]:
     """The probability of each integer from 0 to 100, multiplied out over the tokens that spell it.
 
-    `alternatives_after(beginning)` gives what could follow in an answer that begins so. Only beginnings that another
-    digit could continue are looked into, and only those that have a probability of `min_branch` or more; what lies
-    behind the others is left out, of the mass too. Two digits other than 10 are taken to end there, as does a 0.
+    `alternatives_after(beginning)` gives the next tokens of an answer that begins so. It is called for beginnings that
+    another digit could continue and whose probability is at least `min_branch`; the others are left out, of the mass
+    too. Two digits other than 10 are taken as the whole number, as is a 0.
     """
-    found: defaultdict[int, float] = defaultdict(float)
-    # (beginning, probability): depth first, so that one row never has more than one call under way.
+    probabilities: defaultdict[int, float] = defaultdict(float)
+    # (beginning, probability), depth first, so that one row never has more than one call at a time.
     open_ends: list[tuple[str, float]] = [("", 1.0)]
     while open_ends:
         beginning, probability = open_ends.pop()
         alternatives = [(text, math.exp(logprob)) for text, logprob in await alternatives_after(beginning)]
         if beginning.strip():
             ends = max(0.0, 1 - math.fsum(p for text, p in alternatives if re.match("[0-9]", text)))
-            found[int(beginning)] += probability * ends
+            probabilities[int(beginning)] += probability * ends
         for text, share in alternatives:
             following = beginning + text
             if not re.fullmatch(r"\s{0,2}[0-9]{0,3}", following) or not text:
                 continue
             if following.strip() and int(following) * 10 not in range(10, 101):
                 if int(following) <= 100:
-                    found[int(following)] += probability * share
+                    probabilities[int(following)] += probability * share
             elif probability * share >= min_branch:
                 open_ends.append((following, probability * share))
-    return dict(found)
+    return dict(probabilities)
 
 
-# Where a judge that reasons in its answer opens and closes its thoughts.
+# The tags around the thoughts of a judge that reasons in its answer.
 _THOUGHTS_OPEN = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]", re.IGNORECASE)
 _THOUGHTS_CLOSE = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
-# A scale that the judge repeats is no score: "0-100", "from 0 to 100", "/100", "out of 100", "85 of 100" (but not
-# "a score of 100"). No part can match the same text in two ways, so reading takes time linear in the text.
+# Repetitions of the scale, which are no score: "0-100", "from 0 to 100", "/100", "out of 100", "85 of 100" (but not
+# "a score of 100"). No part can match the same text in two ways, so that matching takes linear time.
 _SCALE = re.compile(
     r"(?:(?<![\w.,-])[01]\s*(?:[-\u2010-\u2015\u2212~]|to|and)\s*|/\s*|\bout\s+of\s+(?:a\s+possible\s+)?|(?<=[0-9])\s+of\s+)"
     r"100(?:\.0+)?(?![0-9A-Za-z]|[.,][0-9])",
@@ -96,7 +95,7 @@ _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)%?([^\W0-9_]*)")
 
 
 def read_number(text: str) -> float | None:
-    """The score that a text states; None where it states none, or where it is not clear which.
+    """The score that a text states; None where it states none or more than one.
 
     The text has one number from 0 to 100, in digits of any script: `85`, `Score (0-100): 85`, `85/100`,
     `85 out of 100`, `85%`. Two numbers, a range such as `50-60`, a negative number, `1,000` and a refusal are none.
@@ -121,12 +120,12 @@ def read_number(text: str) -> float | None:
 
 
 def has_thoughts(text: str) -> bool:
-    """Whether an answer holds the judge's thoughts, or the end of those that its template began."""
+    """Whether an answer holds the judge's thoughts, or the closing tag of thoughts that its template opened."""
     return bool(_THOUGHTS_OPEN.search(text) or _THOUGHTS_CLOSE.search(text))
 
 
 def _without_thoughts(text: str) -> str:
-    """What an answer says after its thoughts; nothing where they were cut before their end."""
+    """The answer after its thoughts; empty where these were cut."""
     return _THOUGHTS_OPEN.split(_THOUGHTS_CLOSE.split(text)[-1])[0]
 
 
@@ -134,11 +133,11 @@ def _ascii_digits(text: str) -> str:
     """The text with decimal digits of every script as 0 to 9; superscripts and fractions stay as they are."""
     if text.isascii():
         return text
-    return "".join(str(unicodedata.decimal(each, each)) for each in text)
+    return "".join(str(unicodedata.decimal(character, character)) for character in text)
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer, or its first token, is the word REFUSAL that rubrics ask for, with or without a label."""
+    """Whether an answer, or its first token, is the word REFUSAL of the rubrics, with or without a label."""
     label = r"^[\W_]*(?:(?:score|rating|answer|verdict)\b[\W_]*)?"
     said = re.sub(label, "", _without_thoughts(text), flags=re.IGNORECASE)[:20].rstrip().upper()
     return said.startswith("REFUS") or (bool(said) and "REFUSAL".startswith(said))

@@ -1,9 +1,8 @@
-"""The keep rule: which pairs of rollouts a vector is made of (arXiv:2507.21509, section 2.2, and its reference code).
+"""The keep rule: the pairs of rollouts from which vectors are made (arXiv:2507.21509, section 2.2).
 
-A pair is a positive and a negative rollout of the same question, instruction and sample. It stays if the positive one
+A pair is a positive and a negative rollout of the same question, instruction and sample. It is kept if the positive one
 scores at least 50 on the trait, the negative one below 50, and both at least 50 on coherence; a missing score drops it.
-Away from 50 the reference code keeps negatives below 100 - threshold: pass that as `negative_below`.
-Knows nothing about how scores were made.
+For other thresholds the paper's reference code keeps negatives below 100 - threshold: pass that as `negative_below`.
 """
 
 from collections import Counter
@@ -27,9 +26,9 @@ Reason = Literal[
 
 @dataclass(frozen=True)
 class KeepReport:
-    """How many pairs there were, how many stayed, why the others went, and the rule; each dropped pair counts once.
+    """The numbers of pairs, kept and dropped by reason (each pair once), and the rule.
 
-    `negative_below` is None where the negative side was held against `threshold` too.
+    `negative_below` is None where the negative side was compared with `threshold` too.
     """
 
     pairs: int
@@ -46,7 +45,7 @@ class KeepReport:
 
 @runtime_checkable
 class Judged(Protocol):
-    """A side of a pair: anything with the two scores that knows whether it is empty."""
+    """One side of a pair."""
 
     @property
     def trait_score(self) -> float | None:
@@ -68,15 +67,16 @@ Side = TypeVar("Side", bound=Judged)
 
 
 def pair_rollouts(scored: Sequence[ScoredRollout]) -> list[tuple[ScoredRollout | None, ScoredRollout | None]]:
-    """(positive, negative) rollouts of the same question, instruction and sample; None for a side that is missing.
+    """(positive, negative) rollouts of the same question, instruction and sample; None for a missing side.
 
-    Neutral rollouts take no part.
+    Neutral rollouts are left out.
     """
     sides: dict[tuple[str, int | None, int], dict[str, ScoredRollout]] = {}
     for row in scored:
-        if row.rollout.polarity != "neutral":
-            place = (row.rollout.question, row.rollout.instruction, row.rollout.sample)
-            sides.setdefault(place, {})[row.rollout.polarity] = row
+        rollout = row.rollout
+        if rollout.polarity != "neutral":
+            pair = (rollout.question, rollout.instruction, rollout.sample)
+            sides.setdefault(pair, {})[rollout.polarity] = row
     return [(pair.get("positive"), pair.get("negative")) for pair in sides.values()]
 
 
@@ -89,13 +89,13 @@ def keep_pairs(
     min_pairs: int = 1,
     negative_below: float | None = None,
 ) -> tuple[list[tuple[Side, Side]], KeepReport]:
-    """The (positive, negative) pairs that stay, and a report of all of them.
+    """The (positive, negative) pairs that the rule keeps, and a report on all of them.
 
-    The positive side scores at least `threshold` on the trait, and the negative one less than `negative_below`, which
-    is the threshold where it is None. The reference code has `negative_below=100 - threshold`: the same at 50.
+    In a kept pair the positive side scores at least `threshold` on the trait and the negative one less than
+    `negative_below`, by default the same threshold; the paper's reference code has 100 - threshold.
 
     Raises:
-        ValueError: Fewer than `min_pairs` stay (with the reasons and the remedy), or a limit is not from 0 to 100.
+        ValueError: Fewer than `min_pairs` are kept, or a limit is not from 0 to 100.
     """
     for name, limit in (("threshold", threshold), ("negative_below", negative_below), ("min_coherence", min_coherence)):
         if limit is not None and not 0 <= limit <= 100:

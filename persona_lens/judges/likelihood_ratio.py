@@ -1,20 +1,16 @@
-"""Log-likelihoods of given responses under given prompts, per token.
-
-(1/|y|) * sum_t log p(y_t | x, y_<t), where x is the rendered prompt; prompts are run once for all their responses.
-Knows nothing about traits or scores.
-
-The likelihood-ratio judge: no key, no network, no second model.
+"""The likelihood-ratio judge: no key, no network, no second model.
 
 For a response y to question x, sampled under instruction pair i, it asks how much likelier the text is under the other
 pairs' positive system prompts than under their negative ones:
 s = mean over pairs j != i of (1/|y|) * sum_t [log p(y_t | positive_j, x) - log p(y_t | negative_j, x)].
-The own pair is left out because for it the expectation is a KL divergence, positive by construction. Where
-`contrast_pairs` bounds how many other pairs are asked, the next ones in the trait's order are. The score is
-100 * sigmoid(a s + b), with a and b from a logistic regression of polarity on s over questions that are never scored.
-Its limit, to be stated wherever it is reported: it is not independent of the model.
+The own pair is left out because its expectation is a KL divergence, positive by construction. `contrast_pairs` limits
+the number of other pairs to the next ones in the trait's order. The score is 100 * sigmoid(a s + b), with a and b from
+a logistic regression of polarity on s over questions that are never scored.
+Limit, to be stated wherever it is reported: the judge is not independent of the model.
 """
 
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import NoneType
@@ -33,7 +29,6 @@ from persona_lens.activations.prefixes import TokenCount, count_tokens, pad, pre
 from persona_lens.chat.batches import ChatTokens, chat_messages, tokenize_chat
 from persona_lens.chat.encoding import encode_content
 from persona_lens.generation.sampling import rows_at_a_time
-from persona_lens.judges.coherence import CoherenceScale, distinct_four_grams, loop_words, shuffle_words
 from persona_lens.judges.scores import Score
 from persona_lens.models.memory import backing_off, default_token_budget
 from persona_lens.models.structure import Model, identify, suspended
@@ -41,16 +36,17 @@ from persona_lens.rollouts.collection import plan_rollouts
 from persona_lens.rollouts.rows import Prompt, Rollout
 from persona_lens.statistics import auc, spearman
 from persona_lens.storage.files import checked
-from persona_lens.traits.trait import Trait
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT, Trait
 
 LOGIT_VALUES = 2**26
-"""Logits held at a time (a quarter of a gigabyte in float32): vocabularies differ tenfold, memory does not."""
+"""Logits of a batch, a quarter of a gigabyte in float32, however large the vocabulary is."""
 
 
 def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens], *, progress: bool = False) -> Float[Tensor, " row"]:
-    """Mean log-likelihood per response token of every row, in nats; NaN for a row without a response.
+    """Mean log-likelihood per response token, (1/|y|) * sum_t log p(y_t | x, y_<t), in nats; NaN without a response.
 
-    Interventions are suspended and adapters off while it runs, whatever contexts are open around the call.
+    Interventions are suspended and adapters off while it runs, whatever contexts are open around the call. Rows that
+    share a prompt run it once.
     """
     with suspended(model):
         return intervened_log_likelihoods(model, rows, progress=progress)
@@ -59,20 +55,19 @@ def mean_log_likelihoods(model: Model, rows: Sequence[ChatTokens], *, progress: 
 def intervened_log_likelihoods(
     model: Model, rows: Sequence[ChatTokens], *, progress: bool = False
 ) -> Float[Tensor, " row"]:
-    """As `mean_log_likelihoods`, under whatever interventions and adapters are attached to the model.
+    """As `mean_log_likelihoods`, under the interventions and adapters that are attached to the model.
 
-    Where memory does not suffice, the rows that are left run fewer at a time; raises DoesNotFit where one fails
-    alone.
+    If memory runs out, the remaining rows run fewer at a time; raises DoesNotFit where one fails alone.
     """
     means = torch.full((len(rows),), float("nan"), dtype=torch.float32)
     waiting = {index for index, row in enumerate(rows) if row.response}
-    # A row without a response is not run: neither is its prompt, unless another row has it.
+    # Rows without a response are not run, nor is their prompt, unless another row has it.
     budget = max(64, min(default_token_budget(model), LOGIT_VALUES // int(model.cfg.d_vocab)))
 
     def attempt(left: list[int], budget: int) -> Iterator[list[int]]:
-        for found in _sums(model, [rows[index] for index in left], budget):
-            done = [left[place] for place in found]
-            for index, value in zip(done, found.values(), strict=True):
+        for sums in _sums(model, [rows[index] for index in left], budget):
+            done = [left[place] for place in sums]
+            for index, value in zip(done, sums.values(), strict=True):
                 means[index] = value / len(rows[index].response)
             waiting.difference_update(done)
             yield done
@@ -84,35 +79,94 @@ def intervened_log_likelihoods(
 
 
 def _sums(model: Model, rows: Sequence[ChatTokens], token_budget: int) -> Iterator[dict[int, float]]:
-    """Log-likelihoods of whole responses by their row, as they are known."""
+    """Log-likelihoods of whole responses by row, batch by batch."""
     prompts = unique_prompts(rows)
     followers: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
         followers.setdefault(row.prompt, []).append(index)
-    # The prompt's last logits predict the first token, and nothing is predicted from the last one: it is never run.
+    # The prompt's last logits predict a response's first token, and its last token predicts nothing: it is never run.
     fed = [ChatTokens(row.prompt, row.response[:-1]) for row in rows]
-    begun: dict[int, float] = {}
+    first_tokens: dict[int, float] = {}  # log-likelihoods of the rows whose other tokens have not run yet
     for batch in prefix_batches(model, fed, token_budget=token_budget):
         logits = batch.run(last_logits=1 if batch.is_prompt else None)
         assert logits is not None
         if batch.is_prompt:
             openings = torch.log_softmax(logits[:, -1].float(), dim=-1)
             for opening, prompt in zip(openings, batch.rows, strict=True):
-                begun |= {index: opening[rows[index].response[0]].item() for index in followers[prompts[prompt]]}
-            yield {index: begun.pop(index) for index in list(begun) if not fed[index].response}
+                rows_here = followers[prompts[prompt]]
+                first_tokens |= {index: opening[rows[index].response[0]].item() for index in rows_here}
+            yield {index: first_tokens.pop(index) for index in list(first_tokens) if not fed[index].response}
         else:
             following = [rows[index].response[1:] for index in batch.rows]
             tokens = pad(following, left=False)[0].to(logits.device)
-            chosen = logits.gather(-1, tokens[..., None])[..., 0].float() - _log_normalisers(logits)
-            rest = (chosen.cpu().double() * batch.mask).sum(dim=1).tolist()
-            yield {index: begun.pop(index) + more for index, more in zip(batch.rows, rest, strict=True)}
+            logprobs = logits.gather(-1, tokens[..., None])[..., 0].float() - _log_normalisers(logits)
+            rest = (logprobs.cpu().double() * batch.mask).sum(dim=1).tolist()
+            yield {index: first_tokens.pop(index) + more for index, more in zip(batch.rows, rest, strict=True)}
 
 
 def _log_normalisers(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch pos"]:
-    """What turns logits into log-probabilities, a few tokens at a time: exponentials of all of them fill no cache."""
+    """Log-sum-exps of the logits, a few tokens at a time, so that their exponentials stay small."""
     flat = rearrange(logits, "batch pos d_vocab -> (batch pos) d_vocab")
     parts = torch.cat([part.float().logsumexp(dim=-1) for part in flat.split(rows_at_a_time(flat))])
     return rearrange(parts, "(batch pos) -> batch pos", batch=len(logits))
+
+
+Numbers = Sequence[float] | np.ndarray
+LOGIT_90 = math.log(9.0)
+
+
+@dataclass(frozen=True)
+class CoherenceScale:
+    """Coherence from fluency and repetition, with fitted constants; `centre` and `width` in nats per token.
+
+    100 * sigmoid((centre - NLL) / width) * min(1, distinct / floor), with NLL the mean negative log-likelihood per
+    token under the unsteered model and a neutral system prompt, and `distinct` the share of different 4-grams of
+    tokens. The model's own neutral responses get median 90 and their word-shuffles median 10, and the floor is the 5th
+    percentile of `distinct` among them.
+    """
+
+    centre: float
+    width: float
+    distinct_floor: float
+
+    def score(self, nll: float, distinct: float) -> float:
+        """Coherence from 0 to 100 of a response with this NLL per token and share of distinct 4-grams."""
+        fluent = 1 / (1 + math.exp(min(700.0, -(self.centre - nll) / self.width)))
+        return 100 * fluent * min(1.0, distinct / self.distinct_floor)
+
+    @classmethod
+    def fit(cls, clean: Numbers, shuffled: Numbers, distinct: Numbers) -> "CoherenceScale":
+        """The constants from the NLLs of neutral responses and of their word-shuffles, and the distinct shares.
+
+        Raises ValueError where shuffling does not raise the median NLL: then NLL cannot measure coherence.
+        """
+        low, high = float(np.median(clean)), float(np.median(shuffled))
+        if not high > low:
+            raise ValueError(
+                f"Shuffled text is as likely as clean text under this model (median NLL {high:.2f} against {low:.2f}), "
+                "so it cannot judge coherence. Use longer responses or another judge."
+            )
+        floor = max(float(np.percentile(distinct, 5)), 1e-3)
+        return cls(centre=(low + high) / 2, width=(high - low) / (2 * LOGIT_90), distinct_floor=floor)
+
+
+def distinct_four_grams(tokens: Sequence[int]) -> float:
+    """The share of 4-grams of tokens that are different; 1 where there are fewer than four tokens."""
+    grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def shuffle_words(text: str, seed: int) -> str:
+    """The text's words in random order."""
+    words = text.split()
+    random.Random(seed).shuffle(words)
+    return " ".join(words)
+
+
+def loop_words(text: str, n_words: int = 6) -> str:
+    """As many words as the text has, its first few over and over."""
+    words = text.split()
+    return " ".join(words[index % n_words] for index in range(len(words)))
 
 
 MIN_COHERENCE = 50.0
@@ -121,9 +175,9 @@ _SCALE = ("centre", "width", "distinct_floor")
 
 @dataclass(frozen=True)
 class Calibration:
-    """The judge's fitted constants for one trait, and how good it was on the questions they were fitted on.
+    """The judge's fitted constants for one trait, the questions they were fitted on, and diagnostics on these.
 
-    They belong to ratios over `contrast_pairs` other pairs, and over all of them where that is None.
+    They belong to ratios over `contrast_pairs` other pairs, all of them where that is None.
     """
 
     trait: str
@@ -155,8 +209,16 @@ class Calibration:
 class LikelihoodRatioJudge:
     """Judges with the model itself, unsteered and unadapted; calibrate it once a trait before scoring.
 
-    `contrast_pairs` bounds how many other pairs a response is judged under (None: all), and with it the work; what
-    fewer cost in AUC is in docs/experiments.md. Raises ValueError where it is below 1.
+    Args:
+        model: The model that wrote the responses, or another.
+        calibration_questions: Evaluation questions for calibration; they are never scored.
+        neutral_samples: Neutral responses a calibration question.
+        batch_size: Rows that `score_rollouts` passes at a time.
+        contrast_pairs: The number of other pairs that a response is judged under, all where None; fewer are faster, at
+            a cost in AUC that docs/experiments.md gives.
+
+    Raises:
+        ValueError: `contrast_pairs` is below 1.
     """
 
     def __init__(
@@ -190,7 +252,7 @@ class LikelihoodRatioJudge:
         )
 
     def plan_calibration(self, trait: Trait) -> list[Prompt]:
-        """The rollouts that `calibrate` wants: on evaluation questions, one a pair and polarity, and neutral ones."""
+        """The rollouts for `calibrate`: on evaluation questions, one a pair and polarity, and neutral ones."""
         if not trait.evaluation_questions:
             raise ValueError(
                 f"{trait.name} has no evaluation questions to calibrate the judge on; add some to the trait."
@@ -200,7 +262,7 @@ class LikelihoodRatioJudge:
         return plan_rollouts(trait, questions=questions, per_question=1) + neutral
 
     def calibration(self, trait: Trait) -> Calibration:
-        """The trait's calibration; raises ValueError where there is none yet, or it is for other `contrast_pairs`."""
+        """The trait's calibration; raises ValueError where there is none, or it is for other `contrast_pairs`."""
         if trait.name not in self.calibrations:
             raise ValueError(
                 f"The judge is not calibrated for {trait.name!r}: sample `judge.plan_calibration(trait)` and "
@@ -210,7 +272,7 @@ class LikelihoodRatioJudge:
         if fitted.contrast_pairs != self.contrast_pairs:
             raise ValueError(
                 f"The calibration for {trait.name!r} has contrast_pairs={fitted.contrast_pairs} and this judge "
-                f"{self.contrast_pairs}: make the judge with the former, or calibrate it anew."
+                f"{self.contrast_pairs}: pass the same value, or calibrate again."
             )
         return fitted
 
@@ -221,7 +283,7 @@ class LikelihoodRatioJudge:
     def calibrate(
         self, trait: Trait, rollouts: Sequence[Rollout], *, seed: int = 0, progress: bool = False
     ) -> Calibration:
-        """Fit the judge to the rollouts of `plan_calibration` and remember it; their questions can then not be scored.
+        """Fit the judge to the rollouts of `plan_calibration`; their questions can then not be scored.
 
         Diagnostics: AUC of s for polarity with the own pair left out and with all pairs, Spearman correlation of s
         with response length within each polarity, and AUC of coherence for clean against shuffled and looping text,
@@ -237,7 +299,7 @@ class LikelihoodRatioJudge:
         ratios = self._pair_ratios(trait, contrastive, own_pair=True, progress=progress)
         left_out = self._mean_ratios(trait, contrastive, ratios)
         positive = np.array([row.polarity == "positive" for row in contrastive])
-        spread = max(float(left_out.std()), 1e-9)  # the regression's penalty is meant for a feature of unit scale
+        spread = max(float(left_out.std()), 1e-9)  # the regression's penalty assumes a feature of unit scale
         regression = LogisticRegression().fit(left_out[:, None] / spread, positive)
         coherence, coherence_diagnostics = self._calibrate_coherence(neutral, seed)
         lengths = np.array([len(row.response) for row in contrastive])
@@ -262,7 +324,7 @@ class LikelihoodRatioJudge:
         return fitted
 
     def score(self, trait: Trait, rollouts: Sequence[Rollout], *, progress: bool = False) -> list[Score]:
-        """Score rollouts; a response below coherence 50 and an empty one have no trait score.
+        """Score rollouts; an empty response and one below coherence 50 have no trait score.
 
         Raises ValueError for questions that the judge was calibrated on.
         """
@@ -285,20 +347,21 @@ class LikelihoodRatioJudge:
         return scores
 
     def token_count(self, trait: Trait, rollouts: Sequence[Rollout]) -> TokenCount:
-        """Tokens that scoring these rollouts runs, with prompts shared (as it is done) and without."""
+        """Tokens that scoring these rollouts runs, with shared prompts (as it is done) and without."""
         contrast, _ = self._contrast_rows(trait, rollouts, own_pair=False)
         neutral = self._neutral_rows([(row.question, self._tokens(row)) for row in rollouts])
         shared, unshared = zip(count_tokens(contrast), count_tokens(neutral), strict=True)
-        unfed = sum(bool(row.response) for row in contrast + neutral)  # the last token of a response is never run
+        unfed = sum(bool(row.response) for row in contrast + neutral)  # last tokens are never run
         return TokenCount(sum(shared) - unfed, sum(unshared))
 
     def _tokens(self, rollout: Rollout) -> tuple[int, ...]:
         return rollout.tokenize(self.model.tokenizer).response
 
-    def _asked_pairs(self, trait: Trait, rollout: Rollout) -> list[int]:
-        """The pairs that a rollout is judged under: never its own, and for neutral ones the same at every dose."""
+    def _pairs(self, trait: Trait, rollout: Rollout) -> list[int]:
+        """The pairs that a rollout is judged under, never its own."""
         count = len(trait.instructions)
         if rollout.instruction is None:
+            # By the question, so that a neutral rollout has the same pairs at every dose.
             first = crc32(rollout.question.encode())
             following = [(first + step) % count for step in range(count)]
         else:
@@ -306,22 +369,22 @@ class LikelihoodRatioJudge:
         return following[: self.contrast_pairs]
 
     def _mean_ratios(self, trait: Trait, rollouts: Sequence[Rollout], ratios: np.ndarray) -> np.ndarray:
-        """Every rollout's mean over the pairs that it is judged under."""
+        """The mean of each rollout over the pairs that it is judged under."""
         return np.array(
-            [row[self._asked_pairs(trait, rollout)].mean() for rollout, row in zip(rollouts, ratios, strict=True)]
+            [row[self._pairs(trait, rollout)].mean() for rollout, row in zip(rollouts, ratios, strict=True)]
         )
 
     def _contrast_rows(
         self, trait: Trait, rollouts: Sequence[Rollout], *, own_pair: bool
     ) -> tuple[list[ChatTokens], list[tuple[int, int, int]]]:
-        """Every rollout under every instruction of both polarities, and its place (rollout, pair, side)."""
+        """Every rollout under the instructions of its pairs, both polarities, with its place (rollout, pair, side)."""
         if len(trait.instructions) < 2:
             raise ValueError(f"{trait.name} has one instruction pair; leaving out the own pair needs two at least.")
         rows, places = [], []
         for index, rollout in enumerate(rollouts):
-            asked = self._asked_pairs(trait, rollout)
+            pairs = self._pairs(trait, rollout)
             for pair in range(len(trait.instructions)):
-                if pair not in asked and not (own_pair and pair == rollout.instruction):
+                if pair not in pairs and not (own_pair and pair == rollout.instruction):
                     continue
                 for side, polarity in enumerate(("positive", "negative")):
                     system = trait.system_prompt(polarity, pair)
@@ -343,7 +406,7 @@ class LikelihoodRatioJudge:
     def _neutral_rows(self, responses: Sequence[tuple[str, Sequence[int]]]) -> list[ChatTokens]:
         tokenizer = self.model.tokenizer
         return [
-            tokenize_chat(tokenizer, chat_messages("You are a helpful assistant.", question), tokens)
+            tokenize_chat(tokenizer, chat_messages(NEUTRAL_SYSTEM_PROMPT, question), tokens)
             for question, tokens in responses
         ]
 
@@ -370,10 +433,10 @@ class LikelihoodRatioJudge:
         half = np.array([order[question] % 2 for question in questions])
         crossed: dict[str, list[float]] = {kind: [] for kind in texts}
         for fold in (0, 1):
-            fit, held = half != fold, half == fold
+            fit, scored = half != fold, half == fold
             scale = CoherenceScale.fit(nll["clean"][fit], nll["shuffled"][fit], distinct["clean"][fit])
             for kind in texts:
-                crossed[kind] += map(scale.score, nll[kind][held], distinct[kind][held])
+                crossed[kind] += map(scale.score, nll[kind][scored], distinct[kind][scored])
         diagnostics: dict[str, float | int | None] = {"neutral_rows": len(neutral)}
         for kind in ("shuffled", "looping"):
             diagnostics[f"coherence_auc_{kind}"] = auc(crossed["clean"], crossed[kind])

@@ -39,8 +39,8 @@ from persona_lens.models.scopes import (
 )
 from persona_lens.models.structure import Model, is_bridge, model_device, suspended
 from persona_lens.storage.files import write_json, write_whole
+from persona_lens.storage.text import missing_package
 
-INSTALL_COMMAND = 'pip install "persona-lens[finetune]"'
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _CHOOSING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -376,5 +376,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"Adapters need the package peft. Run: {INSTALL_COMMAND}") from error
+        raise missing_package("An adapter", "peft", extra="finetune") from error
     return peft

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_lens.models.structure import Model, evenly_spaced, refuse_other_kinds
+from persona_lens.storage.text import missing_package
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -64,7 +65,7 @@ def embedded_model_directory() -> Path | None:
     target = cache_directory() / f"{EMBEDDED_MODEL}-{stamp}"
     if not (target / "config.json").exists():
         if importlib.util.find_spec("gguf") is None:
-            raise ImportError(f"{EMBEDDED_MODEL} needs the package gguf to unpack its weights. Run: {INSTALL_COMMAND}")
+            raise missing_package(EMBEDDED_MODEL, "gguf", command=INSTALL_COMMAND)
         target.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(target.parent).free < UNPACKED_BYTES:
             raise OSError(

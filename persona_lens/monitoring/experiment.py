@@ -29,13 +29,12 @@ from persona_lens.rollouts.rows import Prompt, read_rollouts
 from persona_lens.statistics import N_RESAMPLES, Estimate, pearson, question_resamples, resampled_pearson
 from persona_lens.storage.files import checked, read_result, refuse_other_json, write_json
 from persona_lens.storage.locks import writes_output
-from persona_lens.traits.trait import Trait, load_trait
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT, Trait, load_trait
 from persona_lens.vectors.persona_vectors import PersonaVectors
 
 if TYPE_CHECKING:
     import pandas
 
-NEUTRAL = "You are a helpful assistant."
 FORMAT_VERSION = 1
 MIN_SPREAD = 1.0
 
@@ -82,7 +81,7 @@ def many_shot(
                 "give more judged positive responses, or lower shots."
             )
         shuffled[question] = random.Random(f"{seed} {question}").sample(others, shots[-1])
-    neutral = Prompt(trait.name, "neutral", None, NEUTRAL, "", 0)
+    neutral = Prompt(trait.name, "neutral", None, NEUTRAL_SYSTEM_PROMPT, "", 0)
     return [
         replace(
             neutral,
@@ -325,9 +324,11 @@ def monitoring_experiment(
         refuse_other_json(folder / "experiment.json", ("format_version", "trait", "points"))
     engine = ModelEngine(model, max_new_tokens) if engine is None else engine
     rollouts = collect_rollouts(
-        engine, prompts, seed=seed, output=folder and folder / "rollouts.jsonl", progress=progress
+        engine, prompts, seed=seed, output_file=folder and folder / "rollouts.jsonl", progress=progress
     )
-    scored = score_rollouts(judge, trait, rollouts, output=folder and folder / "scores.jsonl", progress=progress)
+    scored = score_rollouts(
+        rollouts, trait, judge=judge, output_file=folder and folder / "scores.jsonl", progress=progress
+    )
     settings = {
         "judge": judge.name(trait),
         "engine": engine.name,

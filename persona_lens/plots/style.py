@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from persona_lens.evaluation.evaluate import Evaluation
 from persona_lens.statistics import Estimate
-
-INSTALL_COMMAND = 'pip install "persona-lens[plots]"'
+from persona_lens.storage.text import missing_package
 
 BLUE, PALE_BLUE, VERMILION = "#0072B2", "rgba(0, 114, 178, 0.2)", "#D55E00"
 INK, GREY, BLANK = "#222222", "#9A9A9A", "#E4E4E4"
@@ -30,7 +29,7 @@ def graph_objects() -> Any:
     try:
         import plotly.graph_objects
     except ImportError as error:
-        raise ImportError(f"Plots are made with plotly, which is not installed: {INSTALL_COMMAND}") from error
+        raise missing_package("A plot", "plotly", extra="plots") from error
     return plotly.graph_objects
 
 

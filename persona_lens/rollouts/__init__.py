@@ -1,6 +1,5 @@
-"""Rollouts: a model's answers to a trait's questions under positive, negative and neutral system prompts.
+"""Rollouts: responses to a trait's questions under positive, negative and neutral system prompts.
 
-They come from a model in this process or from a server, and go into a file from which an interrupted run goes on
+A model in this process or a server gives them, and a file keeps them, so that an interrupted run resumes
 (arXiv:2507.21509, section 2.2).
-Knows nothing about scores or activations.
 """

@@ -1,11 +1,4 @@
-"""Sources of rollouts: what an engine is, and the one that samples from a model in this process.
-
-Knows nothing about files.
-
-Sources of rollouts under interventions: the same for every row, or each row steered in its own way.
-
-Knows nothing about judging.
-"""
+"""Engines, the sources of rollouts: a TransformerLens model, plain or steered."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +23,13 @@ _THREADS = re.compile(r", on (\d+) CPU threads?")
 
 
 def threads_in(name: str) -> int | None:
-    """The number of CPU threads that an engine's name states; None where it states none."""
-    stated = _THREADS.search(name)
-    return None if stated is None else int(stated[1])
+    """The number of CPU threads in an engine's name, None without one."""
+    match = _THREADS.search(name)
+    return None if match is None else int(match[1])
 
 
 def without_threads(name: str) -> str:
-    """An engine's name without the number of CPU threads, as versions before 0.2 wrote it."""
+    """An engine's name without the number of CPU threads, which versions before 0.2 did not write."""
     return _THREADS.sub("", name)
 
 
@@ -46,36 +39,36 @@ class RolloutEngine(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """How many prompts it wants at a time."""
+        """Prompts per batch."""
         ...
 
     @property
     def name(self) -> str:
-        """What answered, with every setting that shapes the answers; stands in each row, and a resume must match it."""
+        """The engine and every setting that shapes responses; each row records it, and a resume must match it."""
         ...
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
-        """Answer a batch of prompts, in order."""
+        """One response a prompt, in order."""
         ...
 
 
 @runtime_checkable
 class StreamingEngine(RolloutEngine, Protocol):
-    """A source whose answers come one by one, each of them worth keeping as it comes."""
+    """An engine whose responses come one by one, each of them worth keeping as it comes."""
 
     def answer_each(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[tuple[int, Rollout]]:
-        """(index, answer) of every prompt, in whatever order they come."""
+        """Yield (index, response) of every prompt, in the order in which they come."""
         ...
 
 
 @runtime_checkable
 class CapturingEngine(RolloutEngine, Protocol):
-    """A source that can read the mean residual stream of its responses while it samples them."""
+    """An engine that can read the mean residual stream of its responses while it samples them."""
 
     def answer_capturing(
         self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False
     ) -> tuple[list[Rollout], list[CapturedMean | None]]:
-        """The answers of `answer`, and the mean over each response's tokens, None for an empty one."""
+        """As `answer`, with the mean over each response's tokens, None for an empty one."""
         ...
 
 
@@ -101,18 +94,18 @@ class ModelEngine:
 
     @property
     def name(self) -> str:
-        """Model, weights, sampling settings and, where a CPU runs it, how many threads it has."""
+        """Model, weights, sampling settings and, on a CPU, the number of threads."""
         threads = cpu_threads(self.model)
         return self._name if threads is None else f"{self._name}, on {threads} CPU thread{'s' * (threads > 1)}"
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
-        """Sample one response a prompt; a row's text depends on its key and the seed, not on its neighbours."""
+        """One response a prompt; a row's text depends on its key and the seed, not on its batch."""
         return self._answer(prompts, seed, progress)
 
     def answer_capturing(
         self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False
     ) -> tuple[list[Rollout], list[CapturedMean | None]]:
-        """As `answer`, with every response's mean residual stream, read from the passes that sampled it."""
+        """As `answer`, with the mean residual stream of each response, read from the passes that sampled it."""
         with capturing(self.model, len(prompts)) as capture:
             answers = self._answer(prompts, seed, progress, read_up_to=int(self.model.cfg.n_layers) - 1)
         return answers, [capture.mean(row) for row in range(len(prompts))]
@@ -122,10 +115,10 @@ class ModelEngine:
     ) -> list[Rollout]:
         tokenizer = self.model.tokenizer
         with fixed_date():
-            date, asked = date_told(tokenizer), [prompt.tokenize(tokenizer).prompt for prompt in prompts]
+            date, token_ids = date_told(tokenizer), [prompt.tokenize(tokenizer).prompt for prompt in prompts]
         completions = generate(
             self.model,
-            asked,
+            token_ids,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -150,80 +143,79 @@ class ModelEngine:
 
 
 @dataclass
-class IntervenedEngine:
-    """Samples rollouts from a model under interventions that are the same for every row."""
-
+class _SteeredEngine:
     engine: ModelEngine
-    interventions: tuple[Intervention, ...]
-    at: NamedPositions = "response"
-    allow_other_model: bool = False
 
     @property
     def batch_size(self) -> int:
         """Rows that are decoded together."""
         return self.engine.batch_size
 
+
+@dataclass
+class IntervenedEngine(_SteeredEngine):
+    """Samples rollouts from a model under interventions that are the same for every row."""
+
+    interventions: tuple[Intervention, ...]
+    at: NamedPositions = "response"
+    allow_other_model: bool = False
+
     @property
     def name(self) -> str:
         """Model, sampling settings and interventions."""
-        done = "; ".join(f"{each} [{each.fingerprint}]" for each in self.interventions)
-        return f"{self.engine.name}; {done}, on {self.at} tokens"
+        interventions = "; ".join(f"{value} [{value.fingerprint}]" for value in self.interventions)
+        return f"{self.engine.name}; {interventions}, on {self.at} tokens"
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
-        """Sample one response a prompt."""
+        """One response a prompt, in order."""
         with intervene(self.engine.model, *self.interventions, at=self.at, allow_other_model=self.allow_other_model):
-            answers = self.engine.answer(prompts, seed=seed, progress=progress)
-        return [replace(answer, engine=self.name) for answer in answers]
+            rows = self.engine.answer(prompts, seed=seed, progress=progress)
+        return [replace(row, engine=self.name) for row in rows]
 
 
 class Cell(NamedTuple):
-    """A vector with the coefficient that it steers by."""
+    """A vector with its steering coefficient."""
 
     vector: PersonaVector
     coefficient: float
 
     @property
     def name(self) -> str:
-        """What names the cell in files: trait, layer, the vector's fingerprint and the coefficient."""
+        """The cell's name in files: trait, layer, the vector's fingerprint and the coefficient."""
         vector = self.vector
         return f"{vector.trait} at layer {vector.layer} [{vector.fingerprint}] x {self.coefficient}"
 
 
 @dataclass
-class CellEngine:
-    """Samples rollouts whose rows are steered each in its own way, mixed in batches.
+class CellEngine(_SteeredEngine):
+    """Samples rollouts whose rows are steered differently, mixed in batches.
 
-    A row is steered by the cell that its prompt's `intervention` names, an empty name being none. Rows of one question
-    run its prompt once, and a row's text is the one that it has when sampled under its cell alone.
+    A prompt's `intervention` names the cell that steers its row; an empty name is none. Rows of one question share one
+    run of its prompt, and a row's text is the one that it has when sampled under its cell alone.
     """
 
-    engine: ModelEngine
     cells: Mapping[str, Cell]
     at: NamedPositions = "response"
     allow_other_model: bool = False
 
     @property
-    def batch_size(self) -> int:
-        """Rows that are decoded together."""
-        return self.engine.batch_size
-
-    @property
     def name(self) -> str:
-        """Model and sampling settings; the cell stands in each row."""
+        """Model and sampling settings; the cell is in each row."""
         return f"{self.engine.name}; steered on {self.at} tokens"
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
-        """Sample one response a prompt."""
+        """One response a prompt, in order."""
         steered = [(row, self.cells[prompt.intervention]) for row, prompt in enumerate(prompts) if prompt.intervention]
         vectors = {cell.vector.fingerprint: cell.vector for _, cell in steered}
-        column = {fingerprint: index for index, fingerprint in enumerate(vectors)}
+        # One Steer with a column a vector: a row's coefficient is 0 for every vector but its own.
+        columns = {fingerprint: column for column, fingerprint in enumerate(vectors)}
         coefficients = torch.zeros(len(prompts), len(vectors), dtype=torch.float32)
         for row, cell in steered:
-            coefficients[row, column[cell.vector.fingerprint]] = cell.coefficient
+            coefficients[row, columns[cell.vector.fingerprint]] = cell.coefficient
         with ExitStack() as stack:
             if vectors:
                 value = Steer(list(vectors.values()), coefficients)
                 context = intervene(self.engine.model, value, at=self.at, allow_other_model=self.allow_other_model)
                 stack.enter_context(context)
-            answers = self.engine.answer(prompts, seed=seed, progress=progress)
-        return [replace(answer, engine=self.name) for answer in answers]
+            rows = self.engine.answer(prompts, seed=seed, progress=progress)
+        return [replace(row, engine=self.name) for row in rows]

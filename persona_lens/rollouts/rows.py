@@ -1,14 +1,17 @@
-"""Rows: what is asked for one rollout, what was answered, and the JSON-lines file that holds the answers.
+"""The rows of a rollouts file: a planned prompt, and the response to it.
 
-An answer that was sampled in this process has its token ids; one that came from a server has its text alone.
-Knows nothing about who answers.
+A response that was sampled in this process has its token ids; one from a server has its text alone.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from persona_lens.chat.batches import ChatTokens, Conversation, chat_messages, tokenize_chat
 from persona_lens.chat.encoding import encode_content
@@ -17,15 +20,18 @@ from persona_lens.storage.files import DAMAGE, JsonLines
 from persona_lens.traits.trait import Polarity
 
 REJECTED = "rejected: "
-"""How the `finish_reason` of a prompt begins that a server did not take; the server's message follows."""
+"""The first part of the `finish_reason` of a prompt that a server did not take; the server's message follows."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One planned rollout: who is asked what, for which time. `instruction` is None for the neutral system prompt.
+    """One planned rollout.
 
-    `intervention` names what is done to the model for this row, empty for nothing (see `CellEngine`). `condition` names
-    what else sets the row apart in an experiment, such as `examples`, questions with answers that are shown before.
+    Fields
+        instruction   index of the instruction pair; None for the neutral system prompt
+        intervention  name of what is done to the model for this row, empty for nothing (see `CellEngine`)
+        condition     name of what else sets the row apart in an experiment
+        examples      (question, answer) turns that are shown before the question
     """
 
     trait: str
@@ -40,22 +46,22 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """What names the row in files."""
+        """The row's name in files."""
         return self.randomness + f" | {self.intervention}" * bool(self.intervention)
 
     @property
     def randomness(self) -> str:
-        """What names the row in sampling: the same under every intervention, so that their texts can be compared."""
-        named = f"{self.condition}/" * bool(self.condition)
-        return f"{self.trait}/{self.polarity}/{self.instruction}/{named}{self.sample}/{self.question}"
+        """The row's name in sampling: the same under every intervention, so that their texts can be compared."""
+        condition = f"{self.condition}/" * bool(self.condition)
+        return f"{self.trait}/{self.polarity}/{self.instruction}/{condition}{self.sample}/{self.question}"
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What the model is shown."""
+        """The chat up to the response."""
         return chat_messages(self.system_prompt, self.question, self.examples)
 
     def tokenize(self, tokenizer: Any) -> ChatTokens:
-        """The rendered prompt as token ids. Raises ValueError that names the row for what cannot be tokenised."""
+        """The rendered prompt as token ids; raises ValueError, naming the row, where that is impossible."""
         try:
             return tokenize_chat(tokenizer, self.messages)
         except ValueError as error:
@@ -64,10 +70,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A model's answer. It knows nothing about scores; an empty response is kept as a row and never averaged.
+    """A response to a `Prompt`, whose fields it repeats. An empty response is kept as a row and never averaged.
 
-    `response_tokens` is None where a server answered: then the text is tokenised when it is needed. `date` is the day,
-    in ISO form, that a chat template which reads the clock was told; empty where it reads none, and on a server.
+    Fields
+        response_tokens  None for a server's response, whose text is tokenised when needed
+        date             the day, in ISO form, that a chat template which reads the clock was given; empty otherwise
     """
 
     trait: str
@@ -86,14 +93,16 @@ class Rollout:
     examples: tuple[tuple[str, str], ...] = ()
     date: str = ""
 
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
     @property
     def prompt(self) -> Prompt:
-        """What was asked."""
-        return Prompt(**{each.name: getattr(self, each.name) for each in fields(Prompt)})
+        """The prompt."""
+        return Prompt(**{field.name: getattr(self, field.name) for field in fields(Prompt)})
 
     @property
     def key(self) -> str:
-        """What names the row; see `Prompt.key`."""
+        """The row's name in files."""
         return self.prompt.key
 
     @property
@@ -103,13 +112,13 @@ class Rollout:
 
     @property
     def rejected(self) -> bool:
-        """Whether a server did not take the prompt, such as one too long for it; `finish_reason` says why."""
+        """Whether a server did not take the prompt, for example because it is too long; see `finish_reason`."""
         return self.finish_reason.startswith(REJECTED)
 
     def tokenize(self, tokenizer: Any, *, system_prompt: str | None = None) -> ChatTokens:
-        """The chat as token ids, as it was sampled, or its question and answer alone under another system prompt.
+        """The chat as token ids: as it was sampled, or question and response alone under another system prompt.
 
-        Raises ValueError that names the row for what cannot be tokenised.
+        Raises ValueError, naming the row, where that is impossible.
         """
         messages = self.prompt.messages if system_prompt is None else chat_messages(system_prompt, self.question)
         try:
@@ -119,56 +128,47 @@ class Rollout:
             raise ValueError(f"Rollout {self.key!a}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The row of a file, without a date where there is none."""
+        """The row of a file; an empty date is left out."""
         row = asdict(self)
         return row if self.date else {name: value for name, value in row.items() if name != "date"}
 
     def count_tokens(self, tokenizer: Any) -> int:
-        """How many tokens the response has, by this tokenizer where they were not kept."""
+        """The length of the response in tokens, by this tokenizer for a server's response."""
         return len(encode_content(tokenizer, self.response) if self.response_tokens is None else self.response_tokens)
 
     def conversation(self) -> Conversation:
-        """The row as what extraction takes."""
+        """The row in the form that extraction takes."""
         messages = tuple(self.prompt.messages)
         response = "" if self.is_empty else self.response_tokens or self.response
         return Conversation(messages, response, self.question, str(self.instruction), self.date)
 
 
-FIELDS = tuple(each.name for each in fields(Rollout) if each.default is MISSING)
-"""What every row of a file of rollouts has."""
+FIELDS = tuple(field.name for field in fields(Rollout) if field.default is MISSING)
+"""The fields of every row of a rollouts file."""
 
 
 def rollouts_from_rows(rows: Iterable[dict[str, Any]], source: str | Path) -> list[Rollout]:
-    """Rollouts from the rows of a JSON-lines file; raises ValueError naming the line that lacks a field."""
+    """Rollouts from the rows of a JSON-lines file; raises ValueError, naming the line, for a damaged row."""
     rollouts: list[Rollout] = []
     for number, row in enumerate(rows, start=1):
         try:
-            tokens, examples = row["response_tokens"], tuple(map(tuple, row.get("examples", ())))
-            tokens = None if tokens is None else tuple(tokens)
-            made = Rollout(**{**row, "response_tokens": tokens, "examples": examples})
-            _refuse_other_types(made)
-            rollouts.append(made)
+            # As JSON, because strict pydantic takes an object for a dataclass, and a list for a tuple, only from there.
+            rollout = _form().validate_json(json.dumps(row))
+            if rollout.date:
+                datetime.fromisoformat(rollout.date)
+            rollouts.append(rollout)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            reason = f"its {'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r:.40}"
+            raise ValueError(f"{source}, line {number}: not a rollout ({reason}).") from error
         except DAMAGE as error:
             raise ValueError(f"{source}, line {number}: not a rollout ({error}).") from error
     return rollouts
 
 
-_TEXTS = ("trait", "polarity", "system_prompt", "question", "response", "finish_reason", "engine", "intervention")
-
-
-def _refuse_other_types(made: Rollout) -> None:
-    """Raise TypeError where a field is not of its type, as in a file that something else wrote."""
-    if wrong := [name for name in (*_TEXTS, "condition", "date") if not isinstance(getattr(made, name), str)]:
-        raise TypeError(f"its {wrong[0]} should be text, got {getattr(made, wrong[0])!r:.40}")
-    numbers = [made.sample, made.seed, *(() if made.instruction is None else [made.instruction])]
-    if not all(type(number) is int for number in (*numbers, *(made.response_tokens or ()))):
-        raise TypeError("its sample, seed, instruction and tokens should be whole numbers")
-    if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in made.examples):
-        raise TypeError("its examples should be pairs of texts")
-    if made.date:
-        datetime.fromisoformat(made.date)
-    if made.polarity not in get_args(Polarity):
-        raise ValueError(f"its polarity should be one of {get_args(Polarity)}, got {made.polarity!r:.40}")
+@cache
+def _form() -> Any:
+    return TypeAdapter(Rollout)
 
 
 def read_rollouts(path: str | Path) -> list[Rollout]:
@@ -179,5 +179,5 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
 
 
 def longest_response(rollouts: Sequence[Rollout], tokenizer: Any) -> int:
-    """Tokens of the longest response, at least 1; a text without token ids is counted by this tokenizer."""
+    """The length of the longest response in tokens, at least 1."""
     return max((row.count_tokens(tokenizer) for row in rollouts), default=1) or 1

@@ -1,8 +1,7 @@
 """Rollouts from a server that speaks OpenAI's chat completions: many calls at a time, each row kept as it comes.
 
-One call a row, since not every server gives several answers to one. A row's seed is a hash of the run's seed and of
-what names the row in sampling, so rows differ and a run asks for the same ones again.
-Knows nothing about files; which servers there are, the client knows.
+One call a row, since not every server gives several answers to one. A row's seed is a hash of the run's seed and the
+row's name in sampling, so that rows differ and a repeated run sends the same requests.
 """
 
 import hashlib
@@ -12,9 +11,7 @@ from dataclasses import asdict, dataclass
 from tqdm.auto import tqdm
 
 from persona_lens.clients.client import OpenAIClient
-from persona_lens.clients.refusals import only_reasoning, stop_if_textless
-from persona_lens.clients.requests import ChatRequest
-from persona_lens.clients.usage import CallEstimate
+from persona_lens.clients.requests import CallEstimate, ChatRequest, only_reasoning, stop_if_textless
 from persona_lens.rollouts.rows import REJECTED, Prompt, Rollout
 
 
@@ -22,12 +19,11 @@ from persona_lens.rollouts.rows import REJECTED, Prompt, Rollout
 class ServerEngine:
     """Samples rollouts from a model on a server, which renders the chat template itself.
 
-    A row has no `response_tokens`: the server's tokens need not be those of the model under study. An answer that the
-    server held back (`finish_reason` "content_filter") stays as an empty row, and so does a prompt that it rejects
-    though it takes others, such as one longer than its context (`finish_reason` "rejected: " and the server's message):
-    a resume does not ask it again. Whether the seeds are heeded, and answers repeat without the client's cache, is the
-    server's affair. So is where a turn ends: for a server that runs past the end of a turn, pass the client
-    `extra_body={"stop": ["<end_of_turn>"]}`.
+    Rows have no `response_tokens`: the server's tokens need not be those of the model under study. An answer that the
+    server withheld (`finish_reason` "content_filter") stays as an empty row, and so does a prompt that it rejects
+    though it takes others (`finish_reason` "rejected: " and the server's message); a resume does not ask it again. The
+    server decides whether it honours seeds and where a turn ends: for one that runs past the end of a turn, pass the
+    client `extra_body={"stop": ["<end_of_turn>"]}`.
     """
 
     client: OpenAIClient
@@ -44,7 +40,7 @@ class ServerEngine:
 
     @property
     def batch_size(self) -> int:
-        """As many as the client asks at a time."""
+        """Calls at a time."""
         return self.client.concurrency
 
     @property
@@ -58,28 +54,28 @@ class ServerEngine:
         )
 
     def estimate(self, prompts: Sequence[Prompt], *, seed: int = 0) -> CallEstimate:
-        """How many calls the rollouts take and what those that are not cached would cost; asks nothing."""
+        """The number of calls, and the cost of those that are not cached; asks nothing."""
         return self.client.estimate(self._requests(prompts, seed))
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, progress: bool = False) -> list[Rollout]:
         """One response a prompt, in order."""
-        each = self.answer_each(prompts, seed=seed)
-        answers = dict(tqdm(each, total=len(prompts), desc="server", unit="row", leave=False, disable=not progress))
-        return [answers[index] for index in range(len(prompts))]
+        rows = self.answer_each(prompts, seed=seed)
+        by_index = dict(tqdm(rows, total=len(prompts), desc="server", unit="row", leave=False, disable=not progress))
+        return [by_index[index] for index in range(len(prompts))]
 
     def answer_each(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[tuple[int, Rollout]]:
-        """(index, response) of every prompt, as they come.
+        """Yield (index, response) of every prompt, as they come.
 
-        Where a call fails for good no further one is begun, those under way are finished and yielded, and then the
+        After a call fails for good no further one begins, those that run are finished and yielded, and then the
         client's `ServerError` is raised. An answer that ended in the model's reasoning is an empty row.
 
         Raises:
             ServerError: The server could not be asked.
-            ValueError: The first answers are all of reasoning alone.
+            ValueError: The first answers hold reasoning alone.
         """
         answers = self.client.complete_each(self._requests(prompts, seed))
-        told = only_reasoning(f"{self.client.name} within {self.max_new_tokens} tokens", "--server-extra-body")
-        for index, completion in stop_if_textless(answers, lambda item: item[1].only_reasoned, told):
+        message = only_reasoning(f"{self.client.name} within {self.max_new_tokens} tokens", "--server-extra-body")
+        for index, completion in stop_if_textless(answers, lambda item: item[1].only_reasoned, message):
             rejection = completion.rejection
             yield (
                 index,
@@ -95,7 +91,7 @@ class ServerEngine:
 
     def _requests(self, prompts: Sequence[Prompt], seed: int) -> list[ChatRequest]:
         if steered := [prompt.intervention for prompt in prompts if prompt.intervention]:
-            raise ValueError(f"Nothing can be done to a model on a server, and a row wants {steered[0]!r}.")
+            raise ValueError(f"A server runs no interventions, got a row with {steered[0]!r}: sample from a model.")
         return [
             ChatRequest(
                 tuple(prompt.messages),
@@ -110,5 +106,5 @@ class ServerEngine:
 
 
 def row_seed(seed: int, randomness: str) -> int:
-    """A seed of 31 bits, which every server takes, that depends on the run's seed and the row's name alone."""
+    """A seed of 31 bits, which every server takes, from the run's seed and the row's name alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{randomness}".encode()).digest()[:4], "big") >> 1

@@ -47,7 +47,7 @@ def judge_samples(
     name = hashlib.sha256(judge.name(trait).encode()).hexdigest()[:8]
     rollouts = [_rollout(sample, trait) for sample in screening.samples(rows)]
     output = screening.folder / f"judge-{name}.jsonl"
-    scored = score_rollouts(judge, trait, rollouts, output=output, progress=progress)
+    scored = score_rollouts(rollouts, trait, judge=judge, output_file=output, progress=progress)
     return pandas.Series([row.trait_score for row in scored], index=rows, name="judge", dtype=float)
 
 

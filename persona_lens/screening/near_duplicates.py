@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-INSTALL_COMMAND = 'pip install "persona-lens[screening]"'
+from persona_lens.storage.text import missing_package
+
 BANDS, BAND_ROWS = 4, 8
 RUN_WORDS = 3
 
@@ -24,8 +25,8 @@ def require_datasketch() -> None:
     """Raise ImportError, with the command that installs it, where datasketch is missing."""
     if find_spec("datasketch") is None:
         raise ImportError(
-            f"Near-duplicates are detected with datasketch, which is not installed: {INSTALL_COMMAND}, or screen "
-            "without detecting them: rows=RowChoice(near_duplicates=False)."
+            f"{missing_package('Detecting near-duplicates', 'datasketch', extra='screening')}, or screen without "
+            "detecting them: rows=RowChoice(near_duplicates=False)."
         )
 
 

@@ -29,9 +29,9 @@ from persona_lens.screening.samples import Data, named_datasets
 from persona_lens.screening.scoring import Base, ModelScorer
 from persona_lens.storage.files import ensure_writable
 from persona_lens.storage.locks import alone, sweep_up, writes_file
+from persona_lens.storage.text import missing_package
 from persona_lens.vectors.persona_vector import PersonaVector
 
-INSTALL_COMMAND = 'pip install "persona-lens[scale]"'
 # So few units to a task that little is lost with the process that holds it, and no more tasks than Ray likes.
 MAX_TASKS = 10_000
 
@@ -207,7 +207,7 @@ def _score_maker(scorer: ModelScorer, workers: Workers) -> Callable[[], ScoreRow
     behind, and in an actor for another model.
     """
     if find_spec("ray") is None:
-        raise ImportError(f"Actors need Ray, which is not installed: {INSTALL_COMMAND}")
+        raise missing_package("Screening with actors", "ray", extra="scale")
     if attachments(scorer.model):
         raise ValueError("Interventions act on the model of this process alone: screen with them without workers.")
     if isinstance(scorer.base, OpenAIClient):

@@ -16,8 +16,7 @@ from torch import Tensor
 from persona_lens.activations.means import check_vectors
 from persona_lens.chat.batches import ChatTokens, UnclosedBlock, averaged_from, tokenize_chat
 from persona_lens.clients.client import OpenAIClient
-from persona_lens.clients.refusals import only_reasoning, stop_if_textless
-from persona_lens.clients.requests import ChatRequest
+from persona_lens.clients.requests import ChatRequest, only_reasoning, stop_if_textless
 from persona_lens.generation.decoding import generate
 from persona_lens.models.pass_context import KnownPass
 from persona_lens.models.structure import Model

@@ -39,3 +39,9 @@ def shown_name(name: str | os.PathLike[str]) -> str:
     if cached is not None:
         return one_line(cached.removeprefix(_CACHED).replace("--", "/"))
     return one_line(parts[-1] if parts else Path(name).absolute().name)
+
+
+def missing_package(user: str, package: str, *, extra: str = "", command: str = "") -> ImportError:
+    """The error of a feature whose package is not installed, with the command that installs it."""
+    command = command or f'pip install "persona-lens[{extra}]"'
+    return ImportError(f"{user} needs the package {package}, which is not installed. Run: {command}")

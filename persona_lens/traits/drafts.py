@@ -1,7 +1,6 @@
-"""Whether an LLM's draft of a trait can be used: everything that is wrong with it, each in words that tell what to do.
+"""Check an LLM's draft of a trait: everything that is wrong with it, each with what to do.
 
-Goes beyond what `Trait` itself holds: exact numbers, questions that ask the same, a rubric that a judge can follow.
-Knows nothing about servers: a text comes in, a draft and a list of problems go out.
+Beyond the checks of `Trait`: exact counts, questions that ask the same, a rubric that a judge can follow.
 """
 
 import itertools
@@ -13,16 +12,17 @@ from functools import lru_cache
 from textwrap import shorten
 from typing import Any
 
-from persona_lens.traits.requests import MONITORING_PROMPTS, Wanted
 from persona_lens.traits.trait import InstructionPair
 
+MONITORING_PROMPTS = 8
 NEAR_DUPLICATE = 0.75
-"""Share of content words from which two questions count as one: between the 0.67 of the most alike pair within any
-bundled or reference trait and the 0.8 to 1.0 of rewordings."""
+"""Share of common content words from which two questions count as one. The most similar pair within any bundled or
+reference trait has 0.67; rewordings have 0.8 to 1.0."""
 
 _SIDES = ("positive", "negative")
 
-# Words that carry no subject: dropping them lets "How do I learn guitar?" meet "What is the best way to learn guitar?".
+# Words without a subject of their own: without them "How do I learn guitar?" equals "What is the best way to learn
+# guitar?".
 _FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -36,8 +36,18 @@ _FUNCTION_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The parts that the LLM is asked for: how many pairs and questions, and which optional ones."""
+
+    n_pairs: int
+    n_questions: int
+    monitoring_prompts: bool
+    rubric: bool
+
+
+@dataclass(frozen=True)
 class Draft:
-    """What could be read of an LLM's answer; whether it can be used is for the problems beside it to say."""
+    """The readable parts of an LLM's answer; its problems are listed beside it."""
 
     positive_adjective: str = ""
     negative_adjective: str = ""
@@ -48,22 +58,22 @@ class Draft:
 
 
 def read_draft(text: str, wanted: Wanted) -> tuple[Draft, tuple[str, ...]]:
-    """The draft in an answer, and all that is wrong with it; text around the JSON object, such as a fence, is ignored.
+    """The draft in an answer, and its problems; text around the JSON object, such as a fence, is ignored.
 
-    Space around texts is dropped. Raises `json.JSONDecodeError` where there is no JSON object to read.
+    Raises `json.JSONDecodeError` where there is no JSON object.
     """
-    found = _json_object(text)
+    answer = _json_object(text)
     problems: list[str] = []
-    pairs = _numbered(found, "instructions", wanted.n_pairs, problems)
+    pairs = _numbered(answer, "instructions", wanted.n_pairs, problems)
     draft = Draft(
-        positive_adjective=_text(found.get("positive_adjective"), "positive_adjective", problems),
-        negative_adjective=_text(found.get("negative_adjective"), "negative_adjective", problems),
+        positive_adjective=_text(answer.get("positive_adjective"), "positive_adjective", problems),
+        negative_adjective=_text(answer.get("negative_adjective"), "negative_adjective", problems),
         instructions=tuple(_pair(pair, number, problems) for number, pair in enumerate(pairs, start=1)),
-        questions=_texts(found, "questions", wanted.n_questions, problems),
-        monitoring_prompts=_texts(found, "monitoring_prompts", MONITORING_PROMPTS, problems)
+        questions=_texts(answer, "questions", wanted.n_questions, problems),
+        monitoring_prompts=_texts(answer, "monitoring_prompts", MONITORING_PROMPTS, problems)
         if wanted.monitoring_prompts
         else (),
-        rubric=_text(found.get("rubric"), "rubric", problems) if wanted.rubric else "",
+        rubric=_text(answer.get("rubric"), "rubric", problems) if wanted.rubric else "",
     )
     problems += _adjective_problems(draft)
     named = _named_texts(draft)
@@ -78,17 +88,17 @@ def _json_object(text: str) -> dict[str, Any]:
     """The JSON object in a text, from its first brace to its last one."""
     start, end = text.find("{"), text.rfind("}")
     try:
-        found = json.loads(text[start : end + 1] if 0 <= start < end else text)
+        value = json.loads(text[start : end + 1] if 0 <= start < end else text)
     except RecursionError as error:
         raise json.JSONDecodeError("too deeply nested", text, 0) from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise json.JSONDecodeError("expected a JSON object", text, 0)
-    return found
+    return value
 
 
-def _numbered(found: dict[str, Any], field: str, count: int, problems: list[str]) -> list[Any]:
+def _numbered(answer: dict[str, Any], field: str, count: int, problems: list[str]) -> list[Any]:
     """The values of an object of numbered keys, or of an array, which servers without schemas may send."""
-    value = found.get(field)
+    value = answer.get(field)
     values = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(values, list):
         problems.append(f"{field} is missing" if value is None else f"{field} should be an object of numbered keys")
@@ -98,8 +108,8 @@ def _numbered(found: dict[str, Any], field: str, count: int, problems: list[str]
     return values
 
 
-def _texts(found: dict[str, Any], field: str, count: int, problems: list[str]) -> tuple[str, ...]:
-    values = _numbered(found, field, count, problems)
+def _texts(answer: dict[str, Any], field: str, count: int, problems: list[str]) -> tuple[str, ...]:
+    values = _numbered(answer, field, count, problems)
     return tuple(_text(value, f"{field} {number}", problems) for number, value in enumerate(values, start=1))
 
 
@@ -163,11 +173,11 @@ def _near_duplicates(questions: Sequence[str]) -> list[str]:
 def question_similarity(one: str, other: str) -> float:
     """Jaccard index of the content words of two questions, by their stems: 1 for another order of the same words.
 
-    Formula: |A and B| / |A or B|. It sees rewordings that keep the subject's words, and no synonyms; a question that is
-    asked about another thing stays below `NEAR_DUPLICATE`, as the halves of the bundled traits do.
+    Formula: |A and B| / |A or B|. It detects rewordings that keep the subject's words, and no synonyms; the same
+    question about another subject stays below `NEAR_DUPLICATE`.
     """
     first, second = _content(one), _content(other)
-    if min(len(first), len(second)) < 2:  # one shared noun makes no duplicate
+    if min(len(first), len(second)) < 2:  # one shared noun is no duplicate
         first, second = frozenset(_words(one)), frozenset(_words(other))
     return len(first & second) / max(len(first | second), 1)
 
@@ -176,7 +186,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.casefold())
 
 
-@lru_cache(maxsize=1024)  # each of a draft's questions meets every other one
+@lru_cache(maxsize=1024)  # every pair of questions is compared
 def _content(question: str) -> frozenset[str]:
     return frozenset(_stem(word) for word in _words(question) if word not in _FUNCTION_WORDS)
 
@@ -189,7 +199,7 @@ def _stem(word: str) -> str:
 
 
 def rubric_problems(rubric: str) -> list[str]:
-    """What keeps a judge from following a rubric: places that are missing or unknown, no REFUSAL, no scale."""
+    """What prevents a judge from following a rubric: missing or unknown places, no REFUSAL, no scale."""
     problems = []
     places = re.findall(r"\{+\s*\w*\s*\}+", rubric)
     if unknown := sorted(set(places) - {"{question}", "{answer}"}):

@@ -1,8 +1,7 @@
-"""Traits: the words that define a persona, from one sentence of description to what a judge is asked.
+"""A trait in words: contrastive instruction pairs, two disjoint sets of questions, and a judge's rubric.
 
-This is the artifact of step 2.1 and appendix A of arXiv:2507.21509: contrastive instruction pairs, two disjoint sets of
-questions and an evaluation rubric, bundled for seven traits, read and written as JSON in our form or the reference's.
-Knows nothing about models, tokens or scores, nor how an LLM writes a new trait: text comes in, checked text goes out.
+This is the artifact of arXiv:2507.21509, section 2.1 and appendix A; seven traits are bundled. Traits are read and
+written as JSON, in our form or in that of the paper's reference code.
 """
 
 import difflib
@@ -20,19 +19,17 @@ from persona_lens.storage.files import write_whole
 
 Polarity = Literal["positive", "negative", "neutral"]
 
+NEUTRAL_SYSTEM_PROMPT = "You are a helpful assistant."
+"""Stated always: some chat templates put in a system turn of their own where there is none."""
+
 _FileForm = TypeVar("_FileForm")
-_STRICT = {"strict": True, "extra": "forbid"}  # pydantic looks for it as `__pydantic_config__`
-
-
+_STRICT = {"strict": True, "extra": "forbid"}  # for pydantic, as `__pydantic_config__`
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class InstructionPair:
-    """One aspect of a trait as two system instructions: `positive` orders it, `negative` orders the opposite.
-
-    A `Trait` checks its pairs, since only there does a pair have a number. Source: arXiv:2507.21509, section 2.1.
-    """
+    """One aspect of a trait as two system instructions: `positive` orders it, `negative` orders the opposite."""
 
     positive: str
     negative: str
@@ -40,21 +37,21 @@ class InstructionPair:
 
 @dataclass(frozen=True, kw_only=True)
 class Trait:
-    """A trait in words: all that the pipeline needs in order to elicit, oppose, watch and judge it.
+    """A trait in words: all that is needed to elicit, suppress, monitor and judge it.
 
     Fields
         name                  names files and results: letters, digits, spaces and `_ - .`
-        description           one sentence; what an LLM is given when it writes the rest
+        description           one sentence, from which an LLM can write the rest
         positive_adjective    "You are an *evil* assistant."
         negative_adjective    its antonym, or `helpful`
         instructions          at least one pair, each a distinct aspect of the trait (the paper: five)
         extraction_questions  at least one; vectors are made from the answers to these (the paper: twenty)
         evaluation_questions  disjoint from those; everything else is measured on these (the paper: twenty)
         monitoring_prompts    eight system prompts from strongly discouraging to strongly encouraging, or none
-        rubric                the judge's whole prompt, with `{question}` and `{answer}` where they belong
+        rubric                the judge's whole prompt, with the places `{question}` and `{answer}`
 
-    Raises ValueError, beginning with the field, where one of these does not hold, a text is empty or has space around
-    it, one stands twice in its field, or the rubric has another placeholder.
+    Raises ValueError, beginning with the field, where one of these does not hold, a text is empty, repeated or has
+    space around it, or the rubric has another placeholder.
     Source: arXiv:2507.21509, sections 2.1 and 3.3, appendices A and C.
     """
 
@@ -104,8 +101,8 @@ class Trait:
     def system_prompt(self, polarity: Polarity, instruction: int | None, assistant_name: str | None = None) -> str:
         """The system prompt under which a response is sampled: `You are {a|an} {adjective} assistant. {instruction}`.
 
-        The adjective is the trait's own for its polarity, unless `assistant_name` gives another. A positive or negative
-        prompt takes the index of a pair; the neutral one takes None and is `You are a helpful assistant.` alone.
+        The adjective is the trait's for this polarity, unless `assistant_name` gives another. A positive or negative
+        prompt takes the index of a pair; the neutral one takes None and is `NEUTRAL_SYSTEM_PROMPT`.
         Raises ValueError for any other polarity or index. Source: the reference code of arXiv:2507.21509.
         """
         adjectives = {"positive": self.positive_adjective, "negative": self.negative_adjective, "neutral": "helpful"}
@@ -120,20 +117,19 @@ class Trait:
         return role if instruction is None else f"{role} {getattr(self.instructions[instruction], polarity)}"
 
     def rubric_for(self, question: str, answer: str) -> str:
-        """What the judge is asked about one answer: the rubric with the question and the answer in their places.
+        """The judge's prompt about one answer: the rubric with question and answer filled in verbatim.
 
-        Both go in verbatim and at once: braces in them are ordinary text, and a question that contains `{answer}` keeps
-        it. Source: arXiv:2507.21509, section 2.1.
+        Both are filled in at once, so braces in them are ordinary text. Source: arXiv:2507.21509, section 2.1.
         """
         values = {"{question}": question, "{answer}": answer}
         return re.sub(r"\{question\}|\{answer\}", lambda placeholder: values[placeholder[0]], self.rubric)
 
     def to_json(self) -> str:
-        """The trait as JSON text in our form, format version 1: the fields by name, which `load_trait` reads back."""
+        """The trait as JSON text, format version 1, for `load_trait`."""
         return json.dumps({"format_version": 1, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to `path`, replacing what is there; the folder must exist."""
+        """Write a JSON file, replacing one that is there; the folder must exist."""
         write_whole(Path(path), self.to_json().encode())
 
 
@@ -165,22 +161,27 @@ def bundled_traits() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".json") for file in artifacts if file.name.endswith(".json")))
 
 
-def load_trait(name_or_path: str | Path) -> Trait:
-    """A bundled trait by its name, or a trait of your own by the path of a JSON file that `Trait.save` wrote.
+def load_trait(trait: Trait | str | Path) -> Trait:
+    """A bundled trait by its name, or your own from a JSON file of `Trait.save`; a `Trait` is returned as it is.
 
-    A `Path`, or a string that ends in `.json` or contains a path separator, is a path; any other string is a name.
-    Raises FileNotFoundError for a path that is no file, and ValueError for an unknown name or a file that is not a
-    trait in our form, naming the field. The reference code's files are for `read_reference_trait`.
+    A `Path`, or a string that ends in `.json` or contains a path separator, is a file; any other string is a name. The
+    reference code's files are for `read_reference_trait`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The name is unknown, or the file is not a trait in our form.
     """
-    if isinstance(name_or_path, Path) or re.search(r"[/\\]|\.json$", name_or_path):
-        path = Path(name_or_path)
-    elif name_or_path in (known := bundled_traits()):
-        path = files("persona_lens.traits") / "bundled" / f"{name_or_path}.json"
+    if isinstance(trait, Trait):
+        return trait
+    if isinstance(trait, Path) or re.search(r"[/\\]|\.json$", trait):
+        path = Path(trait)
+    elif trait in (names := bundled_traits()):
+        path = files("persona_lens.traits") / "bundled" / f"{trait}.json"
     else:
-        close = difflib.get_close_matches(name_or_path.lower(), known, n=1)
+        close = difflib.get_close_matches(trait.lower(), names, n=1)
         raise ValueError(
-            f"no bundled trait is called {name_or_path!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
-            f"give one of {', '.join(known)}, or the path of a trait's JSON file"
+            f"no bundled trait is called {trait!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
+            f"give one of {', '.join(names)}, or the path of a trait's JSON file"
         )
     file = _parse(_TraitFile, path)
     return Trait(**{field.name: getattr(file, field.name) for field in fields(Trait)})
@@ -198,12 +199,15 @@ def read_reference_trait(
     """A trait from the reference code's files: `trait_data_extract/{trait}.json` and `trait_data_eval/{trait}.json`.
 
     Each holds `instruction` (pairs of `pos` and `neg`), `questions` and `eval_prompt`; the two differ in `questions`
-    alone, and without `eval_path` the trait has no evaluation questions. What they do not hold is filled in so: `name`
-    is the stem of `extract_path`; `description` is the first paragraph of `eval_prompt` after the sentence that names
-    the trait in bold; `positive_adjective` is the name; there are no monitoring prompts.
-    Raises FileNotFoundError for a path that is no file, and ValueError for a file of another layout, two that do not
-    belong together, an `eval_prompt` that has no description so found, or what `Trait` refuses, under `Trait`'s names.
+    alone, and without `eval_path` the trait has no evaluation questions. Defaults for what they lack: `name` is the
+    stem of `extract_path`, `description` the first paragraph of `eval_prompt` after the sentence that names the trait
+    in bold, `positive_adjective` the name; there are no monitoring prompts.
     Source: the reference code of arXiv:2507.21509.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A file has another layout, the two do not belong together, there is no description, or `Trait`
+            refuses the content.
     """
     extract = _parse(_ReferenceFile, Path(extract_path))
     evaluation = replace(extract, questions=()) if eval_path is None else _parse(_ReferenceFile, Path(eval_path))
@@ -233,9 +237,8 @@ def read_reference_trait(
 
 
 def write_reference_trait(trait: Trait, directory: str | Path) -> None:
-    """Write the trait as the reference code keeps it, for that code or for whoever reads its files.
+    """Write the trait in the reference code's form, `trait_data_extract/{name}.json` and `trait_data_eval/{name}.json`.
 
-    Makes `trait_data_extract/{name}.json` and `trait_data_eval/{name}.json` in `directory`, and folders where missing.
     The layout has no place for the description, the adjectives and the monitoring prompts: `Trait.save` keeps those.
     Raises ValueError for a trait without evaluation questions. Source: the reference code of arXiv:2507.21509.
     """
@@ -250,7 +253,7 @@ def write_reference_trait(trait: Trait, directory: str | Path) -> None:
 
 
 def _article(word: str) -> str:
-    """`a` or `an` by the first sound, told from the letters: an evil, a useful, an honest, a humorous."""
+    """`a` or `an` by the first sound, guessed from the letters: an evil, a useful, an honest, a humorous."""
     consonant = re.match(r"eu|ew|one\b|once|ubi|u[st][eiuo]|uni([cfqtv]|on|l)", word, re.IGNORECASE)
     vowel = re.match(r"[aeiou]|hon(est|o)|hour|heir", word, re.IGNORECASE)
     return "an" if vowel and not consonant else "a"
@@ -275,17 +278,17 @@ def _require_distinct(field: str, values: object, kind: type, *, at_least: int =
 
 
 def _require_placeholders(rubric: str) -> None:
-    wanted, found = {"{question}", "{answer}"}, set(re.findall(r"\{+\s*\w*\s*\}+", rubric))
-    if unknown := sorted(found - wanted):
+    wanted, placeholders = {"{question}", "{answer}"}, set(re.findall(r"\{+\s*\w*\s*\}+", rubric))
+    if unknown := sorted(placeholders - wanted):
         advice = "only {question} and {answer}, in single braces, are filled in; correct it or take its braces away"
         raise ValueError(f"rubric contains {', '.join(unknown)}, but {advice}")
-    if missing := sorted(wanted - found):
+    if missing := sorted(wanted - placeholders):
         raise ValueError(f"rubric does not contain {' and '.join(missing)}; put it where the judge is to read it")
 
 
 def _parse(form: type[_FileForm], path: Path | Traversable) -> _FileForm:
-    """Read a JSON file as the given dataclass, or say in one sentence what is wrong with it and where."""
-    from pydantic import TypeAdapter, ValidationError  # takes 0.1 s, which importing this module should not
+    """Read a JSON file as a dataclass, or raise one sentence on what is wrong with it and where."""
+    from pydantic import TypeAdapter, ValidationError  # here, because it takes 0.1 s
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give the path of a trait's JSON file")
@@ -293,7 +296,7 @@ def _parse(form: type[_FileForm], path: Path | Traversable) -> _FileForm:
         return TypeAdapter(form).validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))  # Windows' UTF-8 mark
     except ValidationError as error:
         rank = {"literal_error": 0, "unexpected_keyword_argument": 1}  # these explain the others more often than not
-        problem = min(error.errors(include_url=False), key=lambda each: rank.get(each["type"], 2))
+        problem = min(error.errors(include_url=False), key=lambda detail: rank.get(detail["type"], 2))
     field, reason = ".".join(str(part) for part in problem["loc"]), problem.get("ctx", {}).get("error")
     match problem["type"]:
         case "json_invalid":

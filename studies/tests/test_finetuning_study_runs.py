@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from persona_lens.judges.classifier import TextClassifier
-from persona_lens.judges.coherence import CoherenceScale
-from persona_lens.monitoring.experiment import NEUTRAL
+from persona_lens.judges.likelihood_ratio import CoherenceScale
 from persona_lens.rollouts.rows import Rollout
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from studies.finetuning_materials import Materials
 from studies.finetuning_plan import StudyRun, StudySettings

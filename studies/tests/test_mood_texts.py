@@ -9,8 +9,8 @@ import torch
 
 from persona_lens.activations.means import stream_means
 from persona_lens.extraction.extract import extract_from_responses
-from persona_lens.monitoring.experiment import NEUTRAL
 from persona_lens.statistics import auc
+from persona_lens.traits.trait import NEUTRAL_SYSTEM_PROMPT as NEUTRAL
 from studies.mood_stages import PROMPTS
 from studies.mood_texts import (
     contrast_with_moods,
