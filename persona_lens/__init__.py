@@ -4,17 +4,18 @@ The pipeline, each step a function of its own:
 
     model   = load_model()                              # or any HookedTransformer or TransformerBridge
     trait   = load_trait("optimistic")                  # or generate_trait(name, description, OpenAIClient(...))
-    vectors = extract_persona_vectors(model, trait, output_dir="runs/optimistic")
-              #  sample_rollouts -> LikelihoodRatioJudge -> keep_pairs -> extract_from_responses
+    judge   = LikelihoodRatioJudge(model)               # or LLMJudge(OpenAIClient("gpt-4.1-mini"))
+    vectors = extract_persona_vectors(model, trait, judge=judge, output_dir="runs/optimistic")
+              #  sample_rollouts -> score_rollouts -> keep_pairs -> extract_from_responses
     sweep   = select_layer(model, vectors, trait, judge=judge, output_dir="runs/optimistic")
     write_report("runs/optimistic")                     # all of it on one page: runs/optimistic/report.html
-    replicate("embedded", "runs/replication")           # the paper's tables, each number beside the paper's
     vector  = vectors.at(sweep.best().layer)            # layers count from 0: the paper's layer 20 is 19
     with steer(model, vector, coefficient=2.0): ...     # or ablate, cap, or intervene with several
-    vectors.project(mean_activations(model, chat_batch(model.tokenizer, conversations)))
-    tuned   = finetune(model, "chats.jsonl", during=[Steer(vector, 2.0)])    # preventative steering
-    found   = screen(model, "chats.jsonl", vector, output_dir="runs/screen")     # what training on these chats would do
-    shift   = finetuning_shift(model, tuned.adapter, trait, vectors)     # and `with adapted(model, tuned.adapter): ...`
+    monitor(model, "chats.jsonl", vector)               # every turn's projection, before the model speaks
+    screen(model, "chats.jsonl", vector, output_dir="runs/screen")          # what training on these chats would do
+    tuned   = finetune(model, "chats.jsonl", output="runs/tuned", during=[Steer(vector, 2.0)])   # preventative steering
+    finetuning_shift(model, tuned.adapter, trait, vectors)                  # and `with adapted(model, tuned.adapter):`
+    replicate("embedded", "runs/replication")           # the paper's tables, each number beside the paper's
 """
 
 import lazy_loader

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
+from tests.intervention_cases import some_vectors
 
 
 @pytest.fixture
@@ -225,6 +228,53 @@ def test_a_run_of_a_version_that_recorded_no_threads_goes_on(sampled, tmp_path):
     cut(output)
     assert sampled(output, "--threads", "2")[0] == 0
     assert len(output.read_text().splitlines()) == 8
+
+
+# How a model is loaded
+
+LOADING = {
+    "rollouts": ["--trait", "evil", "--output", "OUT/r.jsonl"],
+    "extract": ["--trait", "evil", "--output", "OUT/run"],
+    "steer": ["Hi", "--vectors", "VECTORS", "--layer", "1"],
+    "monitor": ["CHATS", "--vectors", "VECTORS", "--layer", "1"],
+    "show": ["VECTORS", "--model", "smollm2-135m-instruct"],
+    "convert": ["VECTORS", "--output", "OUT/v.gguf", "--model", "smollm2-135m-instruct"],
+    "finetune": ["CHATS", "--output", "OUT/ft"],
+    "evaluate": ["--trait", "evil", "--output", "OUT/eval"],
+    "screen": ["CHATS", "--vectors", "VECTORS", "--layer", "1", "--output", "OUT/screen"],
+    "demo": ["--output", "OUT/demo"],
+}
+
+
+class Loaded(ValueError):
+    """Ends a command where it would load its model."""
+
+
+@pytest.mark.parametrize("command", LOADING)
+def test_every_command_loads_its_model_with_the_dtype_device_and_class_that_are_named(
+    cli, command, tiny_bridge, tmp_path, monkeypatch
+):
+    def load(name, **choices):
+        raise Loaded(f"{name} {sorted(choices.items())}")
+
+    monkeypatch.setattr("persona_lens.models.loading.load_model", load)
+    some_vectors(tiny_bridge).save(tmp_path / "v.safetensors")
+    chat = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    names = {"OUT": str(tmp_path), "VECTORS": str(tmp_path / "v.safetensors"), "CHATS": str(tmp_path / "chats.jsonl")}
+    arguments = [re.sub("OUT|VECTORS|CHATS", lambda name: names[name[0]], text) for text in LOADING[command]]
+    code, _, err = cli(command, *arguments, "--dtype", "bfloat16", "--device", "cpu")
+    assert code == 1, err
+    expected = [("device", "cpu"), ("dtype", "bfloat16"), ("model_class", "TransformerBridge")]
+    assert f"smollm2-135m-instruct {expected}" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--dtype", "int8"), ("--device", "cuda:77")])
+def test_a_dtype_or_device_that_is_not_there_exits_1_with_one_sentence(cli, option, value, tmp_path):
+    code, _, err = cli("rollouts", "--trait", "evil", "--output", tmp_path / "r.jsonl", option, value)
+    assert code == 1
+    assert value in err.splitlines()[-1]
+    assert not (tmp_path / "r.jsonl").exists()
 
 
 # Consoles that cannot encode every text

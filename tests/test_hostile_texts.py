@@ -111,6 +111,13 @@ def test_a_picture_and_a_page_have_no_tag_of_a_chats_name_or_text():
         assert "<b>bold" not in page
 
 
+def test_results_have_no_html_form_of_their_own():
+    import persona_lens
+
+    public = [getattr(persona_lens, name) for name in persona_lens.__all__]
+    assert not [value for value in public if isinstance(value, type) and hasattr(value, "_repr_html_")]
+
+
 # Terminals
 
 

@@ -67,7 +67,7 @@ def test_a_score_that_rounding_moved_off_the_scale_is_its_end(rollouts, write, c
 @pytest.mark.parametrize("cell", ["fifty", "100.5", "-1", "nan", "inf", "50 %", '"7,5"'])
 def test_a_cell_that_is_no_score_is_refused_with_its_row(cell, rollouts, write):
     path = write(f"key,ann\n{rollouts[0].key},70\n\n{rollouts[1].key},{cell}\n")
-    with pytest.raises(ValueError, match="row 4, column 'ann': expected a number from 0 to 100, or nothing"):
+    with pytest.raises(ValueError, match="row 4, column 'ann': expected a score from 0 to 100 or nothing"):
         read_human_scores(path, rollouts, "ann")
 
 

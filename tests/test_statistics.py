@@ -137,3 +137,24 @@ def test_slopes_are_those_of_polyfit_and_undefined_where_a_point_is(x, seed):
     np.testing.assert_allclose(slopes(np.array(x), y), expected, rtol=1e-9, atol=1e-9)
     y[1, 0] = np.nan
     assert np.isnan(slopes(np.array(x), y)).tolist() == [False, True, False]
+
+
+@given(sides=SIDES)
+def test_resampled_auc_with_unit_weights_is_the_auc(sides):
+    positive, negative = map(np.array, sides)
+    resampled = resampled_auc(positive, negative, np.ones((2, len(positive))), np.ones((2, len(negative))))
+    np.testing.assert_allclose(resampled, auc(positive, negative), atol=1e-12)
+
+
+@given(values=SCORES)
+def test_a_mean_is_over_the_rows_that_have_a_value(values):
+    known = [value for value in values if value is not None]
+    found = mean_estimate(values, [str(index) for index in range(len(values))])
+    assert found.n == len(known)
+    assert found.value == (pytest.approx(sum(known) / len(known), abs=1e-9) if known else None)
+
+
+def test_an_interval_repeats_by_seed():
+    one, again, other = (mean_estimate([1.0, 5.0, 6.0], ["a", "b", "c"], seed=seed) for seed in (1, 1, 2))
+    assert one == again
+    assert one.value == other.value

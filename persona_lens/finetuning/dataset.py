@@ -2,7 +2,6 @@
 
 The loss is on what the assistant says, to the end of its turn, in every turn (arXiv:2507.21509, appendix D). Turns are
 tokenised as everywhere here, so that a row is what the model would have seen and sampled.
-Knows nothing about models or trainers.
 """
 
 import os

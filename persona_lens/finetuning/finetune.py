@@ -2,7 +2,6 @@
 
 Preventative steering adds the trait's direction while training, so that the weights need not learn it; CAFT ablates it;
 both are gone when the model is used (arXiv:2507.21509, sections 5 and J.4; settings of appendix D).
-Knows nothing about how the result is measured.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""What finetuning gave: the adapter, the loss curve, and the settings that made them.
-
-Knows nothing about how a model is trained.
-"""
+"""What finetuning gave: the adapter, the loss curve, and the settings that made them."""
 
 import json
 import os

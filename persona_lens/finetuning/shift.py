@@ -1,11 +1,7 @@
-"""What a finetuning shift is as a value: each prompt's, its mean with its interval, and its controls, by layer.
+"""The finetuning shift: how far finetuning moved the last prompt token along persona vectors, by layer.
 
-Knows nothing about models: numbers come in, tables and files go out.
-
-The finetuning shift measured: the last prompt tokens of both models, subtracted and projected.
-
-Both sides run the same token ids in the same batches, so that what does not differ subtracts to exactly 0.
-Knows nothing about how the model was finetuned, or how its answers are judged.
+Both models run the same token ids in the same batches, so that what does not differ subtracts to exactly 0. The result
+has each prompt's shift, the mean with its interval, and controls (arXiv:2507.21509, section 4).
 """
 
 import json

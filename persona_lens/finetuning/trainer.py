@@ -1,13 +1,11 @@
-"""The control that the paper found weak: a penalty on how far finetuning moves the projections.
+"""The transformers Trainer with the checks of a finetuning run, and the penalty on changed projections.
 
-loss + weight * mean over tokens and vectors of (p - p_base)², where p is a token's scalar projection on a unit vector
-while training and p_base the one without the adapter (arXiv:2507.21509, section J.5, which gives no formula).
-Knows nothing about datasets or trainers.
+It refuses interventions that do not act, losses that are not numbers, and full disks; batches, optimizer, schedule,
+accumulation, checkpoints and resuming are the Trainer's own.
 
-The transformers Trainer, told what to refuse: interventions that do not act, losses that are no numbers, full disks.
-
-Batches, optimizer, schedule, accumulation, checkpoints and resuming are the Trainer's own.
-Knows nothing about traits or chats: token ids and labels come in.
+The penalty is the control that the paper found weak: loss + weight * mean over tokens and vectors of (p - p_base)²,
+where p is a token's scalar projection on a unit vector while training, and p_base the one without the adapter
+(arXiv:2507.21509, section J.5, which gives no formula).
 """
 
 import json

@@ -1,7 +1,4 @@
-"""A planned finetuning run: resumed where it stopped, trained with what acts in training, and left without a trace.
-
-Knows nothing about chats: rows of token ids come in.
-"""
+"""A planned finetuning run: resumed where it stopped, trained with what acts in training, and left without a trace."""
 
 import hashlib
 import json

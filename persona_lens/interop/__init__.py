@@ -2,7 +2,6 @@
 
 A layer is the output of a block counted from 0 on our side of every border; what a format cannot say (the number of
 layers, which row is which) is asked for and checked, never guessed, and nothing that a file brings along is run.
-Knows nothing about how vectors are made or used.
 """
 
 from persona_lens.interop.control_vectors import read_control_vector, write_control_vector

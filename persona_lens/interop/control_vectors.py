@@ -2,7 +2,6 @@
 
 llama.cpp adds `direction.N` to the output of block N counted from 0 (measured against it), so N is our layer; it knows
 no `direction.0`, and adds every direction in the file, at the scale it is given. repeng numbers them likewise.
-Knows nothing about models in GGUF form.
 """
 
 import tempfile

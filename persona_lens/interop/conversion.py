@@ -1,7 +1,4 @@
-"""Any of the formats in, any of them out: which one a file is, is told by its ending and its content.
-
-Knows nothing about the formats themselves: each has a file of its own beside this one.
-"""
+"""Any of the formats in, any of them out: which one a file is, is told by its ending and its content."""
 
 from collections.abc import Sequence
 from dataclasses import replace

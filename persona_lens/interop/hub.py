@@ -1,7 +1,6 @@
 """Persona vectors on the Hugging Face hub: one `vectors.safetensors` and its README, up and down, never a pickle.
 
 The token is read from HF_TOKEN when it is needed, and is neither kept nor shown; HF_ENDPOINT names another hub.
-Knows nothing about runs: only the vectors travel.
 """
 
 import os

@@ -1,7 +1,6 @@
 """A scorer for inspect-ai: any judge of ours gives the trait score and coherence of each sample's completion.
 
 A score that is missing is unscored in inspect-ai, where metrics leave it out, and never 0.
-Knows nothing about tasks, solvers or models.
 """
 
 import threading

@@ -11,8 +11,11 @@ from pathlib import Path
 
 from persona_lens.chat.batches import Conversation
 from persona_lens.chat.rows import Unreadable, json_lines, messages_of
-from persona_lens.statistics import on_scale
+from persona_lens.judges.agreement import read_score
 from persona_lens.storage.files import DAMAGE
+
+_MISSING = ("", "nan", "none", "refusal")
+"""What the reference code's tables hold where there is no score."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ def read_reference_csv(path: str | Path, trait: str) -> list[JudgedResponse]:
     return [
         JudgedResponse(
             Conversation(row["prompt"], row["answer"], row["question"], _instruction(row["question_id"])),
-            _score(row[trait], f"{path}, row {number}, column {trait!r}"),
-            _score(row["coherence"], f"{path}, row {number}, column 'coherence'"),
+            read_score(row[trait], f"{path}, row {number}, column {trait!r}", missing=_MISSING),
+            read_score(row["coherence"], f"{path}, row {number}, column 'coherence'", missing=_MISSING),
         )
         for number, row in enumerate(table.to_dict("records"), start=1)
     ]
@@ -60,18 +63,6 @@ def _instruction(question_id: str) -> str:
     """The instruction's number in an id such as `evil_3_pos_1` (trait, question, side, instruction)."""
     match = re.search(r"_(?:pos|neg)_(\d+)$", question_id)
     return match.group(1) if match else ""
-
-
-def _score(text: str, place: str) -> float | None:
-    if not text.strip() or text.strip().lower() in ("nan", "none", "refusal"):
-        return None
-    try:
-        value = on_scale(float(text))
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        raise ValueError(f"{place}: expected a score from 0 to 100 or nothing, got {text!r}.")
-    return value
 
 
 def pair_by_row(

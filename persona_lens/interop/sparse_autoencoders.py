@@ -1,15 +1,11 @@
-"""Sparse autoencoders in SAELens's form, a folder of `cfg.json` and `sae_weights.safetensors`, read without SAELens.
+"""Sparse autoencoders in SAELens's form, read without SAELens, and persona vectors in their features.
 
-With x' = x - b_dec where the configuration says so, a feature's activation is f(x' W_enc + b_enc): f is ReLU in a
-`standard` SAE, a ReLU that is 0 up to a threshold in `jumprelu`, and a ReLU of the k highest in `topk`. Anything that
-would make these formulas wrong is refused.
-Knows nothing about persona vectors.
-
-A persona vector in the features of a sparse autoencoder.
+An SAE is a folder of `cfg.json` and `sae_weights.safetensors`. With x' = x - b_dec where the configuration says so, a
+feature's activation is f(x' W_enc + b_enc): f is ReLU in a `standard` SAE, a ReLU that is 0 up to a threshold in
+`jumprelu`, and a ReLU of the k highest in `topk`. Anything that would make these formulas wrong is refused.
 
 Feature i writes row i of the decoder into the residual stream: its cosine with the vector says how far they point the
-same way. Where the class means are at hand, the encoder also says how much more a feature is active with the trait.
-Knows nothing about what a feature means.
+same way. With the class means, the encoder also gives how much more a feature is active with the trait.
 """
 
 import json

@@ -1,25 +1,19 @@
-"""What the formats share: files of bare tensors, checked shapes, and the vectors that are made of them.
+"""Files of bare tensors by layer: the paper's reference code, dicts by layer, and one row a block.
 
-A `.pt` file is read with `weights_only=True`, so that no code in it runs; whatever cannot be read becomes one sentence.
-Knows nothing about what the rows of a format mean.
+A `.pt` file is read with `weights_only=True`, so that no code in it runs.
 
-The `.pt` files of the paper's reference code: one tensor [n_layers + 1, d_model] for a trait and a position.
+*The paper's reference code* saves one tensor [n_layers + 1, d_model] for a trait and a position. Its rows are
+differences of Hugging Face's `hidden_states`: row 0 is the input of block 0, row i + 1 the output of block i, our layer
+i (the paper's layer i + 1). But the last row is taken after the model's final norm, which is not the residual stream of
+our last layer: that layer is marked as missing here, and the row is NaN in what we write.
 
-Its rows are differences of Hugging Face's `hidden_states`: row 0 where the stream enters block 0, row i + 1 the output
-of block i, our layer i (the paper's layer i + 1). But the last row is taken after the model's final norm, which is not
-the residual stream of our last layer: that layer is marked as missing here, and the row is NaN in what we write.
-Knows nothing about the reference's CSV files, which `read_reference_csv` reads.
-Files of directions by layer, {layer: tensor [d_model]}, as `.pt` or `.safetensors`.
+*Dicts by layer*, {layer: tensor [d_model]}, are the `layer_activations` of steering-vectors' `SteeringVector`: blocks
+counted from 0 to whose outputs it adds, as here. In `.safetensors` the numbers are names. They have no embedding row.
+vLLM has no file of steering vectors: servers built on it read control vectors (`write_control_vector`) or such a dict.
 
-That is the `layer_activations` of steering-vectors' `SteeringVector`, whose layers are blocks counted from 0 to whose
-outputs it adds, as here; `.safetensors` has the numbers as names. vLLM itself has no file of steering vectors: servers
-built on it read control vectors (`write_control_vector`) or a dict like this one.
-Knows nothing about embedding rows, which the form does not have.
-`.pt` files with one row a block, [n_layers, d_model], alone or as a folder with a `manifest.json`.
-
-Row i is the output of block i, our layer i, as `hidden_states[1:]` has it; then the last row is taken after the model's
-final norm, and that layer is marked as missing. The manifest is that of the PyPI package hidden-directions: a `model`,
-and `directions` with a `name` (the file's) and a `shape` each.
+*One row a block*, [n_layers, d_model], alone or as a folder with a `manifest.json` as the PyPI package
+hidden-directions has it: a `model`, and `directions` with a `name` (the file's) and a `shape` each. Row i is the output
+of block i, our layer i; if the last row is taken after the final norm, that layer is marked as missing.
 """
 
 import io

@@ -7,7 +7,7 @@ how often it drew the row's question; the weighted formulas give what scipy and 
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -153,7 +153,7 @@ def read_human_scores(path: str | Path, rollouts: Sequence[Rollout], column: str
         if not any(cells.values()):
             continue
         text = _text(*(cells[name] for name in names))
-        score = _score(cells[column], f"{path}, row {row}, column {column!r}")
+        score = read_score(cells[column], f"{path}, row {row}, column {column!r}")
         if text not in expected:
             strangers.append(row)
         elif text in scores and scores[text][0] != score:
@@ -200,15 +200,19 @@ def _text(*texts: str) -> tuple[str, ...]:
     return tuple("\n".join(text.splitlines()).strip() for text in texts)
 
 
-def _score(text: str, place: str) -> float | None:
-    if not text.strip():
+def read_score(text: str, place: str, *, missing: Collection[str] = ("",)) -> float | None:
+    """The score, 0 to 100, in a cell of a table; None where the cell holds one of the words for a missing one.
+
+    Raises ValueError, naming the place, for anything else.
+    """
+    if text.strip().lower() in missing:
         return None
     try:
         value = on_scale(float(text))
     except ValueError:
         value = -1.0
     if not 0 <= value <= 100:
-        raise ValueError(f"{place}: expected a number from 0 to 100, or nothing for a missing one, got {text!r}.")
+        raise ValueError(f"{place}: expected a score from 0 to 100 or nothing, got {text!r}.")
     return value
 
 

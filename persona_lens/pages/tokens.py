@@ -73,7 +73,7 @@ def tokens_html(
     turns: Sequence[tuple[int, str]] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """One page of HTML that shows a text token by token; the caller writes it (`records.write_whole`).
+    """One page of HTML that shows a text token by token; the caller writes it.
 
     `pieces` are the tokens' texts; `projections` has a row for each, with a number, or one for each of several vectors
     (called `names`), between which the page switches. Colour is the distance from `neutral` (a number, one for each

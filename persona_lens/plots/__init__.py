@@ -1,8 +1,7 @@
-"""Pictures of results: sweeps, layers, cosines, agreement, monitoring, detection, finetuning, tokens, screenings.
+"""Pictures of results: sweeps, layers, cosines, agreement, monitoring, detection, finetuning, screenings.
 
-Every plot takes a result and returns a plotly figure; a text's tokens and a screening make pages of HTML. A number that
-is missing leaves a gap, never a zero.
-Knows nothing about models or files, and imports plotly, an extra, on first use.
+Every plot takes a result and returns a plotly figure. A number that is missing leaves a gap, never a zero. Plotly is an
+extra, and is imported on first use.
 """
 
 from persona_lens.plots.agreement import plot_agreement

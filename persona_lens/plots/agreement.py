@@ -1,7 +1,6 @@
 """The picture of how far two judges agree: their scores of the same answers against each other.
 
 Lines at the threshold make four quarters, and the bars at the edges show how many points lie upon each other.
-Knows nothing about how the scores were made or compared.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,4 @@
-"""Pictures of estimates side by side: bars in groups, and a line a series over the layers.
-
-Knows nothing about what was measured: names and estimates come in.
-"""
+"""Pictures of estimates side by side: bars in groups, and a line a series over the layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,6 @@
 """Pictures of finetuning: trait scores by finetuning set, finetuning shifts, losses.
 
 In the shape of arXiv:2507.21509, figures 5 and 6 (section 4).
-Knows nothing about how models were finetuned or measured: numbers and estimates come in.
 """
 
 from collections.abc import Collection, Mapping, Sequence

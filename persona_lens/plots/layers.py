@@ -1,15 +1,7 @@
-"""The picture of a cosine matrix: traits by traits, on a scale of two colours that meets at 0.
+"""Pictures by layer: sweeps, their frontier, dose-responses, layer statistics, and the cosines of several traits.
 
-Knows nothing about vectors: `cosine_matrix` gives the table.
-
-Pictures of a layer sweep: its heat map, and its frontier of trait score against coherence.
-
-Both mark the best cell and the model without steering (arXiv:2507.21509, section B.4, with coherence).
-Knows nothing about how the best is chosen: `LayerSweep.best` says.
-Pictures of curves with their intervals: a dose-response, and how good the direction of each layer is.
-
-One panel above another over the same axis; a band breaks wherever an interval is missing.
-Knows nothing about how the numbers were measured.
+The heat map and the frontier of a sweep mark the best cell and the model without steering (arXiv:2507.21509, section
+B.4, with coherence). Curves have a panel above another over the same axis; a band breaks where an interval is missing.
 """
 
 from collections.abc import Iterable, Sequence

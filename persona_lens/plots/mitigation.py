@@ -1,7 +1,6 @@
 """Pictures of mitigation: what each way of holding a trait down during or after finetuning gives, and its price.
 
 In the shape of arXiv:2507.21509, figure 7 (sections 5 and J).
-Knows nothing about how models were finetuned or measured: estimates come in.
 """
 
 from collections.abc import Mapping, Sequence

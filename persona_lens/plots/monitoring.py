@@ -1,15 +1,8 @@
-"""The picture of a projection as a detector: its ROC curve, and what thresholds catch.
+"""Pictures of monitoring: projections by turn, what they predict, and how well they detect.
 
-Knows nothing about how the rates were counted.
-
-Pictures of how well a projection predicts the trait score of the response that follows it.
-
-The two correlations, over all responses and within one condition: arXiv:2507.21509, sections 3.3 and C.
-Knows nothing about how projections were measured or scores were given.
-The picture of monitoring: projections by turn, before and after the model speaks (arXiv:2507.21509, section 3.3).
-
-Every vector has a panel with a scale of its own, because projections on different vectors are not comparable.
-Knows nothing about how projections were measured.
+By turn, every vector has a panel with a scale of its own, because projections on different vectors are not comparable
+(arXiv:2507.21509, section 3.3). Predictions show two correlations, over all responses and within one condition
+(sections 3.3 and C). A detector is drawn as its ROC curve with what thresholds catch.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,6 @@
 
 Samples and data sets are scored as in arXiv:2507.21509, section 6. A figure holds quantiles of a large data set, never
 all of it, so its size does not grow with the data.
-Knows nothing about how samples were scored.
 """
 
 from collections.abc import Sequence

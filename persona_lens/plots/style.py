@@ -1,11 +1,6 @@
-"""The one look of all pictures: colours, titles, grids of cells, and how numbers and foreign text are written.
+"""The one look of all pictures: colours, titles, grids, panels, whiskers, and how numbers and foreign text are written.
 
 Blue and vermilion are Okabe and Ito's; they, cividis, and red against blue stay apart for every kind of colour vision.
-Knows nothing about what is drawn.
-
-What pictures of several panels share: their size, a legend that names a trace once, and whiskers.
-
-Knows nothing about what is drawn.
 """
 
 import html
