@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from persona_lens.interventions.hooks import ablate, attachments, intervene, steer
-from persona_lens.interventions.values import Ablate, Cap, Steer
+from persona_lens.interventions.hooks import ablate, attachments, cap, intervene, steer
+from persona_lens.interventions.values import Ablate, Cap, Steer, When
 from persona_lens.vectors.persona_vectors import PersonaVectors
 from tests import naive, tiny
-from tests.intervention_cases import EXACT, IDS, logits, projections, some_vectors, stream
+from tests.intervention_cases import EXACT, IDS, TOKENS, logits, projections, some_vectors, stream
 from tests.vector_cases import random_tensor
 
 
@@ -70,6 +70,68 @@ def test_two_ablated_directions_are_both_gone_although_not_orthogonal(tiny_model
     with intervene(tiny_model, *values):
         assert float(projections(tiny_model, first).abs().max()) < 1e-10
         assert float(projections(tiny_model, second).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("coefficient", [0.0, torch.zeros(2, 4)], ids=["number", "matrix"])
+def test_a_coefficient_of_zero_changes_no_bit(tiny_model, coefficient):
+    plain = logits(tiny_model)
+    with steer(tiny_model, some_vectors(tiny_model), coefficient):
+        assert torch.equal(logits(tiny_model), plain)
+
+
+def test_steering_inside_steering_back_changes_nothing(pair):
+    model, _ = pair
+    vectors, plain = some_vectors(model), logits(model)
+    with steer(model, -vectors, 2.0), steer(model, vectors, 2.0):
+        torch.testing.assert_close(logits(model), plain, **EXACT)
+
+
+def test_nothing_is_left_of_an_ablated_direction_at_its_hook_point(pair):
+    model, _ = pair
+    vectors = some_vectors(model)
+    assert float(projections(model, vectors).abs().min(dim=-1).values.max()) > 0.01
+    with ablate(model, vectors):
+        assert float(projections(model, vectors).abs().max()) < 1e-10
+
+
+def test_ablating_around_activations_leaves_their_projection(pair):
+    model, _ = pair
+    vectors, around = some_vectors(model), random_tensor(model.cfg.n_layers, model.cfg.d_model, seed=4)
+    unit = vectors.directions.double() / vectors.directions.double().norm(dim=-1, keepdim=True)
+    expected = (around.double() * unit).sum(dim=-1)[:, None, None].expand(-1, *TOKENS.shape)
+    with ablate(model, vectors, around=around):
+        torch.testing.assert_close(projections(model, vectors), expected, **EXACT)
+
+
+def test_a_cap_holds_every_layer_within_its_bounds(pair):
+    model, _ = pair
+    vectors = some_vectors(model)
+    assert float(projections(model, vectors).abs().max()) > 0.5
+    with cap(model, vectors, maximum=0.25, minimum=-0.5):
+        capped = projections(model, vectors)
+    assert -0.5 - 1e-10 < float(capped.min()) < -0.49
+    assert 0.24 < float(capped.max()) < 0.25 + 1e-10
+
+
+def test_a_cap_leaves_tokens_that_were_within_its_bounds(tiny_model):
+    vector, plain = some_vectors(tiny_model).at(1), stream(tiny_model)
+    inside = projections(tiny_model, some_vectors(tiny_model))[1] < 0.25
+    with cap(tiny_model, vector, maximum=0.25):
+        found = stream(tiny_model)
+    assert torch.equal((found[1] == plain[1]).all(dim=-1), inside)
+    assert bool(inside.any())
+    assert not bool(inside.all())
+
+
+def test_a_condition_acts_exactly_on_the_tokens_that_pass_it(tiny_model):
+    vectors, probes = some_vectors(tiny_model), some_vectors(tiny_model, "kind", seed=1)
+    plain, passes = stream(tiny_model)[1], projections(tiny_model, probes)[1] > 0.2
+    with steer(tiny_model, vectors.at(1), 2.0, when=When(probes.at(1), above=0.2)):
+        found = stream(tiny_model)[1]
+    expected = torch.where(passes[..., None], plain + 2 * vectors.directions[1].double(), plain)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert bool(passes.any())
+    assert not bool(passes.all())
 
 
 def with_silent_blocks(hf_model):

@@ -72,6 +72,11 @@ def test_shuffled_text_has_the_words_of_its_original(words, seed):
     assert shuffle_words(" ".join(words), seed) == shuffle_words(" ".join(words), seed)
 
 
+def test_another_seed_shuffles_otherwise():
+    text = "the quick brown fox jumps over the lazy dog"
+    assert shuffle_words(text, 1) != shuffle_words(text, 2)
+
+
 @given(words=st.lists(st.sampled_from(["one", "two", "three", "four"]), max_size=20))
 def test_looping_text_has_the_length_and_the_first_words_of_its_original(words):
     looped = loop_words(" ".join(words)).split()
@@ -213,6 +218,13 @@ def test_a_file_that_holds_no_scores_is_left_as_it_was(trait, tmp_path, content)
         score(judge, trait, tmp_path / "scores.json")
     assert judge.asked == []
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"scores.json": content}
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_scoring(trait, tmp_path):
+    judge = LengthJudge()
+    with pytest.raises(OSError, match="Cannot write"):
+        score(judge, trait, tmp_path)
+    assert judge.asked == []
 
 
 def test_scores_of_another_judge_in_the_file_are_refused(trait, tmp_path):

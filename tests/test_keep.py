@@ -44,6 +44,18 @@ def test_a_pair_is_dropped_for_one_reason_and_counted_once(reason, positive, neg
     assert report == KeepReport(pairs=2, kept=1, dropped={reason: 1})
 
 
+def test_kept_and_dropped_add_up_to_all_pairs():
+    pairs = [(GOOD_POSITIVE, GOOD_NEGATIVE), *((one, other) for _, one, other in DROPPED.values())]
+    _, report = keep_pairs(pairs, trait="evil")
+    assert report.kept + sum(report.dropped.values()) == report.pairs == len(pairs)
+
+
+def test_the_thresholds_can_be_moved():
+    pair = (Side(40.0, 30.0), Side(35.0, 30.0))
+    kept, _ = keep_pairs([pair], trait="evil", threshold=38.0, min_coherence=25.0)
+    assert kept == [pair]
+
+
 def test_scores_on_the_thresholds_are_kept():
     kept, _ = keep_pairs([(Side(50.0, 50.0), Side(49.9, 50.0))], trait="evil")
     assert len(kept) == 1

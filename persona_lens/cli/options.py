@@ -146,7 +146,7 @@ class LoadOptions:
     """How a model is loaded."""
 
     model_class: Annotated[ModelClass, typer.Option("--model-class", help="TransformerLens class.")] = ModelClass.BRIDGE
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32"
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16 or float64.")] = "float32"
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; a GPU by default, if one is there.")] = (
         None
     )
