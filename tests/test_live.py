@@ -240,3 +240,12 @@ def test_two_streams_of_one_model_do_not_read_each_other(tiny_model, prompts):
     for pair, (first, second) in zip(zip(*alone, strict=True), together, strict=True):
         assert torch.equal(first.projections, pair[0].projections)
         assert torch.equal(second.projections, pair[1].projections)
+
+
+def test_a_stream_inside_a_context_is_steered(tiny_model, prompts):
+    vectors, value = watched(tiny_model), Steer(some_vectors(tiny_model, seed=5), 2.0)
+    with intervene(tiny_model, value, at="response"):
+        reply = generate_watched(tiny_model, prompts[:1], vectors, **OPTIONS)[0]
+        tokens = list(stream_watched(tiny_model, prompts[0], vectors, **OPTIONS))
+    assert torch.equal(torch.stack([token.projections for token in tokens]), read(reply))
+    assert reply.tokens != generate(tiny_model, prompts[:1], **OPTIONS)[0].tokens

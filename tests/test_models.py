@@ -10,6 +10,7 @@ from persona_lens.models.loading import bridge_from_transformers
 from persona_lens.models.structure import (
     from_paper_layer,
     identify,
+    residual_basis,
     residual_points,
     suspended,
 )
@@ -64,6 +65,15 @@ def padded(rows, left):
 
 
 # --- the residual stream -------------------------------------------------------------------------------------------
+
+
+def test_layer_l_is_hidden_state_l_plus_one_except_at_the_last_layer(tiny_model, tiny_hf_model, rows):
+    stream, _ = run_alone(tiny_model, rows[0])
+    with torch.no_grad():
+        hidden = tiny_hf_model(torch.tensor([rows[0]]), output_hidden_states=True).hidden_states
+        assert naive.relative_error(stream[:-1], torch.cat(hidden[:-1])) < RELATIVE
+        assert naive.relative_error(stream[-1:], hidden[-1]) > 0.1  # Hugging Face has put its final norm on it
+        assert naive.relative_error(tiny_hf_model.get_decoder().norm(stream[-1:]), hidden[-1]) < RELATIVE
 
 
 def test_stream_and_logits_are_those_of_hugging_face(rows, pair):
@@ -201,6 +211,19 @@ def test_an_identity_is_that_of_the_weights_whatever_zeros_are_added(fresh_tiny_
         for weight in fresh_tiny_model.blocks[1].mlp.parameters():
             weight.mul_(1.01)
     assert identify(fresh_tiny_model).weights_hash != before.weights_hash
+
+
+def test_unprocessed_weights_leave_the_stream_raw(pair):
+    assert residual_basis(pair[0]) == "raw"
+
+
+def test_centred_weights_are_recognised(make_tiny_model, tiny_hf_gpt2, model_class):
+    model = make_tiny_model(model_class, tiny_hf_gpt2)
+    if model_class == "HookedTransformer":
+        model.load_and_process_state_dict(model.state_dict(), fold_ln=False)
+    else:
+        model.enable_compatibility_mode(disable_warnings=True)
+    assert residual_basis(model) == "centred"
 
 
 def test_both_classes_have_one_embedding_sample(both_classes, make_tiny_model):
